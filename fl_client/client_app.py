@@ -1,0 +1,74 @@
+"""Flower's ClientApp: says what a client has, and trains a round on it.
+
+The same app runs in a SuperNode, in Flower's simulation and in `simulation/`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fl_client import protocol
+from fl_client.local_data import share_of
+from fl_client.local_training import train_round
+from fl_client.settings import FederationSettings
+from partitions.errors import ShortwaveError
+from partitions.units import SAMPLE_RATE
+
+log = logging.getLogger("shortwave.client")
+app = ClientApp()
+Handler = Callable[[Message, Context], Message]
+
+
+def answering(handler: Handler) -> Handler:
+    """Answer an error that a user can act on with its kind; the text, with paths, stays here.
+
+    A simulated client (`simulated` in its node config) sends the text as well.
+    """
+
+    @functools.wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except ShortwaveError as error:
+            log.error("%s", error)
+            reason = type(error).__name__
+            if context.node_config.get("simulated"):
+                reason += f": {error}"
+            return Message(Error(code=protocol.CLIENT_FAILED, reason=reason), reply_to=message)
+
+    return handle
+
+
+@app.query()
+@answering
+def describe(message: Message, context: Context) -> Message:
+    """Answer who this client is: its number and how much audio it has."""
+    settings = FederationSettings.from_run_config(context.run_config)
+    share = share_of(context.node_config, settings)
+    samples = sum(share.manifest.sequences[i].samples for i in share.indices)
+    metrics = MetricRecord(
+        {
+            "partition": share.key,
+            "crops": len(share.indices),
+            "seconds": samples / SAMPLE_RATE,
+        }
+    )
+    return Message(RecordDict({protocol.METRICS: metrics}), reply_to=message)
+
+
+@app.train()
+@answering
+def train(message: Message, context: Context) -> Message:
+    """Train from the global weights and answer with the difference."""
+    settings = FederationSettings.from_run_config(context.run_config)
+    share = share_of(context.node_config, settings)
+    weights = message.content.array_records[protocol.WEIGHTS]
+    task: ConfigRecord = message.content.config_records[protocol.TASK]
+    result = train_round(weights, task, share, settings)
+    content = RecordDict(
+        {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
+    )
+    return Message(content, reply_to=message)

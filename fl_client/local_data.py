@@ -1,0 +1,85 @@
+"""Which audio a client trains on: its part of a corpus, never a held-out speaker."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fl_client.settings import FederationSettings
+from partitions.demo_corpus import demo_corpus
+from partitions.errors import UsageError
+from partitions.manifest import Manifest, prepare, read_manifest
+from partitions.speakers import How, held_out_speakers, partition
+from ssl_core.crops import indices_of
+
+
+class Share(NamedTuple):
+    """A client's part of a manifest."""
+
+    key: int
+    """Number that seeds the client's chance and orders cohorts."""
+    manifest: Manifest
+    indices: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4)
+def load_manifest(data: str, subsets: tuple[str, ...], seconds: float, manifest: str) -> Manifest:
+    """The recut corpus; `manifest` is a file already made for it, or empty."""
+    root = Path(data) if data else demo_corpus(progress=False)
+    if manifest:
+        return read_manifest(Path(manifest), root)
+    return prepare(root, subsets, seconds)
+
+
+def held_out(manifest: Manifest, settings: FederationSettings) -> tuple[str, ...]:
+    """Speakers that no client hears."""
+    if not settings.held_out:
+        return ()
+    return held_out_speakers(manifest, settings.held_out, settings.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(
+    source: tuple[str, tuple[str, ...], float, str],
+    clients: int,
+    how: How,
+    seed: int,
+    excluded: tuple[str, ...],
+) -> tuple[tuple[int, ...], ...]:
+    return partition(load_manifest(*source), clients, how, seed, excluded)
+
+
+def share_of(node: Mapping[str, Any], settings: FederationSettings) -> Share:
+    """The part of the corpus that a node trains on.
+
+    Args:
+        node: Flower's node config. `data` and `subset` override the run's; `speakers` (separated
+            by commas) or `partition-id` with `num-partitions` choose a part; without them a
+            node has all of its own data. `client-key` is its number then.
+        settings: of the run.
+
+    Raises:
+        UsageError: speakers that are not there, or are held out.
+        DataError: no usable corpus.
+    """
+    data = str(node.get("data", "") or settings.data)
+    subset = str(node.get("subset", "") or settings.subset)
+    subsets = tuple(name.strip() for name in subset.split(",") if name.strip())
+    source = (data, subsets, settings.seconds, str(node.get("manifest", "")))
+    manifest = load_manifest(*source)
+    excluded = held_out(manifest, settings)
+    if node.get("speakers"):
+        wanted = [name.strip() for name in str(node["speakers"]).split(",") if name.strip()]
+        unknown = sorted(set(wanted) - set(manifest.speakers))
+        if unknown:
+            raise UsageError(f"--speakers: not in {manifest.root}: {', '.join(unknown)}")
+        kept = sorted(set(wanted) & set(excluded))
+        if kept:
+            raise UsageError(f"--speakers: held out for evaluation: {', '.join(kept)}")
+        return Share(int(node.get("client-key", 0)), manifest, indices_of(manifest, wanted))
+    if "partition-id" in node:
+        key, count = int(node["partition-id"]), int(node["num-partitions"])
+        parts = _parts(source, count, settings.partition, settings.seed, excluded)
+        return Share(key, manifest, parts[key])
+    speakers = sorted(set(manifest.speakers) - set(excluded))
+    return Share(int(node.get("client-key", 0)), manifest, indices_of(manifest, speakers))

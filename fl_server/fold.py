@@ -1,0 +1,80 @@
+"""Federated averaging one reply at a time, exact and therefore independent of their order.
+
+Each update is multiplied by its weight and rounded to a multiple of 2**-22 before it is added, as a
+64-bit integer. Integer addition is associative: whichever reply comes first, on one worker or
+twenty, the mean is the same to the last bit. The rounding is finer than that of fp32: with the
+80,000 samples of a 5 s crop as weight, the mean is exact to about 3e-12.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from partitions.errors import ShortwaveError
+
+FRACTION_BITS = 22
+LARGEST_CHANGE = 16.0
+"""A coordinate that moves further than this in one round is not training."""
+_CAPACITY = 2.0 ** (62 - FRACTION_BITS)
+
+
+class RejectedUpdate(ShortwaveError):
+    """An update that must not reach the model; the message says why."""
+
+
+class Fold:
+    """A running weighted sum of updates: memory of one model (8 bytes a weight), however many."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Begin an empty sum over tensors of these shapes."""
+        self.sums = {name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()}
+        self.weight = 0
+        self.count = 0
+        self._largest = 0.0
+
+    def add(self, tensors: Iterable[tuple[str, npt.NDArray[np.float32]]], weight: int) -> None:
+        """Add one client's update, or nothing of it.
+
+        Args:
+            tensors: local minus global weights, by parameter name; gone through twice.
+            weight: samples of audio, above zero.
+
+        Raises:
+            RejectedUpdate: names or shapes that do not fit, values not finite or too large, no
+                audio.
+        """
+        update = dict(tensors)
+        if weight <= 0:
+            raise RejectedUpdate("the update comes from no audio")
+        if update.keys() != self.sums.keys():
+            wrong = sorted(update.keys() ^ self.sums.keys())
+            raise RejectedUpdate(f"{len(wrong)} tensors missing or unknown, such as {wrong[0]}")
+        largest = 0.0
+        for name, value in update.items():
+            if value.shape != self.sums[name].shape or value.dtype != np.float32:
+                raise RejectedUpdate(
+                    f"{name} is {value.dtype} {value.shape}, not float32 {self.sums[name].shape}"
+                )
+            if not value.size:
+                continue
+            peak = float(max(value.max(), -value.min()))  # NaN if there is one
+            if not peak <= LARGEST_CHANGE:
+                what = "not finite" if not np.isfinite(peak) else f"as large as {peak:.3g}"
+                raise RejectedUpdate(f"{name} has values {what}")
+            largest = max(largest, peak)
+        if (self._largest + largest * weight) >= _CAPACITY:
+            raise RejectedUpdate("the sum of this round's updates would overflow")
+        factor = float(weight) * 2.0**FRACTION_BITS
+        for name, value in update.items():
+            scaled = np.multiply(value, factor, dtype=np.float64)
+            self.sums[name] += np.rint(scaled, out=scaled).astype(np.int64)
+        self._largest += largest * weight
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> Iterable[tuple[str, npt.NDArray[np.float32]]]:
+        """The weighted mean update by parameter name, one tensor at a time; empties the sum."""
+        divisor = self.weight * 2.0**FRACTION_BITS
+        for name in list(self.sums):
+            yield name, (self.sums.pop(name) / divisor).astype(np.float32)

@@ -1,0 +1,292 @@
+"""The round loop: choose the cohort, send, fold each reply as it comes, step, evaluate, save.
+
+It talks to a Flower Grid and nothing else, so it runs unchanged over a SuperLink, Flower's
+simulation and Ray.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fl_client import protocol, updates
+from fl_client.protocol import ProtocolError
+from fl_client.settings import FederationSettings
+from fl_server.fold import Fold, RejectedUpdate
+from fl_server.optimizer import ServerOptimizer
+from partitions.errors import ShortwaveError
+from ssl_core.randomness import generator
+from ssl_core.schedule import gumbel_temperature, learning_rate
+
+_LONGEST_PAUSE = 1.0
+
+
+class RoundFailed(ShortwaveError):
+    """Too few clients answered for the run to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """A connected client that has said who it is."""
+
+    key: int
+    node: int
+    crops: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundResult:
+    """What a round did."""
+
+    number: int
+    metrics: dict[str, float]
+    """Means over clients, weighted by audio; counts and bytes are sums."""
+    clients: tuple[dict[str, float], ...]
+    """Metrics of each client that was folded, with its `key`, ordered by key."""
+    failures: tuple[str, ...]
+    """One line for each client that was not."""
+
+
+def _replies(grid: Grid, messages: list[Message], limit: float | None) -> Iterator[Message]:
+    """Replies one at a time as they come, so that no more than one is held here.
+
+    A grid may offer `wait(seconds)`, which returns early when a reply is there.
+    """
+    wait: Callable[[float], None] = getattr(grid, "wait", time.sleep)
+    waiting = list(grid.push_messages(messages))
+    messages.clear()
+    pause, end = 0.02, None if limit is None else time.monotonic() + limit
+    while waiting and (end is None or time.monotonic() < end):
+        found = False
+        for identifier in list(waiting):
+            for reply in grid.pull_messages([identifier]):
+                waiting.remove(identifier)
+                found = True
+                yield reply
+                del reply
+        if found:
+            pause = 0.02
+        elif waiting:
+            wait(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def find_clients(
+    grid: Grid, settings: FederationSettings, say: Callable[[str], None]
+) -> list[Client]:
+    """Ask every connected node who it is, until enough have answered.
+
+    Raises:
+        RoundFailed: too few after `settings.wait` seconds; their errors are listed.
+    """
+    end = time.monotonic() + settings.wait
+    known: dict[int, Client] = {}
+    problems: dict[int, str] = {}
+    told = False
+    while True:
+        new = [node for node in grid.get_node_ids() if node not in known and node not in problems]
+        messages = [
+            grid.create_message(
+                RecordDict({protocol.TASK: protocol.task(ask="describe")}),
+                MessageType.QUERY,
+                node,
+                group_id="describe",
+            )
+            for node in new
+        ]
+        for reply in _replies(grid, messages, settings.wait) if messages else ():
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise ProtocolError(_reason(reply))
+                values = protocol.check_metrics(reply.content, protocol.INFO_METRICS)
+            except ProtocolError as error:
+                problems[node] = str(error)
+                say(f"a client cannot take part: {error}")
+                continue
+            known[node] = Client(
+                int(values["partition"]), node, int(values["crops"]), values["seconds"]
+            )
+        clients = _without_doubles(known, say)
+        if len(clients) >= settings.min_clients:
+            return clients
+        if time.monotonic() > end or (problems and not new and len(problems) >= settings.min_clients):
+            listed = "; ".join(sorted(set(problems.values()))) or "none has connected"
+            raise RoundFailed(
+                f"{len(clients)} clients are ready, {settings.min_clients} are needed: {listed}"
+            )
+        if not told:
+            say(f"waiting for clients: {len(clients)} of {settings.min_clients} are ready")
+            told = True
+        time.sleep(1)
+
+
+def _without_doubles(known: dict[int, Client], say: Callable[[str], None]) -> list[Client]:
+    """Clients ordered by key; two with the same key would count the same audio twice."""
+    chosen: dict[int, Client] = {}
+    for client in sorted(known.values(), key=lambda client: client.node):
+        if client.key in chosen:
+            say(f"two clients say they are number {client.key}; only the first takes part")
+            known.pop(client.node)
+        else:
+            chosen[client.key] = client
+    return [chosen[key] for key in sorted(chosen)]
+
+
+def choose_cohort(clients: list[Client], settings: FederationSettings, number: int) -> list[Client]:
+    """The clients of a round, drawn by (seed, round) from those there, ordered by key."""
+    size = min(settings.clients_per_round, len(clients))
+    rng = generator(settings.seed, "cohort", number)
+    chosen = rng.choice(len(clients), size=size, replace=False)
+    return [clients[int(place)] for place in np.sort(chosen)]
+
+
+class Federation:
+    """The global model and how rounds change it."""
+
+    def __init__(
+        self, weights: dict[str, Tensor], optimizer: ServerOptimizer, settings: FederationSettings
+    ) -> None:
+        """`weights`: global weights by parameter name, changed in place by each round."""
+        self.weights, self.optimizer, self.settings = weights, optimizer, settings
+
+    def round(
+        self,
+        grid: Grid,
+        clients: list[Client],
+        number: int,
+        replied: Callable[[int, int], None] = lambda done, of: None,
+    ) -> RoundResult:
+        """One round.
+
+        Args:
+            grid: how clients are reached.
+            clients: those connected.
+            number: of the round, from 0.
+            replied: called with (replies so far, size of the cohort).
+
+        Raises:
+            RoundFailed: fewer than `min_clients` updates could be folded.
+        """
+        settings, recipe = self.settings, self.settings.model_and_recipe()[1]
+        started = time.monotonic()
+        cohort = choose_cohort(clients, settings, number)
+        by_node = {client.node: client for client in cohort}
+        first = number * settings.local_updates
+        record = updates.pack((name, value.numpy()) for name, value in self.weights.items())
+        sent = updates.size(record) * len(cohort)
+        messages = [
+            grid.create_message(
+                RecordDict(
+                    {
+                        protocol.WEIGHTS: record,
+                        protocol.TASK: protocol.task(
+                            round=number, first_update=first, updates=settings.local_updates
+                        ),
+                    }
+                ),
+                MessageType.TRAIN,
+                client.node,
+                group_id=str(number),
+            )
+            for client in cohort
+        ]
+        del record
+        fold = Fold({name: tuple(value.shape) for name, value in self.weights.items()})
+        folded: dict[int, dict[str, float]] = {}
+        failures: list[str] = []
+        received, done = 0, 0
+        for reply in _replies(grid, messages, None):
+            client = by_node[reply.metadata.src_node_id]
+            try:
+                received += self._fold(fold, reply, folded, client.key)
+            except (ProtocolError, RejectedUpdate) as error:
+                failures.append(f"client {client.key}: {error}")
+            del reply
+            done += 1
+            replied(done, len(cohort))
+        if fold.count < min(settings.min_clients, len(cohort)):
+            listed = "; ".join(sorted(failures)[:5])
+            raise RoundFailed(f"round {number}: no update could be used: {listed}")
+        self.optimizer.apply(self.weights, fold.mean())
+        values = [{"key": float(key), **folded[key]} for key in sorted(folded)]
+        last = first + settings.local_updates - 1
+        metrics = _mean(values) | {
+            "cohort": len(cohort),
+            "failures": len(failures),
+            "bytes_sent": sent,
+            "bytes_received": received,
+            "learning_rate": learning_rate(recipe, last, settings.total_updates),
+            "temperature": gumbel_temperature(recipe, last),
+            "round_seconds": time.monotonic() - started,
+        }
+        return RoundResult(number, metrics, tuple(values), tuple(sorted(failures)))
+
+    @staticmethod
+    def _fold(
+        fold: Fold, reply: Message, folded: dict[int, dict[str, float]], key: int
+    ) -> int:
+        if reply.has_error():
+            raise ProtocolError(_reason(reply))
+        metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
+        record = reply.content.array_records.get(protocol.UPDATE)
+        if record is None:
+            raise ProtocolError("the reply has no update")
+        if key in folded:
+            raise ProtocolError("a second update in the same round")
+        if not metrics["applied"]:
+            raise RejectedUpdate("no update had a finite gradient")
+        fold.add(updates.unpack(record), int(metrics["samples"]))
+        folded[key] = metrics
+        return updates.size(record)
+
+
+def _reason(reply: Message) -> str:
+    error = reply.error
+    return " ".join(str(error.reason).split()) if error.reason else f"error {error.code}"
+
+
+_SUMMED = {"samples", "crops", "updates", "applied"}
+_LARGEST = {"train_seconds", "peak_bytes"}
+
+
+def _mean(clients: list[dict[str, float]]) -> dict[str, float]:
+    weights = np.array([client["samples"] for client in clients])
+    result: dict[str, float] = {}
+    for name in protocol.TRAIN_METRICS:
+        values = np.array([client[name] for client in clients])
+        if name in _SUMMED or name.startswith("skipped_"):
+            result[name] = float(values.sum())
+        elif name in _LARGEST:
+            result[name] = float(values.max())
+        else:
+            result[name] = float((values * weights).sum() / weights.sum())
+    return result
+
+
+def state_of(number: int, settings: FederationSettings) -> dict[str, Any]:
+    """What a checkpoint after round `number` says; nothing in it depends on the clock."""
+    return {
+        "next_round": number + 1,
+        "next_update": (number + 1) * settings.local_updates,
+        "rounds": settings.rounds,
+        "seed": settings.seed,
+        "optimizer": settings.server_optimizer,
+    }
+
+
+def to_contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as fp32 on the CPU that share no memory with a model."""
+    return {
+        name: value.detach().to("cpu", torch.float32).clone().contiguous()
+        for name, value in weights.items()
+    }
+

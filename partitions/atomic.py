@@ -1,0 +1,69 @@
+"""Files and directories that appear whole or not at all: written aside, flushed, then renamed."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync_path(path: Path) -> None:
+    """Ask the system to put a file or directory on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; the old file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    sync_path(path.parent)
+
+
+@contextlib.contextmanager
+def directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; on success it takes that name, else it is removed.
+
+    An existing directory of that name is replaced only once the new one is complete.
+
+    Raises:
+        OSError: the disk is full or the parent cannot be written; the old directory stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    try:
+        os.chmod(partial, 0o755)
+        yield partial
+        for file in partial.rglob("*"):
+            sync_path(file)
+        sync_path(partial)
+        if path.exists():
+            old = partial.with_suffix(".old")
+            os.rename(path, old)
+            os.rename(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_path(path.parent)

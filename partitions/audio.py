@@ -1,0 +1,154 @@
+"""Reads the samples of a crop, decoding no more of its files than the crop needs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from partitions.errors import DataError, UsageError
+from partitions.manifest import Piece, Sequence, path_problem
+from partitions.units import SAMPLE_RATE
+
+SILENCE = 1e-5
+"""Root mean square below which a crop is silent; full scale is 1, one 16-bit step is 3e-5."""
+
+_MARGIN = 0.025
+"""Seconds decoded on both sides of a resampled piece, longer than soxr's filter."""
+
+_PADDING = 2
+"""Samples that resampling may leave missing at a file's end, where rounding falls short."""
+
+
+class BadAudio(DataError):
+    """Audio that cannot be used, and why.
+
+    Attributes:
+        reason: "missing", "unreadable", "truncated", "not finite", "silent" or "empty".
+        path: the file's path relative to the corpus root.
+    """
+
+    def __init__(self, reason: str, path: str, detail: str) -> None:
+        super().__init__(f"{path}: {detail}")
+        self.reason = reason
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["BadAudio"], tuple[str, str, str]]:
+        """Rebuild from all three arguments when it comes from another process."""
+        detail = str(self).removeprefix(f"{self.path}: ")
+        return BadAudio, (self.reason, self.path, detail)
+
+
+def read_crop(
+    root: Path, sequence: Sequence, offset: int = 0, samples: int | None = None
+) -> NDArray[np.float32]:
+    """Read `samples` samples of a sequence from `offset` on, as float32 [samples] at 16 kHz.
+
+    Both are counted in samples at 16 kHz; without `samples` the crop runs to the sequence's end.
+
+    Raises:
+        BadAudio: a file is missing, unreadable, truncated or empty, or the crop holds NaN or
+            infinite samples or only silence.
+        UsageError: the crop does not lie within the sequence.
+    """
+    total = sequence.samples
+    end = total if samples is None else offset + samples
+    if not 0 <= offset < end <= total:
+        raise UsageError(
+            f"a crop of samples {offset} to {end} does not lie in a sequence of {total} samples"
+        )
+    parts = []
+    position = 0
+    for piece in sequence.pieces:
+        first = max(offset - position, 0)
+        last = min(end - position, piece.samples)
+        if first < last:
+            parts.append(read_piece(root, Piece(piece.path, piece.start + first, last - first)))
+        position += piece.samples
+    crop = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    if math.sqrt(float(np.mean(np.square(crop, dtype=np.float64)))) < SILENCE:
+        raise BadAudio("silent", sequence.pieces[0].path, "the crop holds only silence")
+    return crop
+
+
+def read_piece(root: Path, piece: Piece) -> NDArray[np.float32]:
+    """Read one piece as float32 [samples] at 16 kHz, mixed to mono and resampled where needed.
+
+    Raises:
+        BadAudio: the file is missing, unreadable, truncated or empty, or the piece holds NaN or
+            infinite samples.
+        UsageError: the piece's path leaves the root, or its position makes no sense.
+    """
+    problem = path_problem(piece.path)
+    if problem or piece.start < 0 or piece.samples < 1:
+        raise UsageError(f"cannot read {piece}: {problem or 'it holds no samples'}")
+    path = root / piece.path
+    try:
+        if path.stat().st_size == 0:
+            raise BadAudio("empty", piece.path, "an empty file; download it again")
+    except OSError as error:
+        raise BadAudio("missing", piece.path, f"{error.strerror} in {root}") from None
+    try:
+        sound = soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise BadAudio("unreadable", piece.path, f"cannot be decoded ({_cause(error)})") from None
+    with sound:
+        if sound.frames < 1:
+            raise BadAudio("empty", piece.path, "an audio file without samples")
+        if sound.samplerate == SAMPLE_RATE:
+            audio = _decode(sound, piece, piece.start, piece.start + piece.samples)
+        else:
+            audio = _resample(sound, piece)
+    if not np.isfinite(audio).all():
+        raise BadAudio("not finite", piece.path, "holds NaN or infinite samples")
+    return audio
+
+
+def _decode(sound: soundfile.SoundFile, piece: Piece, start: int, end: int) -> NDArray[np.float32]:
+    """Samples `start` to `end` at the file's own rate, as mono."""
+    if end > sound.frames:
+        raise _truncated(piece, f"promised {end} samples, the header has {sound.frames}")
+    try:
+        sound.seek(start)
+        audio = sound.read(end - start, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise _truncated(piece, _cause(error)) from None
+    if len(audio) < end - start:
+        raise _truncated(piece, f"{len(audio)} samples of {end - start} could be decoded")
+    mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _resample(sound: soundfile.SoundFile, piece: Piece) -> NDArray[np.float32]:
+    """The piece of a file of another rate: its span with a margin, resampled, then trimmed."""
+    rate = int(sound.samplerate)
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    # Only at multiples of these steps do both rates have a sample at the same instant, so that the
+    # resampler starts in phase with a resampling of the whole file.
+    source_step, target_step = rate // divisor, SAMPLE_RATE // divisor
+    margin = math.ceil(_MARGIN * rate)
+    steps = max(0, piece.start * rate // SAMPLE_RATE - margin) // source_step
+    end = -(-(piece.start + piece.samples) * rate // SAMPLE_RATE)
+    if end > sound.frames + math.ceil(_PADDING * rate / SAMPLE_RATE):
+        raise _truncated(piece, f"promised {end} samples, the header has {sound.frames}")
+    audio = _decode(sound, piece, steps * source_step, min(end + margin, sound.frames))
+    resampled = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
+    first = piece.start - steps * target_step
+    chosen = resampled[first : first + piece.samples]
+    missing = piece.samples - len(chosen)
+    if missing > _PADDING:
+        raise _truncated(piece, f"{len(chosen)} samples of {piece.samples} after resampling")
+    return np.pad(chosen, (0, missing)).astype(np.float32, copy=False)
+
+
+def _cause(error: Exception) -> str:
+    """What libsndfile says, without the path it adds."""
+    return str(getattr(error, "error_string", error)).rstrip(".")
+
+
+def _truncated(piece: Piece, detail: str) -> BadAudio:
+    return BadAudio(
+        "truncated", piece.path, f"ends early or is damaged ({detail}); download it again"
+    )

@@ -1,0 +1,285 @@
+"""LibriSpeech on disk: finds the utterances of any subsets, their lengths and transcripts."""
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import soundfile
+
+from partitions.command import nearest
+from partitions.errors import DataError, UsageError
+from partitions.manifest import describe_skips, natural_order, path_problem
+from partitions.progress import track
+from partitions.units import SAMPLE_RATE
+
+LAYOUT = "subset/speaker/chapter/speaker-chapter-number.flac"
+"""Where LibriSpeech keeps an utterance (its README.TXT), `.wav` being read as well."""
+
+_SUFFIXES = (".flac", ".wav")
+_SUBSET_NAME = re.compile(r"(train|dev|test)-.+")
+_EXAMPLES = 3
+# libsndfile reports a length near 2**63 where a stream does not state its own.
+_LONGEST = 2**40
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One audio file of one speaker."""
+
+    path: str
+    """Posix path relative to the corpus root."""
+    subset: str
+    speaker: str
+    chapter: str
+    samples: int
+    """Length in samples at 16 kHz, whatever the file's own rate."""
+    transcript: str | None
+    """The words in upper case, or None where the chapter has no transcript for it."""
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return self.samples / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The utterances of some subsets, in order of subset, speaker, chapter and number."""
+
+    root: Path
+    """The folder that holds the subsets."""
+    utterances: tuple[Utterance, ...]
+    subsets: tuple[str, ...] = ()
+    skips: dict[str, int] = field(default_factory=dict)
+    """Files left out, counted by reason."""
+    skipped_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The first few paths left out, by reason."""
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Speakers with at least one utterance, sorted."""
+        return tuple(sorted({each.speaker for each in self.utterances}, key=natural_order))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of audio in all utterances."""
+        return sum(utterance.samples for utterance in self.utterances) / SAMPLE_RATE
+
+    @property
+    def without_transcript(self) -> int:
+        """Number of utterances that have no transcript."""
+        return sum(utterance.transcript is None for utterance in self.utterances)
+
+    def describe_skips(self) -> list[str]:
+        """One line for each reason something was left out, with the first few paths."""
+        return describe_skips(self.skips, self.skipped_examples)
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """An audio file as the file system lists it."""
+
+    path: str
+    """Posix path relative to the corpus root."""
+    size: int
+    """Bytes."""
+    modified: int
+    """Time of the last change in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The audio files of some subsets, not opened yet."""
+
+    root: Path
+    subsets: tuple[str, ...]
+    files: tuple[AudioFile, ...]
+    skips: dict[str, int]
+    skipped_examples: dict[str, tuple[str, ...]]
+
+
+def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = False) -> Corpus:
+    """Find the utterances of a corpus in LibriSpeech's layout, reading only the files' headers.
+
+    Args:
+        root: the folder that holds the subsets, its parent with `LibriSpeech/`, or one subset.
+        subsets: names such as `train-clean-100`; none means every `train-*`, or else all there are.
+        progress: show a progress bar on stderr where that is a terminal.
+
+    A file whose header cannot be read or that holds no audio is counted in `skips`.
+
+    Raises:
+        DataError: no such folder, another layout, or no usable audio.
+        UsageError: an unknown subset; the nearest known one is named.
+    """
+    listing = list_audio(root, subsets)
+    skips = _Skips(dict(listing.skips), dict(listing.skipped_examples))
+    transcripts: dict[str, dict[str, str]] = {}
+    utterances = []
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = pool.map(lambda file: _header(listing.root, file), listing.files)
+        for file, result in zip(
+            track(listing.files, len(listing.files), "Reading headers", progress),
+            found,
+            strict=True,
+        ):
+            if isinstance(result, str):
+                skips.add(result, file.path)
+                continue
+            folder, _, name = file.path.rpartition("/")
+            if folder not in transcripts:
+                transcripts[folder] = _read_transcripts(listing.root / folder)
+            subset, speaker, chapter = folder.split("/")
+            words = transcripts[folder].get(name.rpartition(".")[0])
+            utterances.append(Utterance(file.path, subset, speaker, chapter, result, words))
+    if not utterances:
+        reasons = "; ".join(describe_skips(skips.counts, skips.examples))
+        raise DataError(f"no usable audio in {listing.root}: {reasons}; download the subset again")
+    return Corpus(listing.root, tuple(utterances), listing.subsets, skips.counts, skips.examples)
+
+
+def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
+    """List the audio files of a corpus with their sizes and times, without opening them.
+
+    Arguments and errors are those of `find_utterances`.
+    """
+    folder, present = _locate(root)
+    for subset in subsets:
+        if subset not in present:
+            raise UsageError(
+                f"no subset '{subset}' in {folder}{nearest(subset, present)} "
+                f"(present: {', '.join(present)})"
+            )
+    training = tuple(name for name in present if name.startswith("train-"))
+    chosen = tuple(dict.fromkeys(subsets)) or training or present
+    skips = _Skips({}, {})
+    files = []
+    for subset in sorted(chosen, key=natural_order):
+        files += list(_files_of(folder, subset, skips))
+    if not files:
+        left_out = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
+        raise DataError(
+            f"empty corpus: no audio in {', '.join(chosen)} of {folder}{left_out}; expected "
+            f"{LAYOUT} there, download or unpack the subset again"
+        )
+    return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
+
+
+class _Skips:
+    """Counts what is left out by reason, with the first few examples."""
+
+    def __init__(self, counts: dict[str, int], examples: dict[str, tuple[str, ...]]) -> None:
+        self.counts = counts
+        self.examples = examples
+
+    def add(self, reason: str, path: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        named = self.examples.get(reason, ())
+        if len(named) < _EXAMPLES:
+            printable = path.encode("utf-8", "backslashreplace").decode()
+            self.examples[reason] = (*named, re.sub(r"[\x00-\x1f\x7f]", "?", printable))
+
+
+def _locate(root: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds the subsets, and their names in order."""
+    if not root.exists():
+        raise DataError(f"no such folder: {root}; give the folder that holds LibriSpeech's subsets")
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the folder that holds LibriSpeech's subsets")
+    root = root.resolve()
+    for folder in (root, root / "LibriSpeech"):
+        present = tuple(name for name in _folders(folder) if _is_subset(folder / name))
+        if present:
+            return folder, present
+    if _is_subset(root):
+        return root.parent, (root.name,)
+    there = sorted(os.listdir(root))
+    shown = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+    if not there:
+        raise DataError(f"empty corpus: nothing in {root}; expected {LAYOUT} there")
+    raise DataError(
+        f"{root} is not in LibriSpeech's layout: expected {LAYOUT} there, found {shown}; give the "
+        f"folder that holds subsets such as train-clean-100"
+    )
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in order; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    except OSError:
+        return []
+    return sorted(names, key=natural_order)
+
+
+def _is_subset(folder: Path) -> bool:
+    """Whether a folder looks like `subset`, in its name or in the folders it holds."""
+    if _SUBSET_NAME.fullmatch(folder.name):
+        return True
+    for speaker in _folders(folder):
+        for chapter in _folders(folder / speaker):
+            if speaker.isdigit() and chapter.isdigit():
+                return True
+            start = f"{speaker}-{chapter}-"
+            if any(name.startswith(start) for name in os.listdir(folder / speaker / chapter)):
+                return True
+    return False
+
+
+def _files_of(root: Path, subset: str, skips: _Skips) -> Iterator[AudioFile]:
+    """The audio files of one subset in order."""
+    for speaker in _folders(root / subset):
+        for chapter in _folders(root / subset / speaker):
+            folder = f"{subset}/{speaker}/{chapter}"
+            start = f"{speaker}-{chapter}-"
+            with os.scandir(root / folder) as entries:
+                audio = [e for e in entries if e.name.lower().endswith(_SUFFIXES)]
+            audio.sort(key=lambda entry: natural_order(Path(entry.name).stem.removeprefix(start)))
+            for entry in audio:
+                path = f"{folder}/{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if path_problem(path):
+                    skips.add("name that cannot be written in a manifest", path)
+                elif not entry.name.startswith(start):
+                    skips.add("name not speaker-chapter-number", path)
+                else:
+                    yield _listed(path, entry)
+
+
+def _listed(path: str, entry: os.DirEntry[str]) -> AudioFile:
+    try:
+        status = entry.stat()
+    except OSError:
+        # A link to nothing: its header will be found unreadable.
+        return AudioFile(path, -1, 0)
+    return AudioFile(path, status.st_size, status.st_mtime_ns)
+
+
+def _header(root: Path, file: AudioFile) -> int | str:
+    """Samples at 16 kHz of a file, or the reason it cannot be used."""
+    if file.size == 0:
+        return "empty"
+    try:
+        with soundfile.SoundFile(root / file.path) as sound:
+            frames, rate = int(sound.frames), int(sound.samplerate)
+    except (soundfile.SoundFileError, OSError):
+        return "unreadable"
+    if frames > _LONGEST or frames < 0:
+        return "unreadable"
+    return frames * SAMPLE_RATE // rate or "empty"
+
+
+def _read_transcripts(folder: Path) -> dict[str, str]:
+    """Transcripts of one chapter by utterance name; empty where the file is missing."""
+    name = f"{folder.parent.name}-{folder.name}.trans.txt"
+    try:
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.strip().partition(" ") for line in text.splitlines())
+    return {utterance: words.strip() for utterance, _, words in pairs if words.strip()}

@@ -1,0 +1,139 @@
+"""The report of a finished run: what was trained, by whom, and how well; Markdown and figures."""
+
+from collections import Counter
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fl_client.settings import FederationSettings
+from partitions import atomic
+from partitions.figures import save_figure
+from partitions.manifest import Manifest
+from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
+from ssl_core.checkpoint import latest
+from ssl_core.run_directory import CONFIG, METRICS, RunDirectory
+
+
+def write_report(
+    run: RunDirectory,
+    settings: FederationSettings,
+    manifest: Manifest,
+    parts: tuple[tuple[int, ...], ...],
+    held_out: tuple[str, ...],
+) -> Path:
+    """Write `report.md`, `clients.png` and `data.png` into the run directory.
+
+    Args:
+        run: a run with at least one round.
+        settings: of the run.
+        manifest: the recut corpus.
+        parts: the sequences of each client.
+        held_out: speakers kept for evaluation.
+
+    Returns:
+        The report's path.
+    """
+    rows = run.metrics()
+    owned = [sum(manifest.sequences[i].samples for i in part) / SAMPLE_RATE for part in parts]
+    trained: Counter[int] = Counter()
+    for row in rows:
+        for client in row["clients"]:
+            trained[client["key"]] += client["seconds"]
+    _plot_clients(owned, [trained[key] for key in range(len(parts))], run.path / "clients.png")
+    _plot_data(manifest, parts, run.path / "data.png")
+    last = rows[-1]
+    saved = latest(run.checkpoints)
+    skipped = {
+        name.removeprefix("skipped_").replace("_", " "): int(sum(row[name] for row in rows))
+        for name in last
+        if name.startswith("skipped_")
+    }
+    lines = [
+        f"# {settings.model}, {settings.length} crops, {settings.clients} clients",
+        "",
+        "![Training and held-out curves](curves.png)",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| rounds | {len(rows)} of {settings.rounds} |",
+        f"| clients a round | {int(last['cohort'])} of {settings.clients}, "
+        f"{settings.local_updates} updates of {settings.batch * settings.accumulation} crops each |",
+        f"| contrastive loss, training | {last['contrastive']:.4f} |",
+        f"| contrastive accuracy, training | {last['accuracy']:.4f} |",
+        f"| code perplexity, training | {last['perplexity']:.1f} |",
+    ]
+    if "held_out_loss" in last:
+        lines += [
+            f"| held-out speakers | {len(held_out)} |",
+            f"| contrastive loss, held out | {last['held_out_loss']:.4f} |",
+            f"| contrastive accuracy, held out | {last['held_out_accuracy']:.4f} |",
+            f"| code perplexity, held out | {last['held_out_perplexity']:.1f} |",
+        ]
+    lines += [
+        f"| masked share of frames | {last['masked_share']:.3f} |",
+        f"| distinct negatives of a frame | {last['distinct_negatives']:.1f} |",
+        f"| audio of all clients | {format_seconds(sum(owned))} |",
+        f"| audio trained on, repeats included | {format_seconds(sum(trained.values()))} |",
+        f"| sent to clients | {format_bytes(sum(row['bytes_sent'] for row in rows))} |",
+        f"| received from clients | {format_bytes(sum(row['bytes_received'] for row in rows))} |",
+        f"| time in rounds | {format_seconds(sum(row['round_seconds'] for row in rows))} |",
+        f"| largest client process | {format_bytes(max(row['peak_bytes'] for row in rows))} |",
+        f"| updates that failed | {int(sum(row['failures'] for row in rows))} |",
+        f"| crops skipped | {_skips(skipped)} |",
+        f"| recutting | {', '.join(manifest.describe_skips()) or 'nothing left out'}; remainder "
+        f"{format_seconds(manifest.remainder_seconds)} |",
+        "",
+        "## Audio of each client",
+        "",
+        "![Audio of each client, and how much of it was trained on](clients.png)",
+        "",
+        "## Speakers and lengths",
+        "",
+        "![Speakers of each client and lengths of sequences](data.png)",
+        "",
+        "## Files",
+        "",
+        f"- `{CONFIG}`: all settings as run",
+        f"- `{METRICS}`: one line a round; `tensorboard/`: the same for TensorBoard",
+    ]
+    if saved is not None:
+        relative = saved.relative_to(run.path)
+        lines.append(
+            f"- `{relative}`: open it with `Wav2Vec2ForPreTraining.from_pretrained` of transformers"
+        )
+    path = run.path / "report.md"
+    atomic.write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _skips(skipped: dict[str, int]) -> str:
+    found = [f"{count} {reason}" for reason, count in skipped.items() if count]
+    return ", ".join(found) or "none"
+
+
+def _plot_clients(owned: list[float], trained: list[float], path: Path) -> None:
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    axes = figure.subplots()
+    order = sorted(range(len(owned)), key=owned.__getitem__, reverse=True)
+    axes.bar(range(len(order)), [owned[i] for i in order], color="0.8", label="has")
+    axes.bar(
+        range(len(order)), [trained[i] for i in order], width=0.45, label="trained on (all rounds)"
+    )
+    axes.set_xlabel("client, by audio")
+    axes.set_ylabel("seconds of audio")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def _plot_data(manifest: Manifest, parts: tuple[tuple[int, ...], ...], path: Path) -> None:
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    speakers = [len({manifest.sequences[i].speaker for i in part}) for part in parts]
+    left.hist(speakers, bins=[n + 0.5 for n in range(max(speakers) + 1)], rwidth=0.9)
+    left.set_xlabel("speakers of a client")
+    left.set_ylabel("clients")
+    lengths = [manifest.sequences[i].samples / SAMPLE_RATE for part in parts for i in part]
+    right.hist(lengths, bins=40)
+    right.set_xlabel("seconds in a sequence")
+    right.set_ylabel("sequences")
+    save_figure(figure, path)

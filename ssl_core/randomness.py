@@ -1,0 +1,27 @@
+"""Seeded sources of chance, one for each purpose, independent of process, worker and order."""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def _words(keys: tuple[int | str, ...]) -> list[int]:
+    return [zlib.crc32(key.encode()) if isinstance(key, str) else int(key) for key in keys]
+
+
+def generator(*keys: int | str) -> np.random.Generator:
+    """A generator named by its keys, such as (seed, "draws", partition, update)."""
+    return np.random.default_rng(np.random.SeedSequence(_words(keys)))
+
+
+@contextmanager
+def torch_seed(device: torch.device, *keys: int | str) -> Iterator[None]:
+    """Seed torch's own generators by keys inside the block, and put them back after it."""
+    seed = int(np.random.SeedSequence(_words(keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

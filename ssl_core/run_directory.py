@@ -1,0 +1,111 @@
+"""The run directory: config as run, metrics, TensorBoard events, checkpoints, report."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from partitions import atomic
+from partitions.errors import DataError, UsageError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+class RunDirectory:
+    """One run on disk. Everything a run needs to go on is in here."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a run directory that exists, or is made by `create`."""
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        self._board: SummaryWriter | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: str) -> "RunDirectory":
+        """Start a new run.
+
+        Args:
+            path: new or empty.
+            config: YAML of all settings.
+
+        Raises:
+            UsageError: the directory already holds a run.
+        """
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--output {path} is a file; give a directory")
+        if path.exists() and any(path.iterdir()):
+            raise UsageError(
+                f"--output {path} is not empty: choose another, or go on with --resume {path}"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path / CONFIG, config)
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunDirectory":
+        """Open a run to go on with it.
+
+        Raises:
+            UsageError: there is no run in this directory.
+        """
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"--resume {path}: no run is there ({CONFIG} is missing)")
+        return cls(path)
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of `step` and later, which a resumed run makes again."""
+        path = self.path / METRICS
+        if path.exists():
+            rows = [row for row in self.metrics() if row["step"] < step]
+            atomic.write_text(path, "".join(_line(row) for row in rows))
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line of metrics and the same numbers to TensorBoard."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as stream:
+            stream.write(_line({"step": step, **values}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics, oldest first.
+
+        Raises:
+            DataError: a line that is not JSON, other than a last one cut short by a kill.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number == len(lines):
+                    break
+                raise DataError(f"{path}, line {number}: not JSON") from None
+        return rows
+
+    def close(self) -> None:
+        """Finish the TensorBoard file."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, sort_keys=False) + "\n"

@@ -1,0 +1,370 @@
+"""Centralised pretraining: `python -m ssl_core.train --length 5s --data DIR`."""
+
+import argparse
+import collections
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from partitions import command
+from partitions.demo_corpus import demo_corpus
+from partitions.errors import Interrupted, UsageError
+from partitions.manifest import Manifest, prepare
+from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
+from partitions.speakers import held_out_speakers
+from partitions.units import format_seconds, parse_length
+from ssl_core import checkpoint, randomness
+from ssl_core.collapse import CollapseAlarm
+from ssl_core.crops import CropBatch, Crops, ahead, describe, indices_of
+from ssl_core.devices import choose_device, choose_precision
+from ssl_core.evaluation import evaluate
+from ssl_core.figures import plot_curves
+from ssl_core.memory.plan import Plan
+from ssl_core.overrides import resolve
+from ssl_core.run_directory import CONFIG, RunDirectory
+from ssl_core.step import StepReport, TrainingStep
+from ssl_core.wav2vec2 import hf
+from ssl_core.wav2vec2.config import ModelConfig, Recipe
+from ssl_core.wav2vec2.model import PretrainingModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of a centralised run."""
+
+    data: str = ""
+    """Corpus in LibriSpeech's layout; empty is the built-in demo corpus."""
+    subset: str = ""
+    """Subsets of the corpus, separated by commas; empty is all `train-*`."""
+    length: str = "5s"
+    """Length of every crop."""
+    model: str = "base"
+    """Preset: `base` or `tiny`."""
+    checkpoint: str = ""
+    """Directory of weights to start from, this project's or transformers'; empty starts fresh."""
+    updates: int = 1000
+    """Updates of the whole run; the learning-rate schedule spans them."""
+    batch: int = 16
+    """Crops in a batch, over which one loss is taken."""
+    micro_batch: int = 0
+    """Crops in memory at a time; 0 is the whole batch. Does not change the result."""
+    accumulation: int = 1
+    """Batches in an update: batch x accumulation x length is the effective batch."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """`bf16` multiplies matrices in bfloat16 (not exact); `auto` does where the device is made for it."""
+    device: str = "auto"
+    """Torch device."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    held_out: float = 0.05
+    """Share of speakers kept for validation."""
+    eval_crops: int = 32
+    """Held-out crops to evaluate on; 0 does not evaluate."""
+    eval_every: int = 50
+    """Updates between evaluations."""
+    save_every: int = 200
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Seeds everything: weights, crops, masks, dropout."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    output: str = ""
+    """Run directory; empty makes one under `runs/`."""
+    resume: str = ""
+    """Run directory to go on with (its own settings are used)."""
+    set: str = ""
+    """Single settings of recipe and model: `recipe.learning-rate=1e-3 model.layerdrop=0`."""
+
+    def validate(self) -> None:
+        """Check values and that they fit together.
+
+        Raises:
+            UsageError: what is wrong.
+        """
+        for name in ("updates", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"{option} must be at least 1, not {getattr(self, name)}")
+        if self.eval_crops < 0 or self.seed < 0:
+            raise UsageError("eval-crops and seed must not be below zero")
+        self.resolved_plan()
+
+    @property
+    def seconds(self) -> float:
+        """The crop length in seconds."""
+        return parse_length(self.length)
+
+    def model_and_recipe(self) -> tuple[ModelConfig, Recipe]:
+        """The architecture and recipe."""
+        return resolve(self.model, self.set)
+
+    def resolved_plan(self) -> Plan:
+        """How this machine takes a step."""
+        device = choose_device(self.device)
+        plan = Plan(
+            length=self.seconds,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            precision=choose_precision(self.precision, device),
+            device=device,
+            threads=self.threads,
+        )
+        config, recipe = self.model_and_recipe()
+        plan.validate(config, recipe)
+        return plan
+
+
+def parse(arguments: Sequence[str] | None) -> TrainSettings:
+    """The settings, from options, `--config` or the run that `--resume` names.
+
+    Raises:
+        UsageError: an unknown setting or a bad value.
+    """
+    parser = command.Parser(
+        prog="python -m ssl_core.train",
+        description=__doc__,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of any of the options below")
+    add_options(parser, TrainSettings)
+    given = vars(parser.parse_args(arguments))
+    config = given.pop("config")
+    values = from_texts(TrainSettings, given)
+    if config is not None:
+        listed = {str(key).replace("-", "_"): value for key, value in read_yaml(config).items()}
+        from_mapping(TrainSettings, listed, str(config))
+        values = listed | values
+    if values.get("resume"):
+        path = Path(values["resume"])
+        RunDirectory.reopen(path)
+        stored = from_mapping(TrainSettings, read_yaml(path / CONFIG), str(path / CONFIG))
+        changed = [
+            name
+            for name, value in values.items()
+            if name not in ("resume", "keep") and value != getattr(stored, name)
+        ]
+        if changed:
+            raise UsageError(
+                f"--resume {path}: --{changed[0].replace('_', '-')} was "
+                f"{getattr(stored, changed[0])!r} in that run"
+            )
+        values = dataclasses.asdict(stored) | values
+    return from_mapping(TrainSettings, values, "options")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    settings = parse(arguments)
+    plan = settings.resolved_plan()
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    root = Path(settings.data) if settings.data else demo_corpus()
+    print(describe(root, not settings.data))
+    subsets = tuple(name.strip() for name in settings.subset.split(",") if name.strip())
+    manifest = prepare(root, subsets, settings.seconds, progress=True)
+    for line in manifest.describe_skips():
+        print(f"left out: {line}")
+    excluded = held_out_speakers(manifest, settings.held_out, settings.seed)
+    train, held = _crops(manifest, excluded, settings, plan)
+    print(
+        f"{len(train.indices)} sequences of about {settings.length} to train on, "
+        f"{len(excluded)} speakers held out"
+    )
+    if settings.resume:
+        run = RunDirectory.reopen(Path(settings.resume).resolve())
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        output = settings.output or f"runs/{stamp}-central-{settings.model}-{settings.length}"
+        run = RunDirectory.create(Path(output).resolve(), to_yaml(settings))
+    print(
+        f"{settings.updates} updates of {plan.crops} crops, "
+        f"{format_seconds(plan.crops * plan.length)} of audio each ({plan.precision}, "
+        f"{plan.device}); run directory {run.path}",
+        flush=True,
+    )
+    Trainer(settings, plan, run, train, held).run()
+    print(f"checkpoint: {checkpoint.latest(run.checkpoints)}")
+    print(run.path)
+    return 0
+
+
+def _crops(
+    manifest: Manifest, excluded: tuple[str, ...], settings: TrainSettings, plan: Plan
+) -> tuple[Crops, CropBatch | None]:
+    train = indices_of(manifest, set(manifest.speakers) - set(excluded))
+    held = None
+    if excluded and settings.eval_crops:
+        crops = Crops(manifest, indices_of(manifest, excluded), plan.samples, settings.seed)
+        held = crops.fixed(settings.eval_crops)
+    return Crops(manifest, train, plan.samples, settings.seed), held
+
+
+class Trainer:
+    """A centralised run: the training step on all speakers that are not held out."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        plan: Plan,
+        run: RunDirectory,
+        train: Crops,
+        held: CropBatch | None,
+    ) -> None:
+        """Begin, or go on from the run's newest checkpoint."""
+        self.settings, self.plan, self.directory = settings, plan, run
+        self.train, self.held = train, held
+        config, recipe = settings.model_and_recipe()
+        with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
+            model = PretrainingModel(config)
+        saved = checkpoint.latest(run.checkpoints)
+        self.first = 0
+        moments: dict[str, torch.Tensor] = {}
+        if saved is not None:
+            loaded = checkpoint.load(saved)
+            hf.load_into(model, loaded.weights, str(saved))
+            self.first, moments = int(loaded.state["next_update"]), loaded.extra
+        elif settings.checkpoint:
+            path = Path(settings.checkpoint)
+            hf.load_into(model, hf.load_weights(path), str(path))
+        self.step = TrainingStep(
+            model, recipe, plan, seed=settings.seed, total_updates=settings.updates
+        )
+        self.step.load_moments(moments)
+        self.alarm = CollapseAlarm(config)
+        self.console = Console(stderr=True)
+        self.skips: collections.Counter[str] = collections.Counter()
+        if saved is not None or settings.resume:
+            self.directory.rewind(self.first + 1)
+            self.console.print(f"going on at update {self.first + 1} of {settings.updates}")
+
+    def _updates(self) -> Iterator[tuple[int, list[CropBatch]]]:
+        plan = self.plan
+        for number in range(self.first, self.settings.updates):
+            start = number * plan.crops
+            yield (
+                number,
+                [
+                    self.train.batch(start + part * plan.batch, plan.batch)
+                    for part in range(plan.accumulation)
+                ],
+            )
+
+    def run(self) -> None:
+        """Take all updates that are left.
+
+        Raises:
+            Interrupted: stopped by the user, after a checkpoint.
+        """
+        stopped = False
+
+        def stop(*_: Any) -> None:
+            nonlocal stopped
+            if stopped:
+                raise KeyboardInterrupt
+            stopped = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        try:
+            with Progress(
+                *columns, console=self.console, disable=not sys.stderr.isatty()
+            ) as progress:
+                bar = progress.add_task(
+                    "updates", total=self.settings.updates, completed=self.first
+                )
+                for number, batches in ahead(self._updates()):
+                    started = time.monotonic()
+                    for batch in batches:
+                        self.skips.update(batch.skips)
+                    report = self.step.update([batch.waveforms for batch in batches], number)
+                    self._after(report, time.monotonic() - started, stopped)
+                    progress.advance(bar)
+                    if stopped:
+                        raise Interrupted(
+                            f"interrupted after update {number + 1}; go on with "
+                            f"--resume {self.directory.path}"
+                        )
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.directory.close()
+        rows = self.directory.metrics()
+        if rows:
+            plot_curves(
+                {"central": rows},
+                self.directory.path / "curves.png",
+                negatives=self.step.model.config.num_negatives,
+            )
+
+    def _after(self, report: StepReport, seconds: float, stopped: bool) -> None:
+        settings, done = self.settings, report.update + 1
+        last = done == settings.updates
+        row: dict[str, Any] = {"updates_done": done, **report.metrics(), "step_seconds": seconds}
+        row["crops_skipped"] = sum(self.skips.values())
+        if self.held is not None and (last or done % settings.eval_every == 0):
+            held = evaluate(
+                self.step.model,
+                self.held,
+                chunk=self.plan.chunk,
+                device=self.step.device,
+                seed=settings.seed,
+                precision=self.plan.precision,
+            )
+            row |= {
+                "held_out_loss": held.loss,
+                "held_out_accuracy": held.accuracy,
+                "held_out_perplexity": held.perplexity,
+            }
+            self.console.print(
+                f"update {done}/{settings.updates}  loss {report.contrastive:.3f}  accuracy "
+                f"{report.accuracy:.3f}  perplexity {report.perplexity:.0f}  | held out: loss "
+                f"{held.loss:.3f}  accuracy {held.accuracy:.3f}  perplexity {held.perplexity:.0f}"
+                f"  | {seconds:.2f} s an update"
+                + (f", {row['crops_skipped']} crops skipped" if row["crops_skipped"] else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+        self.directory.log(done, row)
+        warning = self.alarm.check(
+            done,
+            contrastive=report.contrastive,
+            accuracy=report.accuracy,
+            perplexity=report.perplexity,
+        )
+        if warning:
+            self.console.print(warning, style="yellow")
+        if last or stopped or done % settings.save_every == 0:
+            checkpoint.save(
+                self.directory.checkpoints / f"update-{done:07d}",
+                self.step.model.config,
+                self.step.model.state_dict(),
+                state={"next_update": done, "updates": settings.updates, "seed": settings.seed},
+                extra=self.step.moments(),
+            )
+            checkpoint.prune(self.directory.checkpoints, settings.keep)
+
+
+if __name__ == "__main__":
+    command.run(main)

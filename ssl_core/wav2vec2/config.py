@@ -1,0 +1,209 @@
+"""The architecture and the pretraining recipe, with the presets `base` and `tiny`."""
+
+import dataclasses
+from typing import Any, Literal
+
+from partitions.command import nearest
+from partitions.errors import DataError, UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of wav2vec 2.0; field names and defaults as in transformers' `Wav2Vec2Config`.
+
+    Dropout rates are those of the original base recipe (fairseq
+    `wav2vec2_base_librispeech.yaml`), which transformers' defaults are not.
+    """
+
+    conv_dim: tuple[int, ...] = (512,) * 7
+    """Channels of each convolution of the feature extractor."""
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    """Taps of each convolution; the first works on samples."""
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    """Strides; their product, 320 samples, is the 20 ms between frames."""
+    conv_bias: bool = False
+    feat_extract_norm: Literal["group", "layer"] = "group"
+    """`group`: normalise layer 0 over time, per channel (base); `layer`: every layer over channels."""
+    do_stable_layer_norm: bool = False
+    """Layer norm before (True) or after (False, base) attention and feed-forward."""
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    num_conv_pos_embeddings: int = 128
+    """Taps of the convolution that gives positions."""
+    num_conv_pos_embedding_groups: int = 16
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    attention_dropout: float = 0.1
+    feat_proj_dropout: float = 0.1
+    """On the projected features (fairseq `dropout_input`)."""
+    feat_quantizer_dropout: float = 0.1
+    """On the features that are quantised (fairseq `dropout_features`)."""
+    layerdrop: float = 0.05
+    """Chance that a transformer layer is skipped for a whole micro-batch."""
+    num_codevector_groups: int = 2
+    num_codevectors_per_group: int = 320
+    codevector_dim: int = 256
+    proj_codevector_dim: int = 256
+    num_negatives: int = 100
+    contrastive_logits_temperature: float = 0.1
+    diversity_loss_weight: float = 0.1
+    mask_time_prob: float = 0.65
+    """Share of frames covered by spans before overlap (fairseq `mask_prob`)."""
+    mask_time_length: int = 10
+    """Frames in a masked span."""
+    mask_time_min_masks: int = 2
+    """Least number of spans in a crop."""
+    initializer_range: float = 0.02
+    """Standard deviation of the transformer's initial weights (BERT)."""
+
+    def validate(self) -> None:
+        """Check that the parts fit together.
+
+        Raises:
+            UsageError: an impossible combination; the message names the fields.
+        """
+        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) > 0:
+            raise UsageError("conv_dim, conv_kernel and conv_stride must have the same length")
+        if self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_size % self.num_conv_pos_embedding_groups:
+            raise UsageError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_conv_pos_embedding_groups {self.num_conv_pos_embedding_groups}"
+            )
+        if self.codevector_dim % self.num_codevector_groups:
+            raise UsageError("codevector_dim is not a multiple of num_codevector_groups")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
+                raise UsageError(f"{field.name} must be in [0, 1), not {value}")
+        if not 0 < self.mask_time_prob <= 1:
+            raise UsageError(f"mask_time_prob must be in (0, 1], not {self.mask_time_prob}")
+
+    def frames(self, samples: int) -> int:
+        """Frames that the feature extractor makes of a waveform of so many samples."""
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
+
+    def to_hf(self) -> dict[str, Any]:
+        """The mapping that transformers reads as `config.json`."""
+        values = dataclasses.asdict(self)
+        return {
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+            "architectures": ["Wav2Vec2ForPreTraining"],
+            "model_type": "wav2vec2",
+            "num_feat_extract_layers": len(self.conv_dim),
+            "feat_extract_activation": "gelu",
+            "hidden_act": "gelu",
+            "final_dropout": 0.0,
+            "mask_feature_prob": 0.0,
+            "torch_dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], where: str) -> "ModelConfig":
+        """Read transformers' `config.json`; `where` names it in errors.
+
+        Raises:
+            DataError: not a wav2vec 2.0, or a part of it that is not supported here.
+        """
+        if values.get("model_type") != "wav2vec2":
+            raise DataError(f"{where}: model_type is '{values.get('model_type')}', not wav2vec2")
+        for key in ("feat_extract_activation", "hidden_act"):
+            if values.get(key, "gelu") != "gelu":
+                raise DataError(f"{where}: {key} '{values[key]}' is not supported, only gelu")
+        if values.get("add_adapter"):
+            raise DataError(f"{where}: adapters (add_adapter) are not supported")
+        names = {field.name for field in dataclasses.fields(cls)}
+        chosen = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if key in names
+        }
+        config = cls(**chosen)
+        try:
+            config.validate()
+        except UsageError as error:
+            raise DataError(f"{where}: {error}") from None
+        return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What of the original base recipe is not architecture (fairseq, `wav2vec2_base_librispeech`)."""
+
+    learning_rate: float = 5e-4
+    """Peak of Adam's rate. The paper's "6 x 10^4" is read as 6e-4; the original used 5e-4."""
+    warmup: float = 0.08
+    """Share of all updates in which the rate rises linearly (32 of 400 thousand)."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    """Decoupled, as in AdamW."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 is none, as in the original."""
+    gumbel_start: float = 2.0
+    gumbel_end: float = 0.5
+    gumbel_decay: float = 0.999995
+    """The Gumbel temperature is max(end, start * decay ** global update)."""
+    feature_grad_scale: float = 0.1
+    """Multiplies the gradient that reaches the feature extractor (`feature_grad_mult`)."""
+    feature_penalty_weight: float = 10.0
+    """Weight of the mean square of the extractor's output, times the masked frames."""
+    negative_pool: Literal["utterance", "batch"] = "utterance"
+    """Where negatives come from: masked frames of the same crop, or of every crop of the batch."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        if self.learning_rate <= 0:
+            raise UsageError(f"learning-rate must be above zero, not {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup is a share of all updates in [0, 1), not {self.warmup}")
+        if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
+            raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
+        if min(self.weight_decay, self.clip_norm, self.feature_penalty_weight) < 0:
+            raise UsageError("weight-decay, clip-norm and feature-penalty-weight are not below zero")
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "base": ModelConfig(),
+    "tiny": ModelConfig(
+        conv_dim=(32, 64, 64, 96, 128, 128, 128),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        num_conv_pos_embeddings=64,
+        codevector_dim=128,
+        proj_codevector_dim=128,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        feat_proj_dropout=0.0,
+        feat_quantizer_dropout=0.0,
+        layerdrop=0.0,
+    ),
+}
+"""`base`: the paper's, 95.04 M parameters. `tiny`: 2.4 M, for laptops, tests and first tries."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The named architecture.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"no model '{name}': choose from {', '.join(PRESETS)}{nearest(name, list(PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,191 @@
+"""wav2vec 2.0 for pretraining, put together; parameter names as in `Wav2Vec2ForPreTraining`."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_core.wav2vec2 import context
+from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
+from ssl_core.wav2vec2.features import FeatureExtractor
+from ssl_core.wav2vec2.masking import masked_count, sample_masks
+from ssl_core.wav2vec2.quantizer import Quantizer
+
+
+class Draws(NamedTuple):
+    """Everything that chance decides in a step, dropout inside the transformer apart.
+
+    Drawn for a whole batch and cut for micro-batches, so that how a batch is split does not
+    change what is masked, compared or dropped.
+    """
+
+    masked: Tensor
+    """`[batch, masked]` int64: masked frames, ascending, as many in every crop."""
+    multiplicity: Tensor
+    """`[pool, masked of the pool, masked of the pool]`: see `sample_negatives`."""
+    noise: Tensor | None
+    """`[batch, masked, group, entry]` standard Gumbel noise; None in evaluation."""
+    feature_keep: Tensor | None
+    """`[batch, masked, channel]`: 0, or 1 / (1 - rate), for the frames to be quantised; or None."""
+    layer_keep: tuple[bool, ...] | None
+    """Which transformer layers run (layerdrop); None for all."""
+
+    def rows(self, first: int, last: int) -> "Draws":
+        """The draws of crops `first` to `last` (excluded); negatives must come from the same crop."""
+        return Draws(
+            self.masked[first:last],
+            self.multiplicity[first:last],
+            None if self.noise is None else self.noise[first:last],
+            None if self.feature_keep is None else self.feature_keep[first:last],
+            self.layer_keep,
+        )
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same draws on another device."""
+        move = [None if part is None else part.to(device) for part in self[:4]]
+        return Draws(*move, self.layer_keep)  # type: ignore[arg-type]
+
+
+def draw(
+    config: ModelConfig,
+    batch: int,
+    samples: int,
+    rng: np.random.Generator,
+    *,
+    pool: str = "utterance",
+    training: bool = True,
+) -> Draws:
+    """Draw masks, negatives, Gumbel noise, feature dropout and layerdrop for a batch of crops.
+
+    Args:
+        config: the architecture with its rates.
+        batch: crops.
+        samples: samples in each crop.
+        rng: seeded by the caller from (seed, partition, global update).
+        pool: negatives from the same `utterance` or the whole `batch`.
+        training: without it there is no noise and no dropout.
+    """
+    frames = config.frames(samples)
+    masked = torch.from_numpy(sample_masks(config, batch, frames, rng))
+    count = masked_count(config, frames)
+    pools, pool_size = (1, batch * count) if pool == "batch" else (batch, count)
+    negatives = sample_negatives(pools, pool_size, config.num_negatives, rng)
+    if not training:
+        return Draws(masked, torch.from_numpy(negatives), None, None, None)
+    codes = (batch, count, config.num_codevector_groups, config.num_codevectors_per_group)
+    uniform = rng.random(codes, dtype=np.float32)
+    np.clip(uniform, np.finfo(np.float32).tiny, 1 - 2**-24, out=uniform)
+    noise = torch.from_numpy(-np.log(-np.log(uniform)))
+    keep = None
+    if config.feat_quantizer_dropout:
+        kept = rng.random((batch, count, config.conv_dim[-1]), dtype=np.float32)
+        scale = np.float32(1 / (1 - config.feat_quantizer_dropout))
+        keep = torch.from_numpy((kept >= config.feat_quantizer_dropout) * scale)
+    layers = tuple(bool(x) for x in rng.random(config.num_hidden_layers) >= config.layerdrop)
+    return Draws(masked, torch.from_numpy(negatives), noise, keep, layers)
+
+
+class LossParts(NamedTuple):
+    """Sums over the crops given, so that parts of micro-batches add up."""
+
+    contrastive: Tensor
+    """Nats, summed over masked frames."""
+    penalty: Tensor
+    """Mean square of the extractor's output, times the masked frames."""
+    probabilities: Tensor
+    """`[group, entry]`: code probabilities summed over masked frames."""
+    correct: Tensor
+    """Masked frames whose code was found."""
+
+
+class Backbone(nn.Module):
+    """What downstream tasks use: extractor, projection and transformer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
+        self.feature_extractor = FeatureExtractor(config)
+        self.feature_projection = context.FeatureProjection(config)
+        self.encoder = context.Encoder(config)
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Hidden states of unpadded waveforms: `[batch, sample]` to `[batch, frame, hidden]`."""
+        hidden, _ = self.feature_projection(self.feature_extractor(waveforms))
+        return self.encoder(hidden)  # type: ignore[no-any-return]
+
+
+class PretrainingModel(nn.Module):
+    """wav2vec 2.0 with the quantiser and the two projections of pretraining."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build with initial weights drawn from torch's global generator."""
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.wav2vec2 = Backbone(config)
+        self.quantizer = Quantizer(config)
+        self.project_hid = nn.Linear(config.hidden_size, config.proj_codevector_dim)
+        self.project_q = nn.Linear(config.codevector_dim, config.proj_codevector_dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        context.initialise(self.wav2vec2.encoder, self.config)
+        for layer in self.wav2vec2.feature_extractor.conv_layers:
+            nn.init.kaiming_normal_(layer.conv.weight)
+        projection = self.wav2vec2.feature_projection.projection
+        bound = math.sqrt(1 / projection.in_features)
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.uniform_(projection.bias, -bound, bound)
+        nn.init.uniform_(self.wav2vec2.masked_spec_embed)
+        nn.init.uniform_(self.quantizer.codevectors)
+        nn.init.normal_(self.quantizer.weight_proj.weight)
+        nn.init.zeros_(self.quantizer.weight_proj.bias)
+
+    def features(self, waveforms: Tensor) -> Tensor:
+        """The extractor's output: `[batch, sample]` to `[batch, frame, channel]`."""
+        return self.wav2vec2.feature_extractor(waveforms)  # type: ignore[no-any-return]
+
+    def _masked_frames(self, normalised: Tensor, draws: Draws) -> Tensor:
+        index = draws.masked[:, :, None].expand(-1, -1, normalised.shape[2])
+        frames = normalised.gather(1, index)
+        return frames if draws.feature_keep is None else frames * draws.feature_keep
+
+    def code_probabilities(self, features: Tensor, draws: Draws) -> Tensor:
+        """Code probabilities summed over masked frames, `[group, entry]`, and nothing else."""
+        normalised = self.wav2vec2.feature_projection.layer_norm(features)
+        logits = self.quantizer.logits(self._masked_frames(normalised, draws))
+        return torch.softmax(logits, dim=-1).sum((0, 1))
+
+    def loss_parts(self, features: Tensor, draws: Draws, temperature: float) -> LossParts:
+        """The parts of the pretraining loss.
+
+        Args:
+            features: `[batch, frame, channel]` from `features`.
+            draws: what chance decided for these crops.
+            temperature: of the Gumbel softmax.
+        """
+        penalty = features.float().square().mean() * draws.masked.numel()
+        hidden, normalised = self.wav2vec2.feature_projection(features)
+        is_masked = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        is_masked = is_masked.scatter(1, draws.masked, True)
+        embedding = self.wav2vec2.masked_spec_embed.to(hidden.dtype)
+        hidden = torch.where(is_masked[:, :, None], embedding, hidden)
+        hidden = self.wav2vec2.encoder(hidden, draws.layer_keep)
+        index = draws.masked[:, :, None].expand(-1, -1, hidden.shape[2])
+        predictions = self.project_hid(hidden.gather(1, index))
+
+        frames = self._masked_frames(normalised, draws)
+        quantized = self.quantizer(frames, draws.noise, temperature)
+        targets = self.project_q(quantized.vectors)
+        pools = draws.multiplicity.shape[:2]
+        contrast = contrastive_loss(
+            predictions.reshape(*pools, -1),
+            targets.reshape(*pools, -1),
+            quantized.codes.reshape(pools),
+            draws.multiplicity,
+            self.config.contrastive_logits_temperature,
+        )
+        return LossParts(contrast.loss, penalty, quantized.probabilities, contrast.correct)

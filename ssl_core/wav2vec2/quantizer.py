@@ -1,0 +1,76 @@
+"""The quantiser: masked frames become entries of a product codebook, chosen with Gumbel noise."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssl_core.wav2vec2.config import ModelConfig
+
+
+class Quantized(NamedTuple):
+    """What the quantiser makes of `[batch, masked, channel]` frames."""
+
+    vectors: Tensor
+    """`[batch, masked, codevector_dim]`."""
+    codes: Tensor
+    """`[batch, masked]`: one integer a frame; equal integers are equal vectors."""
+    probabilities: Tensor
+    """`[group, entry]`: softmax of the logits, without noise, summed over all frames given."""
+
+
+class Quantizer(nn.Module):
+    """Product quantisation with a straight-through Gumbel softmax (wav2vec 2.0, section 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.groups = config.num_codevector_groups
+        self.entries = config.num_codevectors_per_group
+        width = config.codevector_dim // self.groups
+        self.codevectors = nn.Parameter(torch.empty(1, self.groups * self.entries, width))
+        self.weight_proj = nn.Linear(config.conv_dim[-1], self.groups * self.entries)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """`[batch, masked, channel]` to float `[batch, masked, group, entry]`."""
+        return self.weight_proj(frames).float().unflatten(-1, (self.groups, self.entries))  # type: ignore[no-any-return]
+
+    def forward(self, frames: Tensor, noise: Tensor | None, temperature: float) -> Quantized:
+        """Quantise.
+
+        Args:
+            frames: `[batch, masked, channel]`.
+            noise: standard Gumbel noise `[batch, masked, group, entry]`; None takes the likeliest
+                entry, as in evaluation.
+            temperature: of the softmax that the gradient goes through.
+        """
+        logits = self.logits(frames)
+        probabilities = torch.softmax(logits, dim=-1).sum((0, 1))
+        if noise is None:
+            choice = logits.argmax(-1)
+            weights = torch.zeros_like(logits).scatter(-1, choice[..., None], 1.0)
+        else:
+            soft = torch.softmax((logits + noise) / temperature, dim=-1)
+            choice = soft.argmax(-1)
+            hard = torch.zeros_like(soft).scatter(-1, choice[..., None], 1.0)
+            weights = hard - soft.detach() + soft
+        book = self.codevectors.view(self.groups, self.entries, -1)
+        vectors = torch.einsum("bmgv,gvd->bmgd", weights, book).flatten(2)
+        codes = choice[..., 0]
+        for group in range(1, self.groups):
+            codes = codes * self.entries + choice[..., group]
+        return Quantized(vectors, codes, probabilities)
+
+
+def perplexity(probabilities: Tensor) -> Tensor:
+    """Effective number of entries in use, summed over groups: between 1 a group and all of them.
+
+    `probabilities`: `[group, entry]`, each group summing to 1 (wav2vec 2.0, equation 4).
+    """
+    entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
+    return entropy.exp().sum()
+
+
+def diversity_loss(probabilities: Tensor) -> Tensor:
+    """Share of the codebook that is not used, in [0, 1): (G V - perplexity) / (G V)."""
+    total = probabilities.numel()
+    return (total - perplexity(probabilities)) / total

@@ -1,0 +1,64 @@
+"""Small corpora in LibriSpeech's layout, made by the tests themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+Writer = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An empty folder for a corpus."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def write(root: Path) -> Writer:
+    """Write one utterance of noise: `write("train-a", 7, 1, 0, samples=16000)`."""
+
+    def writer(
+        subset: str,
+        speaker: object,
+        chapter: object,
+        number: int,
+        *,
+        samples: int = 16000,
+        rate: int = 16000,
+        channels: int = 1,
+        suffix: str = "flac",
+        words: str | None = None,
+    ) -> Path:
+        folder = root / subset / str(speaker) / str(chapter)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{speaker}-{chapter}-{number:04d}"
+        noise = np.random.default_rng(number).uniform(-0.5, 0.5, (samples, channels))
+        soundfile.write(folder / f"{name}.{suffix}", noise, rate, subtype="PCM_16")
+        if words is not None:
+            with open(folder / f"{speaker}-{chapter}.trans.txt", "a", encoding="utf-8") as stream:
+                stream.write(f"{name} {words}\n")
+        return folder / f"{name}.{suffix}"
+
+    return writer
+
+
+@pytest.fixture(scope="session")
+def librispeech() -> Path:
+    """Recordings of the real LibriSpeech that lie beside the checkout."""
+    folder = Path(__file__).parents[2].parent / "shared" / "data" / "LibriSpeech"
+    if not folder.is_dir():
+        pytest.skip("no real LibriSpeech in ../shared/data")
+    return folder
