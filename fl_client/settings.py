@@ -18,7 +18,7 @@ class FederationSettings:
     """What server and clients agree on. Scalars only, as Flower's run config needs."""
 
     data: str = ""
-    """Corpus in LibriSpeech's layout; empty is the built-in demo corpus. A device may have its own."""
+    """Corpus in LibriSpeech's layout; empty is the demo corpus. A device may have its own."""
     subset: str = ""
     """Subsets of the corpus, separated by commas; empty is all `train-*`."""
     length: str = "5s"
@@ -42,13 +42,13 @@ class FederationSettings:
     accumulation: int = 1
     """Batches in an update."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """`bf16` multiplies matrices in bfloat16 (not exact); `auto` does where the device is made for it."""
+    """`bf16`: matrix products in bfloat16 (not exact); `auto`: where the device is made for it."""
     device: str = "auto"
     """Torch device that clients train on and the server evaluates on."""
     threads: int = 1
     """CPU threads of a client's step. Part of the result's last bits, so not tied to --workers."""
     partition: Literal["speaker", "iid", "skewed"] = "speaker"
-    """How speech is divided: whole speakers, evenly at random, or at random with skewed durations."""
+    """How speech is divided: whole speakers, evenly at random, or with skewed durations."""
     held_out: float = 0.05
     """Share of speakers kept from every client for evaluation."""
     eval_crops: int = 32
@@ -80,9 +80,18 @@ class FederationSettings:
         Raises:
             UsageError: what is wrong.
         """
-        for name in ("rounds", "clients", "clients_per_round", "local_updates", "min_clients", "keep"):
+        for name in (
+            "rounds",
+            "clients",
+            "clients_per_round",
+            "local_updates",
+            "min_clients",
+            "keep",
+        ):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                raise UsageError(
+                    f"{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}"
+                )
         if not 0 <= self.held_out < 1:
             raise UsageError(f"held-out is a share of speakers in [0, 1), not {self.held_out}")
         if self.eval_crops < 0 or self.seed < 0:

@@ -23,11 +23,13 @@ def view(array: Array) -> npt.NDArray[Any]:
     """
     try:
         stream = io.BytesIO(memoryview(array.data)[:4096])
-        major, _ = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        major, _ = np.lib.format.read_magic(stream)
         reader = (
-            np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            np.lib.format.read_array_header_1_0
+            if major == 1
+            else np.lib.format.read_array_header_2_0
         )
-        shape, fortran, dtype = reader(stream)  # type: ignore[no-untyped-call]
+        shape, fortran, dtype = reader(stream)
         if dtype.hasobject or fortran:
             raise ValueError("not a plain array")
         count = int(np.prod(shape, dtype=np.int64))

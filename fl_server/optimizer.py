@@ -1,4 +1,4 @@
-"""How the server applies a round's mean update (Reddi et al. 2021, Adaptive Federated Optimization)."""
+"""How the server applies a round's mean update (Adaptive Federated Optimization, Reddi 2021)."""
 
 from collections.abc import Iterable
 

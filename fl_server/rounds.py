@@ -4,7 +4,6 @@ It talks to a Flower Grid and nothing else, so it runs unchanged over a SuperLin
 simulation and Ray.
 """
 
-import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -118,7 +117,9 @@ def find_clients(
         clients = _without_doubles(known, say)
         if len(clients) >= settings.min_clients:
             return clients
-        if time.monotonic() > end or (problems and not new and len(problems) >= settings.min_clients):
+        if time.monotonic() > end or (
+            problems and not new and len(problems) >= settings.min_clients
+        ):
             listed = "; ".join(sorted(set(problems.values()))) or "none has connected"
             raise RoundFailed(
                 f"{len(clients)} clients are ready, {settings.min_clients} are needed: {listed}"
@@ -203,15 +204,14 @@ class Federation:
         fold = Fold({name: tuple(value.shape) for name, value in self.weights.items()})
         folded: dict[int, dict[str, float]] = {}
         failures: list[str] = []
-        received, done = 0, 0
-        for reply in _replies(grid, messages, None):
+        received = 0
+        for done, reply in enumerate(_replies(grid, messages, None), 1):
             client = by_node[reply.metadata.src_node_id]
             try:
                 received += self._fold(fold, reply, folded, client.key)
             except (ProtocolError, RejectedUpdate) as error:
                 failures.append(f"client {client.key}: {error}")
             del reply
-            done += 1
             replied(done, len(cohort))
         if fold.count < min(settings.min_clients, len(cohort)):
             listed = "; ".join(sorted(failures)[:5])
@@ -231,9 +231,7 @@ class Federation:
         return RoundResult(number, metrics, tuple(values), tuple(sorted(failures)))
 
     @staticmethod
-    def _fold(
-        fold: Fold, reply: Message, folded: dict[int, dict[str, float]], key: int
-    ) -> int:
+    def _fold(fold: Fold, reply: Message, folded: dict[int, dict[str, float]], key: int) -> int:
         if reply.has_error():
             raise ProtocolError(_reason(reply))
         metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
@@ -289,4 +287,3 @@ def to_contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         name: value.detach().to("cpu", torch.float32).clone().contiguous()
         for name, value in weights.items()
     }
-

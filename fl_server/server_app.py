@@ -1,7 +1,6 @@
 """Flower's ServerApp: opens the run directory, runs the rounds, evaluates and saves after each."""
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,13 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fl_client.local_data import held_out, load_manifest
 from fl_client.settings import FederationSettings
 from fl_server.optimizer import ServerOptimizer
 from fl_server.rounds import Federation, RoundResult, find_clients, state_of
 from partitions.errors import Interrupted, UsageError
+from partitions.progress import bar_of
 from partitions.settings import from_mapping, read_yaml, to_yaml
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from ssl_core import checkpoint, randomness
@@ -76,7 +68,9 @@ def stored_settings(path: Path) -> FederationSettings:
 class Evaluator:
     """The global model on the speakers that no client hears."""
 
-    def __init__(self, model: PretrainingModel, settings: FederationSettings, manifest: str) -> None:
+    def __init__(
+        self, model: PretrainingModel, settings: FederationSettings, manifest: str
+    ) -> None:
         """Decode the held-out crops once.
 
         Raises:
@@ -149,16 +143,8 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     clients = find_clients(grid, settings, console.print)
     federation = Federation(weights, optimizer, settings)
     alarm = CollapseAlarm(config)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        with bar_of(console) as progress:
             bar = progress.add_task("clients", total=(settings.rounds - first) * min(
                 settings.clients_per_round, len(clients)))  # fmt: skip
             for number in range(first, settings.rounds):
@@ -241,7 +227,8 @@ def _line(result: RoundResult, held: Evaluation | None, settings: FederationSett
         )
     skipped = sum(int(v) for k, v in metrics.items() if k.startswith("skipped_"))
     text += (
-        f"  | {format_seconds(metrics['round_seconds'])}, sent {format_bytes(metrics['bytes_sent'])}"
+        f"  | {format_seconds(metrics['round_seconds'])}"
+        f", sent {format_bytes(metrics['bytes_sent'])}"
         f", received {format_bytes(metrics['bytes_received'])}"
     )
     if skipped:

@@ -31,6 +31,7 @@ class BadAudio(DataError):
     """
 
     def __init__(self, reason: str, path: str, detail: str) -> None:
+        """`detail` says what is wrong with the file, and what to do."""
         super().__init__(f"{path}: {detail}")
         self.reason = reason
         self.path = path

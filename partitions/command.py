@@ -18,7 +18,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults, takes no abbreviations and names the nearest option."""
+    """A parser that shows defaults, takes no abbreviations and names the nearest option."""
 
     def __init__(self, **settings: object) -> None:
         settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)

@@ -59,7 +59,8 @@ _ACCENTS = (
 _VARIANTS = words("""
 m1 f1 m2 f2 m3 f3 m4 f4 m5 f5 m6 belinda m7 linda m8 anika adam steph antonio aunty benjamin grandma
 boris steph2 robert shelby david steph3 ed klatt2 edward grandpa gustave klatt3 ian iven john klatt4
-marcelo iven2 max klatt michel edward2 iven3 miguel norbert pablo paul pedro quincy rob sandro travis victor mike2
+marcelo iven2 max klatt michel iven3 miguel norbert pablo paul pedro quincy rob sandro travis victor
+edward2 mike2
 """)
 
 

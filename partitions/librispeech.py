@@ -1,5 +1,6 @@
 """LibriSpeech on disk: finds the utterances of any subsets, their lengths and transcripts."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -225,8 +226,9 @@ def _is_subset(folder: Path) -> bool:
             if speaker.isdigit() and chapter.isdigit():
                 return True
             start = f"{speaker}-{chapter}-"
-            if any(name.startswith(start) for name in os.listdir(folder / speaker / chapter)):
-                return True
+            with contextlib.suppress(OSError):
+                if any(n.startswith(start) for n in os.listdir(folder / speaker / chapter)):
+                    return True
     return False
 
 

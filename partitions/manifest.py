@@ -14,7 +14,10 @@ from partitions.errors import DataError
 from partitions.units import SAMPLE_RATE
 
 FORMAT_VERSION = 1
-"""Written in the first line of every manifest; other versions are refused."""
+"""Written in the first line of every manifest; other versions are refused.
+
+To be raised when the format changes, or the recutting that cached manifests hold.
+"""
 
 _TITLE = "# shortwave manifest"
 _NUMBER = re.compile(r"[0-9]{1,15}")

@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: from a mapping or YAML, with unknown keys and wrong types refused."""
+"""Settings as frozen dataclasses, from a mapping, YAML or options; what is unknown is refused."""
 
 import argparse
 import ast
@@ -89,7 +89,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UsageError(f"{path}: settings must be 'name: value' lines, not a {type(loaded).__name__}")
+        raise UsageError(
+            f"{path}: settings must be 'name: value' lines, not a {type(loaded).__name__}"
+        )
     return loaded
 
 

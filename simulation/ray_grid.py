@@ -51,7 +51,7 @@ def from_buffers(buffers: Buffers) -> ArrayRecord:
     record = ArrayRecord()
     for name, (dtype, shape, stype, data) in buffers.items():
         array = Array(dtype, shape, stype, b"")
-        array.data = memoryview(data)  # type: ignore[assignment]
+        array.data = data.data
         record[name] = array
     return record
 
@@ -88,7 +88,7 @@ class Worker:
         self.app, self.run_config = app, run_config
 
     def process(self) -> int:
-        """This worker's process id."""
+        """Process id."""
         return os.getpid()
 
     def answer(self, message: Message, node: dict[str, Any], *arrays: Any) -> Letter:
@@ -211,9 +211,7 @@ class RayGrid(Grid):
             return
         done, _ = ray.wait(list(self._under_way), num_returns=1, timeout=seconds)
         if done and len(self._under_way) > 1:
-            done, _ = ray.wait(
-                list(self._under_way), num_returns=len(self._under_way), timeout=0
-            )
+            done, _ = ray.wait(list(self._under_way), num_returns=len(self._under_way), timeout=0)
         for reference in done:
             identifier, index, message = self._under_way.pop(reference)
             self._load[index] -= 1

@@ -57,7 +57,8 @@ def write_report(
         "|---|---|",
         f"| rounds | {len(rows)} of {settings.rounds} |",
         f"| clients a round | {int(last['cohort'])} of {settings.clients}, "
-        f"{settings.local_updates} updates of {settings.batch * settings.accumulation} crops each |",
+        f"{settings.local_updates} updates of "
+        f"{settings.batch * settings.accumulation} crops each |",
         f"| contrastive loss, training | {last['contrastive']:.4f} |",
         f"| contrastive accuracy, training | {last['accuracy']:.4f} |",
         f"| code perplexity, training | {last['perplexity']:.1f} |",

@@ -64,7 +64,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[FederationSettings, int, str
         help="processes that train clients, with --threads threads each; does not change the "
         "result (default: one for each CPU core, at most --clients-per-round)",
     )
-    parser.add_argument("--address", default="", help="Ray cluster to join (default: start Ray here)")
+    parser.add_argument(
+        "--address", default="", help="Ray cluster to join (default: start Ray here)"
+    )
     add_options(parser, FederationSettings, skip=_NOT_HERE)
     given = vars(parser.parse_args(arguments))
     config, workers, address = given.pop("config"), given.pop("workers"), given.pop("address")

@@ -39,7 +39,7 @@ class CollapseAlarm:
             return "diverged", "the loss is not finite: lower the learning rate or use fp32"
         if perplexity < 2 * self.groups:
             return "codebook", (
-                f"the codebook has collapsed (perplexity {perplexity:.1f}, at least {self.groups}): "
+                f"the codebook has collapsed (perplexity {perplexity:.1f}, least {self.groups}): "
                 "lower the learning rate, lengthen the warm-up or raise diversity_loss_weight"
             )
         if accuracy > 0.99:

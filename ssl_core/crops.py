@@ -39,7 +39,12 @@ class Crops:
     """
 
     def __init__(
-        self, manifest: Manifest, indices: Sequence[int], samples: int, seed: int, partition: int = 0
+        self,
+        manifest: Manifest,
+        indices: Sequence[int],
+        samples: int,
+        seed: int,
+        partition: int = 0,
     ) -> None:
         """Take the given sequences of a manifest in crops of `samples`.
 
@@ -171,6 +176,7 @@ def describe(root: Path, is_demo: bool) -> str:
     if not is_demo:
         return f"corpus: {root}"
     return (
-        "corpus: the built-in demo corpus, synthetic voices (no --data was given). For real speech: "
-        "python -m ssl_core.download --subset train-clean-100 --output DIR, then --data DIR"
+        "corpus: the built-in demo corpus, synthetic voices (no --data was given). "
+        "For real speech: python -m ssl_core.download --subset train-clean-100 --output DIR, "
+        "then --data DIR"
     )

@@ -23,7 +23,9 @@ def choose_device(name: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs")
+        raise UsageError(
+            f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs"
+        )
     return name
 
 

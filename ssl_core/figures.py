@@ -12,8 +12,14 @@ from partitions.figures import save_figure
 Rows = Sequence[Mapping[str, Any]]
 
 _PANELS = (
-    ("contrastive loss (nats)", (("contrastive", "training"), ("held_out_loss", "held-out speakers"))),
-    ("contrastive accuracy", (("accuracy", "training"), ("held_out_accuracy", "held-out speakers"))),
+    (
+        "contrastive loss (nats)",
+        (("contrastive", "training"), ("held_out_loss", "held-out speakers")),
+    ),
+    (
+        "contrastive accuracy",
+        (("accuracy", "training"), ("held_out_accuracy", "held-out speakers")),
+    ),
     ("code perplexity", (("perplexity", "training"), ("held_out_perplexity", "held-out speakers"))),
 )
 

@@ -1,4 +1,4 @@
-"""Which model and recipe a run uses: a preset with single settings changed, `recipe.learning-rate=1e-3`."""
+"""Which model and recipe a run uses: a preset with single settings changed."""
 
 import dataclasses
 import shlex

@@ -34,7 +34,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -158,7 +158,7 @@ class TrainingStep:
             with self._autocast():
                 parts = self.model.loss_parts(self._features(waveforms), draws, temperature)
             masked = draws.masked.numel()
-            (combine(parts, self.model, self.recipe, masked) / divisor).backward()  # type: ignore[no-untyped-call]
+            (combine(parts, self.model, self.recipe, masked) / divisor).backward()
         return _sums([parts], masked)
 
     def _accumulate_in_two_stages(
@@ -192,11 +192,11 @@ class TrainingStep:
                     + weight * (slope * parts.probabilities).sum()
                     + self.recipe.feature_penalty_weight * parts.penalty
                 )
-                (loss / divisor).backward()  # type: ignore[no-untyped-call]
+                (loss / divisor).backward()
             done.append(LossParts(*(part.detach() for part in parts)))
             with self._autocast():
                 features = self._features(rows)
-            features.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            features.backward(leaf.grad)
             del leaf, features
         return _sums(done, masked)
 

@@ -4,7 +4,6 @@ import argparse
 import collections
 import dataclasses
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,19 +11,12 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from partitions import command
 from partitions.demo_corpus import demo_corpus
 from partitions.errors import Interrupted, UsageError
 from partitions.manifest import Manifest, prepare
+from partitions.progress import bar_of
 from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
 from partitions.speakers import held_out_speakers
 from partitions.units import format_seconds, parse_length
@@ -66,7 +58,7 @@ class TrainSettings:
     accumulation: int = 1
     """Batches in an update: batch x accumulation x length is the effective batch."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """`bf16` multiplies matrices in bfloat16 (not exact); `auto` does where the device is made for it."""
+    """`bf16`: matrix products in bfloat16 (not exact); `auto`: where the device is made for it."""
     device: str = "auto"
     """Torch device."""
     threads: int = 0
@@ -280,18 +272,8 @@ class Trainer:
             stopped = True
 
         before = signal.signal(signal.SIGINT, stop)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
         try:
-            with Progress(
-                *columns, console=self.console, disable=not sys.stderr.isatty()
-            ) as progress:
+            with bar_of(self.console) as progress:
                 bar = progress.add_task(
                     "updates", total=self.settings.updates, completed=self.first
                 )

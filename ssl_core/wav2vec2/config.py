@@ -23,7 +23,7 @@ class ModelConfig:
     """Strides; their product, 320 samples, is the 20 ms between frames."""
     conv_bias: bool = False
     feat_extract_norm: Literal["group", "layer"] = "group"
-    """`group`: normalise layer 0 over time, per channel (base); `layer`: every layer over channels."""
+    """`group`: layer 0 over time, per channel (base); `layer`: every layer, over channels."""
     do_stable_layer_norm: bool = False
     """Layer norm before (True) or after (False, base) attention and feed-forward."""
     hidden_size: int = 768
@@ -58,6 +58,11 @@ class ModelConfig:
     """Least number of spans in a crop."""
     initializer_range: float = 0.02
     """Standard deviation of the transformer's initial weights (BERT)."""
+    initial_taps: Literal["independent", "shared"] = "independent"
+    """Initial weights of the convolutions after the first: every tap drawn for itself (the
+    original), or one draw for all taps of a filter, which makes them low-pass filters of the first
+    layer's rectified output. Neighbouring frames are then alike from the first update on and small
+    models leave chance at once; with independent taps frames begin as good as unrelated."""
 
     def validate(self) -> None:
         """Check that the parts fit together.
@@ -122,7 +127,7 @@ class ModelConfig:
         if values.get("add_adapter"):
             raise DataError(f"{where}: adapters (add_adapter) are not supported")
         names = {field.name for field in dataclasses.fields(cls)}
-        chosen = {
+        chosen: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
             if key in names
@@ -137,7 +142,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What of the original base recipe is not architecture (fairseq, `wav2vec2_base_librispeech`)."""
+    """What of the original base recipe (fairseq) is not architecture."""
 
     learning_rate: float = 5e-4
     """Peak of Adam's rate. The paper's "6 x 10^4" is read as 6e-4; the original used 5e-4."""
@@ -174,7 +179,9 @@ class Recipe:
         if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
             raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
         if min(self.weight_decay, self.clip_norm, self.feature_penalty_weight) < 0:
-            raise UsageError("weight-decay, clip-norm and feature-penalty-weight are not below zero")
+            raise UsageError(
+                "weight-decay, clip-norm and feature-penalty-weight are not below zero"
+            )
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -193,6 +200,7 @@ PRESETS: dict[str, ModelConfig] = {
         feat_proj_dropout=0.0,
         feat_quantizer_dropout=0.0,
         layerdrop=0.0,
+        initial_taps="shared",
     ),
 }
 """`base`: the paper's, 95.04 M parameters. `tiny`: 2.4 M, for laptops, tests and first tries."""
@@ -205,5 +213,7 @@ def preset(name: str) -> ModelConfig:
         UsageError: no such preset.
     """
     if name not in PRESETS:
-        raise UsageError(f"no model '{name}': choose from {', '.join(PRESETS)}{nearest(name, list(PRESETS))}")
+        raise UsageError(
+            f"no model '{name}': choose from {', '.join(PRESETS)}{nearest(name, list(PRESETS))}"
+        )
     return PRESETS[name]

@@ -38,7 +38,7 @@ class PositionalConvolution(nn.Module):
             padding=taps // 2,
             groups=config.num_conv_pos_embedding_groups,
         )
-        self.conv = parametrizations.weight_norm(conv, dim=2)
+        self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
         self.extra = 1 - taps % 2  # an even number of taps gives one frame too many
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
         hidden = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
-        return self.output_dense(hidden)  # type: ignore[no-any-return]
+        return self.output_dense(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -103,9 +103,9 @@ class EncoderLayer(nn.Module):
         """`[batch, frame, hidden]` to the same."""
         if self.stable:
             x = x + self.dropout(self.attention(self.layer_norm(x)))
-            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))  # type: ignore[no-any-return]
+            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
         x = self.layer_norm(x + self.dropout(self.attention(x)))
-        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
+        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class Encoder(nn.Module):
@@ -137,15 +137,16 @@ class Encoder(nn.Module):
         return self.layer_norm(x) if self.stable else x
 
 
-def initialise(module: nn.Module, config: ModelConfig) -> None:
+def initialise(module: Encoder, config: ModelConfig) -> None:
     """Initial weights of the transformer's linear layers: normal, as in BERT; biases zero."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=config.initializer_range)
             nn.init.zeros_(child.bias)
-    position = module.get_submodule("pos_conv_embed.conv")
+    position = module.pos_conv_embed.conv
     taps, channels = config.num_conv_pos_embeddings, config.hidden_size
     weight = torch.empty_like(position.weight)
     nn.init.normal_(weight, std=(4 / (taps * channels)) ** 0.5)
     position.weight = weight
-    nn.init.zeros_(position.bias)
+    if position.bias is not None:
+        nn.init.zeros_(position.bias)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_core.wav2vec2.precision import at_least_fp32
+
 
 class Contrast(NamedTuple):
     """Sums over all masked frames given."""
@@ -59,8 +61,8 @@ def contrastive_loss(
     """
     with torch.autocast(predictions.device.type, enabled=False):
         similarity = torch.bmm(
-            F.normalize(predictions.float(), dim=-1, eps=1e-8),
-            F.normalize(targets.float(), dim=-1, eps=1e-8).transpose(1, 2),
+            F.normalize(at_least_fp32(predictions), dim=-1, eps=1e-8),
+            F.normalize(at_least_fp32(targets), dim=-1, eps=1e-8).transpose(1, 2),
         ).div(temperature)
         same = codes[:, :, None] == codes[:, None, :]
         weight = multiplicity.masked_fill(same, 0.0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.precision import at_least_fp32
 
 
 def _windows(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +49,7 @@ class _StridedConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
         stride = ctx.stride
         out_channels, channels, kernel = weight.shape
@@ -66,7 +67,9 @@ class _StridedConvolution(torch.autograd.Function):
         taps = weight.permute(2, 0, 1)  # (K, O, C)
         grad_x = x.new_zeros(x.shape)
         covered = grad_x[:, : frames * stride].view(batch, frames, split)
-        covered.copy_(torch.matmul(grad, taps[:stride].permute(1, 0, 2).reshape(out_channels, split)))
+        covered.copy_(
+            torch.matmul(grad, taps[:stride].permute(1, 0, 2).reshape(out_channels, split))
+        )
         if tail is not None:
             rest = taps[stride:].permute(1, 0, 2).reshape(out_channels, -1)
             shape = (batch, frames, kernel - stride, channels)
@@ -96,7 +99,7 @@ def strided_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if not stride <= kernel <= 2 * stride:
         return F.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
     with torch.autocast(x.device.type, enabled=False):
-        return _StridedConvolution.apply(x, weight, stride)  # type: ignore[no-any-return]
+        return _StridedConvolution.apply(x, weight, stride)
 
 
 class _TimeNormGelu(torch.autograd.Function):
@@ -104,23 +107,23 @@ class _TimeNormGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        variance, mean = torch.var_mean(x.float(), dim=1, correction=0, keepdim=True)  # (N, 1, C)
+        variance, mean = torch.var_mean(
+            at_least_fp32(x), dim=1, correction=0, keepdim=True
+        )  # (N, 1, C)
         inverse = torch.rsqrt(variance + eps)
         scale = inverse * weight
         shift = bias - mean * scale
         ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return F.gelu(torch.addcmul(shift, x.float(), scale)).to(x.dtype)
+        return F.gelu(torch.addcmul(shift, at_least_fp32(x), scale)).to(x.dtype)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, mean, inverse = ctx.saved_tensors
         dtype = x.dtype
-        x = x.float()
+        x = at_least_fp32(x)
         scale = inverse * weight
         normed = torch.addcmul(bias - mean * scale, x, scale)
-        grad = torch.ops.aten.gelu_backward(grad.float(), normed)
+        grad = torch.ops.aten.gelu_backward(at_least_fp32(grad), normed)
         total = grad.sum(1, keepdim=True)
         slope = inverse * ((grad * x).sum(1, keepdim=True) - mean * total)
         mix = scale * inverse * slope / x.shape[1]
@@ -137,7 +140,7 @@ class TimeNormGelu(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, time, channel]` to the same."""
-        return _TimeNormGelu.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-any-return]
+        return _TimeNormGelu.apply(x, self.weight, self.bias, self.eps)
 
 
 class ConvolutionLayer(nn.Module):
@@ -163,7 +166,7 @@ class ConvolutionLayer(nn.Module):
         if self.conv.bias is not None:
             x = x + self.conv.bias.to(x.dtype)
         if isinstance(self.layer_norm, TimeNormGelu):
-            return self.layer_norm(x)  # type: ignore[no-any-return]
+            return self.layer_norm(x)
         return F.gelu(x if self.layer_norm is None else self.layer_norm(x))
 
 

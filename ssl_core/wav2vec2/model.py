@@ -12,6 +12,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.features import FeatureExtractor
 from ssl_core.wav2vec2.masking import masked_count, sample_masks
+from ssl_core.wav2vec2.precision import at_least_fp32
 from ssl_core.wav2vec2.quantizer import Quantizer
 
 
@@ -34,7 +35,7 @@ class Draws(NamedTuple):
     """Which transformer layers run (layerdrop); None for all."""
 
     def rows(self, first: int, last: int) -> "Draws":
-        """The draws of crops `first` to `last` (excluded); negatives must come from the same crop."""
+        """The draws of crops `first` to `last` (excluded), whose pools are single crops."""
         return Draws(
             self.masked[first:last],
             self.multiplicity[first:last],
@@ -45,8 +46,13 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """The same draws on another device."""
-        move = [None if part is None else part.to(device) for part in self[:4]]
-        return Draws(*move, self.layer_keep)  # type: ignore[arg-type]
+        return Draws(
+            self.masked.to(device),
+            self.multiplicity.to(device),
+            None if self.noise is None else self.noise.to(device),
+            None if self.feature_keep is None else self.feature_keep.to(device),
+            self.layer_keep,
+        )
 
 
 def draw(
@@ -114,7 +120,7 @@ class Backbone(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         """Hidden states of unpadded waveforms: `[batch, sample]` to `[batch, frame, hidden]`."""
         hidden, _ = self.feature_projection(self.feature_extractor(waveforms))
-        return self.encoder(hidden)  # type: ignore[no-any-return]
+        return self.encoder(hidden)
 
 
 class PretrainingModel(nn.Module):
@@ -134,7 +140,11 @@ class PretrainingModel(nn.Module):
     def _initialise(self) -> None:
         context.initialise(self.wav2vec2.encoder, self.config)
         for layer in self.wav2vec2.feature_extractor.conv_layers:
-            nn.init.kaiming_normal_(layer.conv.weight)
+            weight = layer.get_parameter("conv.weight")
+            nn.init.kaiming_normal_(weight)
+            if self.config.initial_taps == "shared" and weight.shape[1] > 1:
+                with torch.no_grad():
+                    weight.copy_(weight[:, :, :1] / math.sqrt(weight.shape[2]))
         projection = self.wav2vec2.feature_projection.projection
         bound = math.sqrt(1 / projection.in_features)
         nn.init.uniform_(projection.weight, -bound, bound)
@@ -146,7 +156,7 @@ class PretrainingModel(nn.Module):
 
     def features(self, waveforms: Tensor) -> Tensor:
         """The extractor's output: `[batch, sample]` to `[batch, frame, channel]`."""
-        return self.wav2vec2.feature_extractor(waveforms)  # type: ignore[no-any-return]
+        return self.wav2vec2.feature_extractor(waveforms)
 
     def _masked_frames(self, normalised: Tensor, draws: Draws) -> Tensor:
         index = draws.masked[:, :, None].expand(-1, -1, normalised.shape[2])
@@ -167,7 +177,7 @@ class PretrainingModel(nn.Module):
             draws: what chance decided for these crops.
             temperature: of the Gumbel softmax.
         """
-        penalty = features.float().square().mean() * draws.masked.numel()
+        penalty = at_least_fp32(features).square().mean() * draws.masked.numel()
         hidden, normalised = self.wav2vec2.feature_projection(features)
         is_masked = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         is_masked = is_masked.scatter(1, draws.masked, True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.precision import at_least_fp32
 
 
 class Quantized(NamedTuple):
@@ -31,8 +32,9 @@ class Quantizer(nn.Module):
         self.weight_proj = nn.Linear(config.conv_dim[-1], self.groups * self.entries)
 
     def logits(self, frames: Tensor) -> Tensor:
-        """`[batch, masked, channel]` to float `[batch, masked, group, entry]`."""
-        return self.weight_proj(frames).float().unflatten(-1, (self.groups, self.entries))  # type: ignore[no-any-return]
+        """`[batch, masked, channel]` to fp32 `[batch, masked, group, entry]`."""
+        logits = at_least_fp32(self.weight_proj(frames))
+        return logits.unflatten(-1, (self.groups, self.entries))
 
     def forward(self, frames: Tensor, noise: Tensor | None, temperature: float) -> Quantized:
         """Quantise.

@@ -100,7 +100,7 @@ def test_float_audio_is_never_clipped(root: Path) -> None:
 
 
 def test_a_missing_file(root: Path) -> None:
-    with pytest.raises(BadAudio, match="gone.flac: No such file") as caught:
+    with pytest.raises(BadAudio, match=r"gone.flac: No such file") as caught:
         read_crop(root, whole("gone.flac", 5))
     assert (caught.value.reason, caught.value.path) == ("missing", "gone.flac")
 

@@ -1,7 +1,9 @@
 """The demo corpus: LibriSpeech's layout, distinct voices, whole and repeatable builds."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,31 @@ def test_an_incomplete_corpus_is_made_again(cache: Path) -> None:
         ".demo-corpus-v1-1.lock",
         "demo-corpus-v1-1",
     ]
+
+
+def test_processes_that_start_together_share_one_build(cache: Path) -> None:
+    code = "from partitions.demo_corpus import demo_corpus; print(demo_corpus(False, 2))"
+    command = [sys.executable, "-c", code]
+    home = Path(__file__).parents[2]
+    both = [
+        subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    folder = cache / "shortwave" / "demo-corpus-v1-2"
+    assert [process.communicate()[0].strip() for process in both] == [str(folder)] * 2
+    assert demo.is_complete(folder)
+
+
+def test_a_killed_build_leaves_no_corpus(cache: Path) -> None:
+    code = "from partitions.demo_corpus import demo_corpus; demo_corpus(False)"
+    home = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=home)
+    while not list(cache.rglob("*.flac")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (cache / "shortwave" / "demo-corpus-v1").exists()
+    assert len(find_utterances(demo.demo_corpus(False, 1)).speakers) == 1
 
 
 def test_the_voices_are_over_a_hundred_and_distinct() -> None:

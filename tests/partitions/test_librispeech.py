@@ -97,7 +97,7 @@ def test_name_that_a_manifest_cannot_hold_is_counted(root: Path, write: Writer) 
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder: .*nowhere; give the folder"):
+    with pytest.raises(DataError, match=r"no such folder: .*nowhere; give the folder"):
         find_utterances(tmp_path / "nowhere")
 
 
@@ -157,5 +157,5 @@ def test_real_recordings(librispeech: Path) -> None:
     assert corpus.without_transcript == 168
     assert corpus.skips == {}
     first = corpus.utterances[0]
-    assert (first.path, first.samples) == ("train-clean-100/19/198/19-198-0000.flac", 233840)
+    assert (first.path, first.samples) == ("train-clean-100/19/198/19-198-0000.flac", 31440)
     assert len(find_utterances(librispeech / "test-other").utterances) == 50

@@ -151,7 +151,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, content: bytes, problem: str) -> 
 
 
 def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read manifest .*m.tsv: No such file"):
+    with pytest.raises(DataError, match=r"cannot read manifest .*m.tsv: No such file"):
         read_manifest(tmp_path / "m.tsv")
 
 

