@@ -100,12 +100,14 @@ def _node_config(device: str, data: Path, subset: str, partition: str | None, sp
             raise UsageError(f"--partition '{partition}' is not I/N with I from 0 to N - 1")
         values |= {"partition-id": int(match[1]), "num-partitions": int(match[2])}
     else:
-        identity = f"{socket.gethostname()}\t{folder}\t{subset}\t{speakers}\t{os.getpid()}"
+        identity = f"{socket.gethostname()}\t{folder}\t{subset}\t{speakers}"
         values["client-key"] = 1_000_000 + zlib.crc32(identity.encode()) % 1_000_000_000
     if speakers:
         values["speakers"] = speakers
-    if any('"' in str(value) for value in values.values()):
-        raise UsageError('a " in --data, --subset, --speakers or --device cannot be passed on')
+    if any(mark in str(value) for value in values.values() for mark in '"\\\n'):
+        raise UsageError(
+            'a " or \\ in --data, --subset, --speakers or --device cannot be passed on'
+        )
     return " ".join(
         f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"'
         for name, value in values.items()

@@ -23,7 +23,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def answering(handler: Handler) -> Handler:
-    """Answer an error that a user can act on with its kind; the text, with paths, stays here.
+    """Answer an error with its kind; the text, which may hold paths or names, stays here.
 
     A simulated client (`simulated` in its node config) sends the text as well.
     """
@@ -32,8 +32,12 @@ def answering(handler: Handler) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except ShortwaveError as error:
-            log.error("%s", error)
+        except Exception as error:
+            # Flower would send the text of whatever comes out of here.
+            if isinstance(error, ShortwaveError):
+                log.error("%s", error)
+            else:
+                log.exception("the client failed")
             reason = type(error).__name__
             if context.node_config.get("simulated"):
                 reason += f": {error}"

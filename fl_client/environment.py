@@ -1,4 +1,7 @@
-"""Environment variables that keep Flower and Ray from calling home. Import before either."""
+"""Environment variables that keep Flower and Ray from calling home. Set before either is imported.
+
+`eval "$(python -m fl_client.environment)"` sets them in a shell, for `flower-superlink` and `flwr`.
+"""
 
 import os
 
@@ -16,3 +19,8 @@ def be_quiet() -> None:
     """Set each variable that the user has not set."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    for name, value in QUIET.items():
+        print(f"export {name}={value}")

@@ -55,8 +55,8 @@ class FederationSettings:
     """Held-out crops to evaluate on after each round; 0 does not evaluate."""
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
     """How the mean update is applied."""
-    server_rate: float = 1.0
-    """The server's learning rate; 1 applies the mean update as it is (fedavg)."""
+    server_rate: float = 0.0
+    """The server's learning rate; 0 is the usual one: 1, or 0.001 for fedadam."""
     server_momentum: float = 0.9
     """First moment's decay of fedavgm and fedadam."""
     min_clients: int = 1
@@ -96,8 +96,8 @@ class FederationSettings:
             raise UsageError(f"held-out is a share of speakers in [0, 1), not {self.held_out}")
         if self.eval_crops < 0 or self.seed < 0:
             raise UsageError("eval-crops and seed must not be below zero")
-        if self.server_rate <= 0 or not 0 <= self.server_momentum < 1:
-            raise UsageError("server-rate must be above zero and server-momentum in [0, 1)")
+        if self.server_rate < 0 or not 0 <= self.server_momentum < 1:
+            raise UsageError("server-rate must not be below zero, server-momentum in [0, 1)")
         self.resolved_plan()
 
     @classmethod

@@ -67,7 +67,7 @@ class Fold:
             raise RejectedUpdate("the sum of this round's updates would overflow")
         factor = float(weight) * 2.0**FRACTION_BITS
         for name, value in update.items():
-            scaled = np.multiply(value, factor, dtype=np.float64)
+            scaled = np.multiply(value, factor, out=np.empty(value.shape), dtype=np.float64)
             self.sums[name] += np.rint(scaled, out=scaled).astype(np.int64)
         self._largest += largest * weight
         self.weight += weight
@@ -77,4 +77,4 @@ class Fold:
         """The weighted mean update by parameter name, one tensor at a time; empties the sum."""
         divisor = self.weight * 2.0**FRACTION_BITS
         for name in list(self.sums):
-            yield name, (self.sums.pop(name) / divisor).astype(np.float32)
+            yield name, np.asarray(self.sums.pop(name) / divisor, np.float32)

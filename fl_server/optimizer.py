@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fl_client.updates import Floats
 
+USUAL_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "fedadam": 1e-3}
+
 
 class ServerOptimizer:
     """`fedavg` adds the mean; `fedavgm` adds its momentum; `fedadam` scales it by its variance."""
@@ -16,8 +18,9 @@ class ServerOptimizer:
     """Degree of adaptivity, added to the root of the second moment."""
 
     def __init__(self, kind: str, rate: float, momentum: float) -> None:
-        """Begin without moments; `load` brings back those of a checkpoint."""
-        self.kind, self.rate, self.momentum = kind, rate, momentum
+        """Begin without moments; a rate of 0 is the usual one of its kind."""
+        self.kind, self.momentum = kind, momentum
+        self.rate = rate or USUAL_RATES[kind]
         self.moments: dict[str, Tensor] = {}
 
     def apply(self, weights: dict[str, Tensor], mean: Iterable[tuple[str, Floats]]) -> None:

@@ -54,22 +54,28 @@ class RoundResult:
     """One line for each client that was not."""
 
 
-def _replies(grid: Grid, messages: list[Message], limit: float | None) -> Iterator[Message]:
-    """Replies one at a time as they come, so that no more than one is held here.
+def _replies(
+    grid: Grid, messages: list[Message], limit: float | None
+) -> Iterator[tuple[int, Message]]:
+    """Each reply with the node that was asked, as they come, so that no more than one is held here.
 
+    The node is not read from the reply: where a device has gone, the SuperLink answers in its
+    place and under its own id. A message that could not be sent (Flower gives no id) has no reply.
     A grid may offer `wait(seconds)`, which returns early when a reply is there.
     """
     wait: Callable[[float], None] = getattr(grid, "wait", time.sleep)
-    waiting = list(grid.push_messages(messages))
+    nodes = [message.metadata.dst_node_id for message in messages]
+    sent = zip(grid.push_messages(messages), nodes, strict=False)
+    waiting = {identifier: node for identifier, node in sent if identifier is not None}
     messages.clear()
     pause, end = 0.02, None if limit is None else time.monotonic() + limit
     while waiting and (end is None or time.monotonic() < end):
         found = False
-        for identifier in list(waiting):
+        for identifier, node in list(waiting.items()):
             for reply in grid.pull_messages([identifier]):
-                waiting.remove(identifier)
+                waiting.pop(identifier, None)
                 found = True
-                yield reply
+                yield node, reply
                 del reply
         if found:
             pause = 0.02
@@ -93,16 +99,15 @@ def find_clients(
     while True:
         new = [node for node in grid.get_node_ids() if node not in known and node not in problems]
         messages = [
-            grid.create_message(
+            Message(
                 RecordDict({protocol.TASK: protocol.task(ask="describe")}),
-                MessageType.QUERY,
                 node,
+                MessageType.QUERY,
                 group_id="describe",
             )
             for node in new
         ]
-        for reply in _replies(grid, messages, settings.wait) if messages else ():
-            node = reply.metadata.src_node_id
+        for node, reply in _replies(grid, messages, settings.wait) if messages else ():
             try:
                 if reply.has_error():
                     raise ProtocolError(_reason(reply))
@@ -114,7 +119,7 @@ def find_clients(
             known[node] = Client(
                 int(values["partition"]), node, int(values["crops"]), values["seconds"]
             )
-        clients = _without_doubles(known, say)
+        clients = _without_doubles(known, problems, say)
         if len(clients) >= settings.min_clients:
             return clients
         if time.monotonic() > end or (
@@ -130,12 +135,15 @@ def find_clients(
         time.sleep(1)
 
 
-def _without_doubles(known: dict[int, Client], say: Callable[[str], None]) -> list[Client]:
+def _without_doubles(
+    known: dict[int, Client], problems: dict[int, str], say: Callable[[str], None]
+) -> list[Client]:
     """Clients ordered by key; two with the same key would count the same audio twice."""
     chosen: dict[int, Client] = {}
     for client in sorted(known.values(), key=lambda client: client.node):
         if client.key in chosen:
-            say(f"two clients say they are number {client.key}; only the first takes part")
+            problems[client.node] = f"two clients say they are number {client.key}"
+            say(f"{problems[client.node]}; only one of them takes part")
             known.pop(client.node)
         else:
             chosen[client.key] = client
@@ -185,7 +193,7 @@ class Federation:
         record = updates.pack((name, value.numpy()) for name, value in self.weights.items())
         sent = updates.size(record) * len(cohort)
         messages = [
-            grid.create_message(
+            Message(
                 RecordDict(
                     {
                         protocol.WEIGHTS: record,
@@ -194,9 +202,9 @@ class Federation:
                         ),
                     }
                 ),
-                MessageType.TRAIN,
                 client.node,
-                group_id=str(number),
+                MessageType.TRAIN,
+                group_id=str(number + 1),
             )
             for client in cohort
         ]
@@ -204,18 +212,25 @@ class Federation:
         fold = Fold({name: tuple(value.shape) for name, value in self.weights.items()})
         folded: dict[int, dict[str, float]] = {}
         failures: list[str] = []
+        silent = {client.key for client in cohort}
         received = 0
-        for done, reply in enumerate(_replies(grid, messages, None), 1):
-            client = by_node[reply.metadata.src_node_id]
+        for done, (node, reply) in enumerate(_replies(grid, messages, None), 1):
+            client = by_node[node]
+            silent.discard(client.key)
             try:
                 received += self._fold(fold, reply, folded, client.key)
             except (ProtocolError, RejectedUpdate) as error:
                 failures.append(f"client {client.key}: {error}")
             del reply
             replied(done, len(cohort))
-        if fold.count < min(settings.min_clients, len(cohort)):
+        failures += [f"client {key}: the message could not be sent" for key in silent]
+        needed = min(settings.min_clients, len(cohort))
+        if fold.count < needed:
             listed = "; ".join(sorted(failures)[:5])
-            raise RoundFailed(f"round {number}: no update could be used: {listed}")
+            raise RoundFailed(
+                f"round {number + 1}: {fold.count} updates could be used, {needed} are needed: "
+                f"{listed}"
+            )
         self.optimizer.apply(self.weights, fold.mean())
         values = [{"key": float(key), **folded[key]} for key in sorted(folded)]
         last = first + settings.local_updates - 1

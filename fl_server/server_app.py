@@ -1,6 +1,8 @@
 """Flower's ServerApp: opens the run directory, runs the rounds, evaluates and saves after each."""
 
 import dataclasses
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from fl_client.local_data import held_out, load_manifest
 from fl_client.settings import FederationSettings
 from fl_server.optimizer import ServerOptimizer
 from fl_server.rounds import Federation, RoundResult, find_clients, state_of
-from partitions.errors import Interrupted, UsageError
+from partitions.command import describe_os_error
+from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
 from partitions.settings import from_mapping, read_yaml, to_yaml
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from ssl_core import checkpoint, randomness
 from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops, indices_of
+from ssl_core.crops import CropBatch, Crops, describe, indices_of
 from ssl_core.evaluation import Evaluation, evaluate
 from ssl_core.figures import plot_curves
 from ssl_core.run_directory import CONFIG, RunDirectory
@@ -36,8 +39,40 @@ _FREE = {"output", "resume", "keep", "wait", "min_clients"}
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation; everything it makes is in its run directory."""
-    settings = FederationSettings.from_run_config(context.run_config)
-    serve(grid, settings, manifest=str(context.node_config.get("manifest", "")))
+    manifest = str(context.node_config.get("manifest", ""))
+    if manifest:  # simulation/ reports its data, its errors and where the results are
+        serve(grid, FederationSettings.from_run_config(context.run_config), manifest)
+        return
+    try:
+        settings = FederationSettings.from_run_config(context.run_config)
+        check_paths(settings)
+        if settings.eval_crops and settings.held_out:
+            data = describe(Path(settings.data), not settings.data)
+            print(f"evaluation on held-out speakers; {data}", flush=True)
+        path = serve(grid, settings)
+        print(f"run directory: {path}", flush=True)
+    except (ShortwaveError, OSError) as error:
+        if not os.environ.get("SHORTWAVE_TRACEBACK"):
+            # Flower prints the traceback of what comes out of here; its last line is what counts.
+            sys.tracebacklimit = 0
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {text}", flush=True)
+        raise
+
+
+def check_paths(settings: FederationSettings) -> None:
+    """Refuse relative paths: SuperLink, devices and user each stand in a folder of their own.
+
+    Raises:
+        UsageError: a path of the run config is not absolute.
+    """
+    for name in ("data", "checkpoint", "output", "resume"):
+        value = getattr(settings, name)
+        if value and not os.path.isabs(value):
+            raise UsageError(
+                f"run config: {name}='{value}' is not an absolute path, and this app runs where "
+                f"flower-superlink was started ({Path.cwd()}), not where `flwr run` was"
+            )
 
 
 def open_run(settings: FederationSettings) -> RunDirectory:
@@ -61,7 +96,12 @@ def open_run(settings: FederationSettings) -> RunDirectory:
 
 
 def stored_settings(path: Path) -> FederationSettings:
-    """The settings a run was started with."""
+    """The settings a run was started with.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    RunDirectory.reopen(path)
     return from_mapping(FederationSettings, read_yaml(path / CONFIG), str(path / CONFIG))
 
 
@@ -79,10 +119,12 @@ class Evaluator:
         self.model, self.plan, self.seed = model, settings.resolved_plan(), settings.seed
         self.device = torch.device(self.plan.device)
         self.crops: CropBatch | None = None
+        if not settings.held_out or not settings.eval_crops:
+            return  # a server that does not evaluate needs no corpus
         corpus = load_manifest(settings.data, settings.subsets, settings.seconds, manifest)
-        self.speakers = held_out(corpus, settings)
-        if self.speakers and settings.eval_crops:
-            held = Crops(corpus, indices_of(corpus, self.speakers), self.plan.samples, self.seed)
+        speakers = held_out(corpus, settings)
+        if speakers:
+            held = Crops(corpus, indices_of(corpus, speakers), self.plan.samples, self.seed)
             self.crops = held.fixed(settings.eval_crops)
 
     def __call__(self, weights: dict[str, torch.Tensor]) -> Evaluation | None:
@@ -116,15 +158,21 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         Interrupted: stopped by the user; the run can be resumed.
     """
     console = Console(stderr=True)
+
+    def say(text: str, style: str | None = None) -> None:
+        """Print a line as it is: a reason that a client gave must not be taken for markup."""
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
     config, _ = settings.model_and_recipe()
+    with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
+        model = PretrainingModel(config)
+    evaluator = Evaluator(model, settings, manifest)  # before there is a run, as data may be wrong
     run = open_run(settings)
     saved = checkpoint.latest(run.checkpoints)
     state: dict[str, Any] = {"next_round": 0}
     optimizer = ServerOptimizer(
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
-    with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
-        model = PretrainingModel(config)
     if saved is not None:
         loaded = checkpoint.load(saved)
         hf.load_into(model, loaded.weights, str(saved))
@@ -135,12 +183,11 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     weights = dict(model.state_dict())  # shares the model's memory: one copy serves both
     first = int(state["next_round"])
     if saved is not None:
-        console.print(f"going on with {run.path} at round {first + 1} of {settings.rounds}")
+        say(f"going on with {run.path} at round {first + 1} of {settings.rounds}")
     if settings.resume:
         run.rewind(first + 1)
     checkpoint.prune(run.checkpoints, settings.keep)
-    evaluator = Evaluator(model, settings, manifest)
-    clients = find_clients(grid, settings, console.print)
+    clients = find_clients(grid, settings, say)
     federation = Federation(weights, optimizer, settings)
     alarm = CollapseAlarm(config)
     try:
@@ -167,9 +214,9 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                     "save_seconds": time.monotonic() - evaluated,
                 }
                 run.log(number + 1, values)
-                console.print(_line(result, held, settings), highlight=False, soft_wrap=True)
+                say(_line(result, held, settings))
                 for failure in result.failures:
-                    console.print(f"  {failure}", highlight=False)
+                    say(f"  {failure}")
                 warning = alarm.check(
                     (number + 1) * settings.local_updates,
                     contrastive=result.metrics["contrastive"],
@@ -177,7 +224,7 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                     perplexity=result.metrics["perplexity"],
                 )
                 if warning:
-                    console.print(warning, style="yellow")
+                    say(warning, "yellow")
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; go on with --resume {run.path}") from None
     finally:

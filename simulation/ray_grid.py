@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, Reco
 from flwr.app.constants import DEFAULT_TTL
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
 from fl_client import protocol
 from partitions.errors import ShortwaveError
@@ -123,6 +124,7 @@ class RayGrid(Grid):
             workers: processes.
             gpus: share of a GPU for each worker; 0 for none.
         """
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 0
         self._run = Run.create_empty(RUN_ID)
         self._nodes = {number + 1: node for number, node in enumerate(nodes)}
         self._workers = [

@@ -9,7 +9,7 @@ import yaml
 from partitions.command import nearest
 from partitions.errors import UsageError
 from partitions.settings import from_mapping
-from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
+from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
 
 _SECTIONS = {"model": ModelConfig, "recipe": Recipe}
 
@@ -39,12 +39,15 @@ def resolve(model: str, assignments: str) -> tuple[ModelConfig, Recipe]:
             hint = nearest(name, known) or "; write recipe.NAME=VALUE or model.NAME=VALUE"
             raise UsageError(f"--set {word}: not a setting{hint}")
         changed[section][field] = _value(text)
-    base = dataclasses.asdict(config) | {
+    architecture = dataclasses.asdict(config) | {
         key.replace("-", "_"): value for key, value in changed["model"].items()
     }
+    recipe = dataclasses.asdict(RECIPES[model]) | {
+        key.replace("-", "_"): value for key, value in changed["recipe"].items()
+    }
     return (
-        from_mapping(ModelConfig, base, "--set model"),
-        from_mapping(Recipe, changed["recipe"], "--set recipe"),
+        from_mapping(ModelConfig, architecture, "--set model"),
+        from_mapping(Recipe, recipe, "--set recipe"),
     )
 
 

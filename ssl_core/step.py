@@ -81,11 +81,18 @@ class BatchSums(NamedTuple):
     probabilities: Tensor
 
 
-def combine(parts: LossParts, model: PretrainingModel, recipe: Recipe, masked: int) -> Tensor:
+class Weights(NamedTuple):
+    """How the parts of the loss are weighed at an update, and the Gumbel temperature then."""
+
+    diversity: float
+    penalty: float
+    temperature: float
+
+
+def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
     """The loss of a whole batch, summed over its masked frames (fairseq's weighting)."""
     diversity = diversity_loss(parts.probabilities / masked) * masked
-    weight = model.config.diversity_loss_weight
-    return parts.contrastive + weight * diversity + recipe.feature_penalty_weight * parts.penalty
+    return parts.contrastive + weights.diversity * diversity + weights.penalty * parts.penalty
 
 
 class TrainingStep:
@@ -141,28 +148,29 @@ class TrainingStep:
         return scaled
 
     def accumulate(
-        self, waveforms: Tensor, draws: Draws, temperature: float, divisor: int, key: int = 0
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: int, key: int = 0
     ) -> BatchSums:
         """Add the gradient of one batch's loss, divided by `divisor`, to the parameters' gradients.
 
         Args:
             waveforms: `[batch, sample]`.
             draws: chance for this batch.
-            temperature: of the Gumbel softmax.
+            weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
             key: number that, with the seed, seeds dropout.
         """
         if self.plan.chunk < len(waveforms):
-            return self._accumulate_in_two_stages(waveforms, draws, temperature, divisor, key)
+            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor, key)
         with randomness.torch_seed(self.device, self.seed, "dropout", key, 0):
             with self._autocast():
-                parts = self.model.loss_parts(self._features(waveforms), draws, temperature)
+                features = self._features(waveforms)
+                parts = self.model.loss_parts(features, draws, weights.temperature)
             masked = draws.masked.numel()
-            (combine(parts, self.model, self.recipe, masked) / divisor).backward()
+            (combine(parts, weights, masked) / divisor).backward()
         return _sums([parts], masked)
 
     def _accumulate_in_two_stages(
-        self, waveforms: Tensor, draws: Draws, temperature: float, divisor: int, key: int
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: int, key: int
     ) -> BatchSums:
         chunk, masked = self.plan.chunk, draws.masked.numel()
         pieces = [
@@ -179,18 +187,17 @@ class TrainingStep:
         assert probabilities is not None
         mean = (probabilities / masked).requires_grad_()
         (slope,) = torch.autograd.grad(diversity_loss(mean), mean)
-        weight = self.model.config.diversity_loss_weight
         done = []
         for number, (rows, chance) in enumerate(pieces):
             leaf = kept[number].detach().requires_grad_()
             kept[number] = leaf[:0]
             with randomness.torch_seed(self.device, self.seed, "dropout", key, number):
                 with self._autocast():
-                    parts = self.model.loss_parts(leaf, chance, temperature)
+                    parts = self.model.loss_parts(leaf, chance, weights.temperature)
                 loss = (
                     parts.contrastive
-                    + weight * (slope * parts.probabilities).sum()
-                    + self.recipe.feature_penalty_weight * parts.penalty
+                    + weights.diversity * (slope * parts.probabilities).sum()
+                    + weights.penalty * parts.penalty
                 )
                 (loss / divisor).backward()
             done.append(LossParts(*(part.detach() for part in parts)))
@@ -213,7 +220,11 @@ class TrainingStep:
         """
         config, plan = self.model.config, self.plan
         rate = schedule.learning_rate(self.recipe, update, self.total_updates)
-        temperature = schedule.gumbel_temperature(self.recipe, update)
+        weights = Weights(
+            schedule.diversity_weight(config, self.recipe, update, self.total_updates),
+            self.recipe.feature_penalty_weight,
+            schedule.gumbel_temperature(self.recipe, update),
+        )
         sums: list[BatchSums] = []
         distinct = 0.0
         divisor, frames, crops = 1, 0, 0
@@ -228,7 +239,7 @@ class TrainingStep:
             seed = randomness.generator(self.seed, "seed", key, update, number).integers(2**31)
             waveforms = torch.from_numpy(batch).to(self.device)
             chance = chance.to(self.device)
-            sums.append(self.accumulate(waveforms, chance, temperature, divisor, int(seed)))
+            sums.append(self.accumulate(waveforms, chance, weights, divisor, int(seed)))
         masked = sum(part.masked for part in sums)
         if masked != divisor:
             factor = divisor / masked
@@ -253,9 +264,7 @@ class TrainingStep:
         penalty = sum(part.penalty for part in sums) / masked
         return StepReport(
             update=update,
-            loss=contrastive
-            + config.diversity_loss_weight * diversity
-            + self.recipe.feature_penalty_weight * penalty,
+            loss=contrastive + weights.diversity * diversity + weights.penalty * penalty,
             contrastive=contrastive,
             diversity=diversity,
             penalty=penalty,
@@ -265,7 +274,7 @@ class TrainingStep:
             distinct_negatives=distinct / crops,
             gradient_norm=norm,
             learning_rate=rate,
-            temperature=temperature,
+            temperature=weights.temperature,
             applied=applied,
             crops=crops,
             seconds=crops * plan.length,

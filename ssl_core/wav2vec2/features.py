@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.precision import at_least_fp32
+from ssl_core.wav2vec2.precision import at_least_fp32, in_dtype
 
 
 def _windows(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor | None]:
@@ -21,14 +21,11 @@ def _windows(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor | None
     `x`: `[batch, time, channel]`, contiguous; stride <= kernel <= 2 * stride. The first view holds
     taps 0 to stride - 1, `[batch, frame, stride * channel]`, the second the remaining taps or None.
     """
-    batch, time, channels = x.shape
-    frames = (time - kernel) // stride + 1
-    strides = (time * channels, stride * channels, 1)
-    head = x.as_strided((batch, frames, stride * channels), strides, x.storage_offset())
+    frames = (x.shape[1] - kernel) // stride + 1
+    head = x.unfold(1, stride, stride)[:, :frames].transpose(2, 3).flatten(2)
     if kernel == stride:
         return head, None
-    offset = x.storage_offset() + stride * channels
-    return head, x.as_strided((batch, frames, (kernel - stride) * channels), strides, offset)
+    return head, x[:, stride:].unfold(1, kernel - stride, stride).transpose(2, 3).flatten(2)
 
 
 class _StridedConvolution(torch.autograd.Function):
@@ -49,7 +46,7 @@ class _StridedConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         stride = ctx.stride
         out_channels, channels, kernel = weight.shape
@@ -62,8 +59,6 @@ class _StridedConvolution(torch.autograd.Function):
         if tail is not None:
             parts.append(torch.bmm(tail.transpose(1, 2), grad).sum(0))
         grad_weight = torch.cat(parts).view(kernel, channels, out_channels).permute(2, 1, 0)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
         taps = weight.permute(2, 0, 1)  # (K, O, C)
         grad_x = x.new_zeros(x.shape)
         covered = grad_x[:, : frames * stride].view(batch, frames, split)
@@ -72,10 +67,10 @@ class _StridedConvolution(torch.autograd.Function):
         )
         if tail is not None:
             rest = taps[stride:].permute(1, 0, 2).reshape(out_channels, -1)
-            shape = (batch, frames, kernel - stride, channels)
-            strides = (x.shape[1] * channels, split, channels, 1)
-            view = grad_x.as_strided(shape, strides, split)
-            view.add_(torch.matmul(grad, rest).view(shape))
+            part = torch.matmul(grad, rest).unflatten(2, (kernel - stride, channels))
+            inner = grad_x[:, stride : frames * stride].unflatten(1, (frames - 1, stride))
+            inner[:, :, : kernel - stride] += part[:, :-1]
+            grad_x[:, frames * stride : (frames - 1) * stride + kernel] += part[:, -1]
         return grad_x, grad_weight, None
 
 
@@ -114,7 +109,7 @@ class _TimeNormGelu(torch.autograd.Function):
         scale = inverse * weight
         shift = bias - mean * scale
         ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return F.gelu(torch.addcmul(shift, at_least_fp32(x), scale)).to(x.dtype)
+        return in_dtype(F.gelu(torch.addcmul(shift, at_least_fp32(x), scale)), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -129,7 +124,7 @@ class _TimeNormGelu(torch.autograd.Function):
         mix = scale * inverse * slope / x.shape[1]
         constant = mix * mean - scale * total / x.shape[1]
         grad_x = torch.addcmul(torch.addcmul(constant, x, mix, value=-1), grad, scale)
-        return grad_x.to(dtype), slope.sum((0, 1)), total.sum((0, 1)), None
+        return in_dtype(grad_x, dtype), slope.sum((0, 1)), total.sum((0, 1)), None
 
 
 class TimeNormGelu(nn.GroupNorm):

@@ -56,6 +56,8 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
         else:
             binary = directory / "pytorch_model.bin"
+            if not binary.exists():
+                raise DataError(f"{directory} is not a checkpoint: {WEIGHTS} is missing")
             tensors = torch.load(binary, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise DataError(f"cannot read the weights in {directory}: {error}") from None

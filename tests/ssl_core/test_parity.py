@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
-from ssl_core.step import combine
+from ssl_core.step import Weights, combine
 from ssl_core.wav2vec2 import hf
-from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
+from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import Draws, PretrainingModel, draw
 from ssl_core.wav2vec2.quantizer import perplexity
 
@@ -67,7 +67,7 @@ class Case:
         self.temperature = 1.7
 
     def ours(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        model = copy.deepcopy(self.model).to(dtype)
+        config, model = self.config, copy.deepcopy(self.model).to(dtype)
         assert self.draws.noise is not None
         draws = self.draws._replace(
             multiplicity=self.draws.multiplicity.to(dtype), noise=self.draws.noise.to(dtype)
@@ -75,7 +75,7 @@ class Case:
         features = model.features(self.waveforms.to(dtype))
         parts = model.loss_parts(features, draws, self.temperature)
         masked = draws.masked.numel()
-        combine(parts, model, Recipe(feature_penalty_weight=0.0), masked).backward()
+        combine(parts, Weights(config.diversity_loss_weight, 0.0, 0.0), masked).backward()
         losses = {
             "contrastive": parts.contrastive.item(),
             "perplexity": perplexity(parts.probabilities.detach() / masked).item(),
@@ -134,7 +134,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_loss_parts_and_every_gradient_agree_with_transformers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp64 they are the same; in fp32, where each rounds in its own way, within 1e-5."""
+    """The same in fp64; in fp32, where each rounds in its own way, as near to that as theirs."""
     case = Case(CONFIGS[name], monkeypatch)
     exact_losses, exact = case.theirs(torch.float64)
     losses, found = case.ours(torch.float64)
@@ -147,10 +147,12 @@ def test_loss_parts_and_every_gradient_agree_with_transformers(
     for parameter in telling:
         assert relative(found[parameter], exact[parameter]) < 1e-9, parameter
     losses, found = case.ours(torch.float32)
+    _, rounded = case.theirs(torch.float32)
     for part, value in exact_losses.items():
         assert losses[part] == pytest.approx(value, rel=1e-5), part
     for parameter in telling:
-        assert relative(found[parameter], exact[parameter]) < 1e-5, parameter
+        theirs = relative(rounded[parameter], exact[parameter])
+        assert relative(found[parameter], exact[parameter]) < max(1e-5, 2 * theirs), parameter
 
 
 def test_base_has_the_papers_size_and_tiny_is_small() -> None:
@@ -158,7 +160,7 @@ def test_base_has_the_papers_size_and_tiny_is_small() -> None:
         name: sum(p.numel() for p in PretrainingModel(preset(name)).parameters())
         for name in ("base", "tiny")
     }
-    assert sizes == {"base": 95_044_608, "tiny": 2_257_152}
+    assert sizes == {"base": 95_044_608, "tiny": 2_158_336}
 
 
 def test_checkpoints_pass_between_here_and_transformers(tmp_path: Path) -> None:

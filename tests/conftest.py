@@ -1,4 +1,4 @@
-"""Small corpora in LibriSpeech's layout, made by the tests themselves."""
+"""Small corpora in LibriSpeech's layout, made by the tests themselves, and a cache of their own."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def write(root: Path) -> Writer:
 @pytest.fixture(scope="session")
 def librispeech() -> Path:
     """Recordings of the real LibriSpeech that lie beside the checkout."""
-    folder = Path(__file__).parents[2].parent / "shared" / "data" / "LibriSpeech"
+    folder = Path(__file__).parents[1].parent / "shared" / "data" / "LibriSpeech"
     if not folder.is_dir():
         pytest.skip("no real LibriSpeech in ../shared/data")
     return folder

@@ -1,0 +1,346 @@
+"""The round loop against a small Grid in this process."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fl_client import protocol
+from fl_client.settings import FederationSettings
+from fl_server.optimizer import ServerOptimizer
+from fl_server.rounds import (
+    Client,
+    Federation,
+    RoundFailed,
+    RoundResult,
+    choose_cohort,
+    find_clients,
+)
+
+Reply = Callable[[Message], Message]
+SETTINGS = FederationSettings(model="tiny", length="1s", clients_per_round=10, min_clients=1)
+SUPERLINK_NODE = 1
+
+
+@pytest.fixture(autouse=True)
+def in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Flower does for a ServerApp's process before it runs it."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 7)
+
+
+class FakeGrid:
+    """Answers each message with functions of it, in a chosen order of arrival."""
+
+    def __init__(self, answers: dict[int, list[Reply]], arrival: list[int] | None = None) -> None:
+        """`answers`: by node id; `arrival`: node ids, first to reply first."""
+        self.answers, self.arrival = answers, arrival or list(answers)
+        self.sent: list[Message] = []
+        self.unsendable: set[int] = set()
+        self.waiting: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.answers)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
+        identifiers: list[str | None] = []
+        for message in messages:
+            identifier = f"message-{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = identifier
+            self.sent.append(message)
+            if message.metadata.dst_node_id in self.unsendable:
+                identifiers.append(None)
+                continue
+            self.waiting[identifier] = message
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, identifiers: Iterable[str]) -> list[Message]:
+        there = {message.metadata.dst_node_id for message in self.waiting.values()}
+        first = next(node for node in self.arrival if node in there)
+        replies = []
+        for identifier in identifiers:
+            node = self.waiting[identifier].metadata.dst_node_id
+            if node == first:
+                message = self.waiting.pop(identifier)
+                replies += [answer(message) for answer in self.answers[node]]
+        return replies
+
+    def wait(self, seconds: float) -> None:
+        assert self.waiting, f"waits {seconds} s for nothing"
+
+
+def update(
+    values: list[float],
+    samples: float,
+    *,
+    name: str = "w",
+    metrics: dict[str, Any] | None = None,
+    dtype: type = np.float32,
+) -> Reply:
+    """An answer to a train message: `w` and `b` changed by `values` (of `w`) and 0."""
+    numbers = dict.fromkeys(protocol.TRAIN_METRICS, 1.0)
+    numbers |= {"samples": samples} | (metrics or {})
+    arrays: dict[str, Any] = {name: np.array(values, dtype), "b": np.zeros((), dtype)}
+
+    def answer(message: Message) -> Message:
+        content = RecordDict(
+            {
+                protocol.UPDATE: ArrayRecord({key: Array(a) for key, a in arrays.items()}),
+                protocol.METRICS: MetricRecord(numbers),
+            }
+        )
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+def error(reason: str) -> Reply:
+    return lambda message: Message(
+        Error(code=protocol.CLIENT_FAILED, reason=reason), reply_to=message
+    )
+
+
+def gone(message: Message) -> Message:
+    """What a SuperLink answers under its own id for a device that has gone offline."""
+    reply = Message(Error(code=3, reason="Node Unavailable"), reply_to=message)
+    reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE
+    assert reply.metadata.src_node_id == SUPERLINK_NODE
+    return reply
+
+
+def description(key: int, seconds: float = 10.0) -> Reply:
+    record = MetricRecord({"partition": key, "crops": 2, "seconds": seconds})
+    return lambda message: Message(RecordDict({protocol.METRICS: record}), reply_to=message)
+
+
+def federation(settings: FederationSettings = SETTINGS) -> Federation:
+    weights = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(0.5)}
+    return Federation(weights, ServerOptimizer("fedavg", 1.0, 0.9), settings)
+
+
+def run_round(
+    answers: dict[int, list[Reply]],
+    *,
+    arrival: list[int] | None = None,
+    settings: FederationSettings = SETTINGS,
+    unsendable: tuple[int, ...] = (),
+) -> tuple[dict[str, torch.Tensor], RoundResult]:
+    """A round of clients 0, 1, ... on nodes 100, 101, ...; `answers` is by client."""
+    grid = FakeGrid(
+        {100 + key: reply for key, reply in answers.items()},
+        None if arrival is None else [100 + key for key in arrival],
+    )
+    grid.unsendable = {100 + key for key in unsendable}
+    clients = [Client(key, 100 + key, 2, 10.0) for key in sorted(answers)]
+    server = federation(settings)
+    result = server.round(grid, clients, 0)
+    return server.weights, result
+
+
+def test_the_mean_is_weighted_by_seconds_of_audio() -> None:
+    weights, result = run_round({0: [update([1.0, 0.0], 3)], 1: [update([0.0, 4.0], 1)]})
+    assert weights["w"].tolist() == [1.75, 3.0]
+    assert weights["b"].item() == 0.5
+    assert result.failures == ()
+    assert [(client["key"], client["samples"]) for client in result.clients] == [(0, 3), (1, 1)]
+
+
+def test_metrics_are_means_by_audio_sums_and_maxima() -> None:
+    low = {"accuracy": 0.1, "crops": 4, "peak_bytes": 10, "skipped_silent": 1}
+    high = {"accuracy": 0.5, "crops": 6, "peak_bytes": 30, "skipped_silent": 2}
+    _, result = run_round(
+        {0: [update([0, 0], 30, metrics=low)], 1: [update([0, 0], 10, metrics=high)]}
+    )
+    assert result.metrics["accuracy"] == pytest.approx((0.1 * 30 + 0.5 * 10) / 40, rel=1e-12)
+    assert result.metrics["samples"] == 40
+    assert result.metrics["crops"] == 10
+    assert result.metrics["peak_bytes"] == 30
+    assert result.metrics["skipped_silent"] == 3
+    assert (result.metrics["cohort"], result.metrics["failures"]) == (2, 0)
+
+
+@hypothesis_settings(deadline=None, max_examples=40)
+@given(arrival=st.permutations(range(6)), seed=st.integers(0, 2**31))
+def test_any_order_of_arrival_gives_the_same_bits(arrival: list[int], seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        in_a_server_app.__wrapped__(patch)  # type: ignore[attr-defined]
+        rng = np.random.default_rng(seed)
+        changes = [list(rng.normal(0, 10.0 ** -rng.integers(0, 8), 2)) for _ in range(6)]
+        samples = rng.integers(1, 10**6, 6)
+        answers = {key: [update(changes[key], int(samples[key]))] for key in range(6)}
+        ordered, first = run_round(answers)
+        mixed, second = run_round(answers, arrival=arrival)
+        for name in ordered:
+            assert ordered[name].numpy().tobytes() == mixed[name].numpy().tobytes()
+        assert first.clients == second.clients
+
+
+BAD = {
+    "an error reply": (error("DataError"), "client 1: DataError"),
+    "an error without a reason": (error(""), "client 1: error 100"),
+    "a device that has gone": (gone, "client 1: Node Unavailable"),
+    "not a number": (update([float("nan"), 0.0], 5), "client 1: w has values not finite"),
+    "infinite": (update([0.0, float("-inf")], 5), "client 1: w has values not finite"),
+    "huge": (update([0.0, -1e9], 5), "client 1: w has values as large as 1e+09"),
+    "another shape": (update([1.0], 5), "client 1: w is float32 (1,), not float32 (2,)"),
+    "another dtype": (
+        update([1.0, 1.0], 5, dtype=np.float64),
+        "client 1: w is float64 (2,), not float32 (2,)",
+    ),
+    "another name": (
+        update([1.0, 1.0], 5, name="v"),
+        "client 1: 2 tensors missing or unknown, such as v",
+    ),
+    "no audio": (update([1.0, 1.0], 0), "client 1: the update comes from no audio"),
+    "nothing learned": (
+        update([1.0, 1.0], 5, metrics={"applied": 0}),
+        "client 1: no update had a finite gradient",
+    ),
+    "a metric that is not agreed": (
+        update([1.0, 1.0], 5, metrics={"speaker": 84}),
+        "client 1: metrics missing: [], not agreed: ['speaker']",
+    ),
+    "a metric that is not a number": (
+        update([1.0, 1.0], 5, metrics={"loss": float("nan")}),
+        "client 1: metric loss is not a finite number",
+    ),
+    "no update": (
+        lambda message: Message(
+            RecordDict(
+                {protocol.METRICS: MetricRecord(dict.fromkeys(protocol.TRAIN_METRICS, 1.0))}
+            ),
+            reply_to=message,
+        ),
+        "client 1: the reply has no update",
+    ),
+    "no metrics": (
+        lambda message: Message(RecordDict({}), reply_to=message),
+        "client 1: the reply has no metrics",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("arrival", [[0, 1, 2], [1, 2, 0]])
+def test_a_bad_reply_is_listed_and_leaves_no_trace(case: str, arrival: list[int]) -> None:
+    answer, failure = BAD[case]
+    good = {0: [update([1.0, 0.0], 3)], 2: [update([0.0, 4.0], 1)]}
+    expected, _ = run_round(good)
+    weights, result = run_round(good | {1: [answer]}, arrival=arrival)
+    assert result.failures == (failure,)
+    assert result.metrics["failures"] == 1
+    assert [client["key"] for client in result.clients] == [0, 2]
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value)
+
+
+def test_a_second_update_of_a_client_does_not_count() -> None:
+    once, _ = run_round({0: [update([1.0, 0.0], 3)], 1: [update([0.0, 4.0], 1)]})
+    twice = {0: [update([1.0, 0.0], 3), update([5.0, 5.0], 9)], 1: [update([0.0, 4.0], 1)]}
+    weights, result = run_round(twice)
+    assert torch.equal(weights["w"], once["w"])
+    assert result.failures == ("client 0: a second update in the same round",)
+
+
+def test_a_message_that_cannot_be_sent_is_a_failure() -> None:
+    answers = {0: [update([1.0, 0.0], 3)], 1: [update([0.0, 4.0], 1)]}
+    weights, result = run_round(answers, unsendable=(1,))
+    assert weights["w"].tolist() == [2.0, 2.0]
+    assert result.failures == ("client 1: the message could not be sent",)
+
+
+def test_too_few_updates_end_the_run_and_leave_the_weights() -> None:
+    settings = dataclasses.replace(SETTINGS, min_clients=2)
+    server = federation(settings)
+    grid = FakeGrid({100: [update([1.0, 0.0], 3)], 101: [error("DataError")]})
+    clients = [Client(0, 100, 2, 10.0), Client(1, 101, 2, 10.0)]
+    with pytest.raises(RoundFailed, match="round 5: 1 updates could be used, 2 are needed: client"):
+        server.round(grid, clients, 4)
+    assert server.weights["w"].tolist() == [1.0, 2.0]
+
+
+def test_a_cohort_smaller_than_the_least_number_of_clients_is_enough() -> None:
+    settings = dataclasses.replace(SETTINGS, min_clients=3, clients_per_round=2)
+    _, result = run_round({key: [update([1.0, 0.0], 3)] for key in range(5)}, settings=settings)
+    assert result.metrics["cohort"] == 2
+
+
+def test_every_client_of_a_round_gets_the_weights_and_the_global_update_number() -> None:
+    settings = dataclasses.replace(SETTINGS, local_updates=3)
+    server = federation(settings)
+    grid = FakeGrid({node: [update([1.0, 0.0], 3)] for node in (100, 101)})
+    server.round(grid, [Client(key, 100 + key, 2, 10.0) for key in (0, 1)], 4)
+    assert len(grid.sent) == 2
+    for message in grid.sent:
+        assert message.metadata.message_type == "train"
+        assert set(message.content) == {protocol.WEIGHTS, protocol.TASK}
+        task = message.content.config_records[protocol.TASK]
+        assert dict(task) == {"round": 4, "first_update": 12, "updates": 3}
+        sent = message.content.array_records[protocol.WEIGHTS]
+        assert sent["w"].numpy().shape == (2,)
+
+
+def test_a_cohort_follows_from_seed_and_round_not_from_node_ids() -> None:
+    settings = dataclasses.replace(SETTINGS, clients_per_round=5, seed=3)
+    first = [Client(key, 1000 + key, 2, 10.0) for key in range(50)]
+    second = [Client(key, 9000 - 7 * key, 2, 10.0) for key in range(50)]
+    cohorts = []
+    for number in range(20):
+        keys = [client.key for client in choose_cohort(first, settings, number)]
+        assert keys == [client.key for client in choose_cohort(second, settings, number)]
+        assert keys == sorted(set(keys))
+        assert len(keys) == 5
+        cohorts.append(keys)
+    assert len({tuple(keys) for keys in cohorts}) == 20
+    assert len({key for keys in cohorts for key in keys}) > 35
+    other = dataclasses.replace(settings, seed=4)
+    assert [c.key for c in choose_cohort(first, other, 0)] != cohorts[0]
+
+
+def test_clients_are_found_and_ordered_by_their_number() -> None:
+    answers = {55: [description(2)], 11: [description(0, 4.0)], 99: [description(1)]}
+    settings = dataclasses.replace(SETTINGS, min_clients=3)
+    clients = find_clients(FakeGrid(answers), settings, lambda text: None)
+    assert [(client.key, client.node) for client in clients] == [(0, 11), (1, 99), (2, 55)]
+    assert clients[0].seconds == 4.0
+
+
+def test_a_client_that_cannot_take_part_is_named_and_left_out() -> None:
+    said: list[str] = []
+    answers: dict[int, list[Reply]] = {
+        11: [description(0)],
+        12: [error("DataError [/bold]")],
+        13: [gone],
+    }
+    clients = find_clients(FakeGrid(answers), SETTINGS, said.append)
+    assert [client.node for client in clients] == [11]
+    assert sorted(said) == [
+        "a client cannot take part: DataError [/bold]",
+        "a client cannot take part: Node Unavailable",
+    ]
+
+
+def test_two_clients_with_one_number_take_part_once() -> None:
+    said: list[str] = []
+    answers = {12: [description(4)], 11: [description(4)], 13: [description(5)]}
+    clients = find_clients(FakeGrid(answers), SETTINGS, said.append)
+    assert [(client.key, client.node) for client in clients] == [(4, 11), (5, 13)]
+    assert said == ["two clients say they are number 4; only one of them takes part"]
+
+
+def test_too_few_clients_end_the_wait_with_their_reasons() -> None:
+    settings = dataclasses.replace(SETTINGS, min_clients=2, wait=0.2)
+    answers = {11: [description(0)], 12: [error("DataError")]}
+    with pytest.raises(RoundFailed, match="1 clients are ready, 2 are needed: DataError"):
+        find_clients(FakeGrid(answers), settings, lambda text: None)
+    with pytest.raises(RoundFailed, match="0 clients are ready, 2 are needed: none has connected"):
+        find_clients(FakeGrid({}), settings, lambda text: None)
