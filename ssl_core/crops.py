@@ -3,7 +3,7 @@
 import collections
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -136,7 +136,7 @@ def indices_of(manifest: Manifest, speakers: Iterable[str]) -> tuple[int, ...]:
     return tuple(i for i, s in enumerate(manifest.sequences) if s.speaker in wanted)
 
 
-def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Make items in a thread, at most `depth` ahead of their use; errors come out in order."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()

@@ -243,7 +243,7 @@ WRONG = {
     "no such folder": (["--data", "{tmp}/nowhere"], 1, "nowhere"),
     "an empty folder": (["--data", "{tmp}/empty"], 1, "empty"),
     "not the layout": (["--data", "{tmp}/flat"], 1, "LibriSpeech"),
-    "more clients than crops": (["--data", "{corpus}", "--clients", "5000"], 2, "at most 42 clients"),
+    "more clients than crops": (["--data", "{corpus}", "--clients", "5000"], 2, "at most 42"),
     "more in a round than clients": (
         ["--data", "{corpus}", "--clients", "2", "--clients-per-round", "3"],
         2,

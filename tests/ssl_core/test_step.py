@@ -124,12 +124,14 @@ def test_the_gradient_reaches_the_codebook_and_the_extractor_through_the_targets
     parts.contrastive.backward()
     assert model.quantizer.codevectors.grad is not None
     assert model.quantizer.codevectors.grad.norm() > 0
+    assert model.quantizer.weight_proj.weight.grad is not None
     assert model.quantizer.weight_proj.weight.grad.norm() > 0
 
 
 def test_the_step_runs_on_fake_tensors() -> None:
     """No branch and no shape depends on a value, so the step needs no data."""
     draws = draw(TINY, 2, 16_000, np.random.default_rng(0))
+    assert draws.noise is not None
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = PretrainingModel(TINY)
         fake = draws._replace(
@@ -139,7 +141,7 @@ def test_the_step_runs_on_fake_tensors() -> None:
         )
         parts = model.loss_parts(model.features(torch.empty(2, 16_000)), fake, 2.0)
         combine(parts, WEIGHTS, draws.masked.numel()).backward()
-        grad = model.wav2vec2.feature_extractor.conv_layers[0].conv.weight.grad
+        grad = model.wav2vec2.feature_extractor.conv_layers[0].get_parameter("conv.weight").grad
     assert grad is not None
     assert grad.shape == (32, 1, 10)
 
@@ -163,6 +165,7 @@ def test_the_step_compiles_without_a_graph_break() -> None:
     compiled.backward()
     assert float(compiled) == pytest.approx(float(plain), rel=1e-5)
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4 or expected[name].norm() < 1e-6, name
 

@@ -16,6 +16,7 @@ from partitions import command
 from ssl_core import checkpoint
 from ssl_core.train import main
 from ssl_core.wav2vec2 import hf
+from ssl_core.wav2vec2.config import ModelConfig
 
 OPTIONS = [
     "--model", "tiny", "--set", "model.num-hidden-layers=1", "--length", "1s", "--batch", "3",
@@ -128,7 +129,7 @@ def test_wrong_input_is_one_clear_line(
 def test_a_failed_save_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = hf.ModelConfig(num_hidden_layers=1)
+    config = ModelConfig(num_hidden_layers=1)
     weights = {"a": torch.ones(3)}
     place = tmp_path / "round-00001"
     checkpoint.save(place, config, weights, state={"next_round": 1})
