@@ -151,7 +151,10 @@ class PretrainingModel(nn.Module):
         nn.init.uniform_(projection.bias, -bound, bound)
         nn.init.uniform_(self.wav2vec2.masked_spec_embed)
         nn.init.uniform_(self.quantizer.codevectors)
-        nn.init.normal_(self.quantizer.weight_proj.weight)
+        # Logits as spread out as those of base, whatever the width: with flatter ones the Gumbel
+        # noise chooses the codes, and there is nothing to predict.
+        proj = self.quantizer.weight_proj
+        nn.init.normal_(proj.weight, std=math.sqrt(512 / proj.in_features))
         nn.init.zeros_(self.quantizer.weight_proj.bias)
 
     def features(self, waveforms: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ def perplexity(probabilities: Tensor) -> Tensor:
 
     `probabilities`: `[group, entry]`, each group summing to 1 (wav2vec 2.0, equation 4).
     """
-    entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
+    # An entry that is never used has probability 0, where the logarithm has no finite gradient.
+    logarithm = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)
+    entropy = -torch.xlogy(probabilities, logarithm).sum(-1)
     return entropy.exp().sum()
 
 

@@ -100,6 +100,10 @@ def test_perplexity_and_diversity_on_exact_distributions() -> None:
     one = torch.eye(4)[:2]
     assert float(perplexity(one)) == pytest.approx(2.0)
     assert float(diversity_loss(one)) == pytest.approx(0.75)
+    unused = torch.tensor([[1000.0, 0.0, -1000.0]], requires_grad=True)
+    diversity_loss(torch.softmax(unused, -1)).backward()
+    assert unused.grad is not None
+    assert torch.isfinite(unused.grad).all()
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (3, 3), (5, 2), (4, 2), (1, 1)])

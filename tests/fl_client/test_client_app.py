@@ -1,0 +1,173 @@
+"""The ClientApp as Flower calls it: what it answers, and what it keeps to itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Writer
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl_client import protocol
+from fl_client.client_app import app
+from fl_client.settings import FederationSettings
+from ssl_core.wav2vec2.model import PretrainingModel
+
+WORDS = "EXTRAORDINARY CIRCUMSTANCES"
+SPEAKERS = ("40711", "40712", "40713", "40714")
+RUN = {
+    "model": "tiny", "set": "model.num-hidden-layers=1", "length": "1s", "batch": 2,
+    "local-updates": 2, "held-out": 0.3, "rounds": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def corpus(root: Path, write: Writer) -> Path:
+    """Six speakers with transcripts, 3 s of noise each."""
+    for speaker in (*SPEAKERS, "40715", "40716"):
+        write("train-secret", speaker, 90817, 0, samples=3 * 16_000, words=WORDS)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 7)
+
+
+@pytest.fixture
+def ask(corpus: Path) -> Callable[..., Message]:
+    """Send one message to the app of a node."""
+
+    def send(kind: str, content: RecordDict | None = None, **node: Any) -> Message:
+        config = {"data": str(corpus), "partition-id": 1, "num-partitions": 2}
+        config |= {name.replace("_", "-"): value for name, value in node.items()}
+        context = Context(7, 8, config, RecordDict(), {**RUN, "data": "/not/on/this/device"})
+        return app(Message(content or RecordDict(), 8, kind, group_id="1"), context)
+
+    return send
+
+
+def weights() -> dict[str, torch.Tensor]:
+    config, _ = FederationSettings.from_run_config(RUN).model_and_recipe()
+    torch.manual_seed(3)
+    return PretrainingModel(config).state_dict()
+
+
+def task(tensors: dict[str, torch.Tensor]) -> RecordDict:
+    record = ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
+    instructions = ConfigRecord({"round": 1, "first_update": 2, "updates": 2})
+    return RecordDict({protocol.WEIGHTS: record, protocol.TASK: instructions})
+
+
+def wire(reply: Message) -> bytes:
+    """Everything of a reply that Flower puts on the wire."""
+    return b"\n".join(part.deflate() for part in get_all_nested_objects(reply).values())
+
+
+def test_a_client_says_its_number_and_how_much_audio_it_has(ask: Callable[..., Message]) -> None:
+    reply = ask(MessageType.QUERY)
+    assert set(reply.content) == {protocol.METRICS}
+    # Two of six speakers are held out, the other four shared by two clients: two with 3 s each.
+    assert dict(reply.content[protocol.METRICS]) == {"partition": 1, "crops": 6, "seconds": 6.0}
+
+
+def test_an_update_is_the_change_of_the_weights_and_the_agreed_metrics(
+    ask: Callable[..., Message],
+) -> None:
+    start = weights()
+    reply = ask(MessageType.TRAIN, task(start))
+    assert set(reply.content) == {protocol.METRICS, protocol.UPDATE}
+    metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
+    assert (metrics["updates"], metrics["applied"], metrics["crops"]) == (2, 2, 4)
+    assert metrics["samples"] == 4 * 16_000
+    update = {name: array.numpy() for name, array in reply.content[protocol.UPDATE].items()}
+    assert {name: value.shape for name, value in update.items()} == {
+        name: tuple(value.shape) for name, value in start.items()
+    }
+    assert all(value.dtype == np.float32 for value in update.values())
+    assert 0 < max(np.abs(value).max() for value in update.values()) < 0.1
+
+
+def test_the_same_task_gives_the_same_update(ask: Callable[..., Message]) -> None:
+    first, again, other = (
+        ask(MessageType.TRAIN, task(weights()), partition_id=part).content[protocol.UPDATE]
+        for part in (1, 1, 0)
+    )
+    assert all(first[name].data == again[name].data for name in first)
+    assert any(first[name].data != other[name].data for name in first)
+
+
+@pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
+def test_no_path_transcript_or_speaker_leaves_the_device(
+    ask: Callable[..., Message], corpus: Path, kind: str
+) -> None:
+    sent = wire(ask(kind, task(weights())))
+    assert b"partition" in sent or b"samples" in sent
+    for secret in (
+        str(corpus),
+        corpus.name,
+        "train-secret",
+        "90817",
+        ".flac",
+        "4071",
+        *WORDS.split(),
+    ):
+        assert secret.encode() not in sent, secret
+
+
+@pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
+def test_an_error_reveals_its_kind_only(
+    ask: Callable[..., Message], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = str(tmp_path / "gone")
+    reply = ask(kind, task(weights()), data=missing)
+    assert (reply.error.code, reply.error.reason) == (protocol.CLIENT_FAILED, "DataError")
+    assert b"gone" not in wire(reply)
+    assert missing in caplog.text  # the device's own log says what is wrong
+    simulated = ask(kind, task(weights()), data=missing, simulated=True)
+    assert simulated.error.reason.startswith(f"DataError: no such folder: {missing}")
+
+
+def test_an_unknown_speaker_is_named_on_the_device_only(
+    ask: Callable[..., Message], caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = ask(MessageType.QUERY, speakers="40711, 50999")
+    assert reply.error.reason == "UsageError"
+    assert "50999" in caplog.text
+
+
+def test_an_unexpected_error_reveals_its_kind_only(
+    ask: Callable[..., Message],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*values: object) -> None:
+        raise PermissionError(13, "Permission denied", "/home/somebody/private.flac")
+
+    monkeypatch.setattr("fl_client.client_app.share_of", fail)
+    reply = ask(MessageType.QUERY)
+    assert reply.error.reason == "PermissionError"
+    assert b"private" not in wire(reply)
+    assert "/home/somebody/private.flac" in caplog.text
+
+
+def test_weights_of_another_model_are_refused(ask: Callable[..., Message]) -> None:
+    start = weights()
+    name = next(iter(start))
+    del start[name]
+    reply = ask(MessageType.TRAIN, task(start), simulated=True)
+    assert reply.error.reason == (
+        f"ProtocolError: the weights do not fit the model: {name} and others"
+    )
+
+
+def test_named_speakers_are_the_whole_share(ask: Callable[..., Message]) -> None:
+    replies = [ask(MessageType.QUERY, speakers=name, client_key=5) for name in SPEAKERS]
+    shares = [reply.content[protocol.METRICS] for reply in replies if not reply.has_error()]
+    assert 2 <= len(shares) <= 4  # those held out are refused
+    assert all(dict(m) == {"partition": 5, "crops": 3, "seconds": 3.0} for m in shares)
