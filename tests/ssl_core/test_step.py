@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from partitions.errors import UsageError
 from ssl_core.memory.plan import Plan
@@ -175,3 +176,30 @@ def test_a_length_too_short_to_mask_and_a_split_batch_pool_are_refused() -> None
         Plan(length=0.1).validate(TINY, Recipe())
     with pytest.raises(UsageError, match="whole batch"):
         Plan(batch=4, micro_batch=2).validate(TINY, Recipe(negative_pool="batch"))
+
+
+def flops(name: str) -> int:
+    """Floating point operations of a forward pass and its gradient, 5 s x 4."""
+    config = preset(name)
+    draws = draw(config, 4, 80_000, np.random.default_rng(0))
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = PretrainingModel(config)
+        assert draws.noise is not None
+        fake = draws._replace(
+            masked=mode.from_tensor(draws.masked),
+            multiplicity=mode.from_tensor(draws.multiplicity),
+            noise=mode.from_tensor(draws.noise),
+            feature_keep=None,
+            layer_keep=None,
+        )
+        with counter:
+            parts = model.loss_parts(model.features(torch.empty(4, 80_000)), fake, 2.0)
+            combine(parts, WEIGHTS, draws.masked.numel()).backward()
+    return int(counter.get_total_flops())
+
+
+def test_a_step_of_tiny_is_at_least_fifty_times_cheaper() -> None:
+    base, tiny = flops("base"), flops("tiny")
+    assert base == pytest.approx(1.0e12, rel=0.05)
+    assert base / tiny >= 50

@@ -1,0 +1,74 @@
+"""A client's share: its own part, never a held-out speaker, whatever way it is chosen."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from fl_client.local_data import held_out, load_manifest, share_of
+from fl_client.settings import FederationSettings
+from partitions.errors import DataError, UsageError
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> FederationSettings:
+    """Ten speakers with 8 s each."""
+    root = tmp_path / "corpus"
+    rng = np.random.default_rng(0)
+    for speaker in range(1, 11):
+        folder = root / "train-small" / str(speaker) / "1"
+        folder.mkdir(parents=True)
+        sound = 0.1 * rng.standard_normal(8 * 16_000)
+        soundfile.write(folder / f"{speaker}-1-0000.flac", sound, 16_000)
+    return FederationSettings(data=str(root), length="1s", model="tiny", held_out=0.2)
+
+
+def speakers(node: dict[str, Any], settings: FederationSettings) -> set[str]:
+    share = share_of(node, settings)
+    return {share.manifest.sequences[i].speaker for i in share.indices}
+
+
+@pytest.mark.parametrize("how", ["speaker", "iid", "skewed"])
+def test_parts_share_nothing_and_leave_the_held_out_out(
+    how: str, settings: FederationSettings
+) -> None:
+    settings = dataclasses.replace(settings, partition=how)  # type: ignore[arg-type]
+    manifest = load_manifest(settings.data, (), 1.0, "")
+    excluded = set(held_out(manifest, settings))
+    assert len(excluded) >= 2
+    seen: list[int] = []
+    for number in range(4):
+        share = share_of({"partition-id": number, "num-partitions": 4}, settings)
+        assert share.key == number
+        assert not {manifest.sequences[i].speaker for i in share.indices} & excluded
+        seen += share.indices
+    assert len(seen) == len(set(seen))
+    everyone = [i for i, s in enumerate(manifest.sequences) if s.speaker not in excluded]
+    assert sorted(seen) == everyone
+
+
+def test_a_device_without_a_part_has_all_but_the_held_out(settings: FederationSettings) -> None:
+    manifest = load_manifest(settings.data, (), 1.0, "")
+    excluded = set(held_out(manifest, settings))
+    node = {"client-key": 77, "data": settings.data}
+    assert share_of(node, settings).key == 77
+    assert speakers(node, settings) == set(manifest.speakers) - excluded
+
+
+def test_chosen_speakers_must_be_there_and_not_held_out(settings: FederationSettings) -> None:
+    manifest = load_manifest(settings.data, (), 1.0, "")
+    excluded = held_out(manifest, settings)
+    free = sorted(set(manifest.speakers) - set(excluded))
+    assert speakers({"speakers": f"{free[0]}, {free[1]}"}, settings) == set(free[:2])
+    with pytest.raises(UsageError, match="not in"):
+        share_of({"speakers": "99"}, settings)
+    with pytest.raises(UsageError, match="held out"):
+        share_of({"speakers": excluded[0]}, settings)
+
+
+def test_a_device_has_its_own_corpus(settings: FederationSettings, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="elsewhere"):
+        share_of({"data": str(tmp_path / "elsewhere")}, settings)

@@ -1,0 +1,84 @@
+"""Flower's processes for end-to-end tests: own ports, own FLWR_HOME, ended one by one."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from fl_client.environment import QUIET
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class FlowerProcesses:
+    """Starts commands as a user with an activated environment does, in the repository's root."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        """`home`: FLWR_HOME, which also tells the processes apart that Flower starts itself."""
+        self.home = home
+        home.mkdir()
+        binaries = str(Path(sys.executable).parent)
+        self.environment = {
+            **os.environ,
+            **QUIET,
+            "FLWR_HOME": str(home),
+            "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
+            "COLUMNS": "200",
+            **environment,
+        }
+        self.log = home / "processes.log"
+
+    def start(self, *command: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a command that goes on, in a process group of its own."""
+        with (log or self.log).open("ab") as stream:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end; stderr goes with stdout."""
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
+        )  # fmt: skip
+
+    def mine(self) -> list[psutil.Process]:
+        """Every process that carries this FLWR_HOME."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == str(self.home):
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        """End every process that carries this FLWR_HOME."""
+        for process in self.mine():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+        _, left = psutil.wait_procs(self.mine(), timeout=15)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def wait_until(happens: Callable[[], bool], what: str) -> None:
+    """Wait for something that the test cannot go on without."""
+    end = time.monotonic() + 90
+    while not happens():
+        assert time.monotonic() < end, f"not within 90 s: {what}"
+        time.sleep(0.2)
