@@ -200,7 +200,9 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                 )
                 started = time.monotonic()
                 held = evaluator(weights)
-                evaluated = time.monotonic()
+                # Metrics first: a round that is logged and not saved is taken and logged again.
+                values = _row(result, held, settings)
+                run.log(number + 1, values | {"evaluate_seconds": time.monotonic() - started})
                 checkpoint.save(
                     run.checkpoints / f"round-{number + 1:05d}",
                     config,
@@ -209,11 +211,6 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                     extra=optimizer.moments,
                 )
                 checkpoint.prune(run.checkpoints, settings.keep)
-                values = _row(result, held, settings) | {
-                    "evaluate_seconds": evaluated - started,
-                    "save_seconds": time.monotonic() - evaluated,
-                }
-                run.log(number + 1, values)
                 say(_line(result, held, settings))
                 for failure in result.failures:
                     say(f"  {failure}")

@@ -201,7 +201,7 @@ PRESETS: dict[str, ModelConfig] = {
         feat_quantizer_dropout=0.0,
         layerdrop=0.0,
         num_codevectors_per_group=64,
-        diversity_loss_weight=0.3,
+        diversity_loss_weight=0.1,
         initial_taps="shared",
     ),
 }
