@@ -1,6 +1,6 @@
 """What depends on time, derived from the global update number and nothing else."""
 
-from ssl_core.wav2vec2.config import Recipe
+from ssl_core.wav2vec2.config import ModelConfig, Recipe
 
 
 def learning_rate(recipe: Recipe, update: int, total: int) -> float:
@@ -20,3 +20,9 @@ def learning_rate(recipe: Recipe, update: int, total: int) -> float:
 def gumbel_temperature(recipe: Recipe, update: int) -> float:
     """Temperature of the Gumbel softmax at an update (fairseq `latent_temp`)."""
     return float(max(recipe.gumbel_end, recipe.gumbel_start * recipe.gumbel_decay**update))
+
+
+def diversity_weight(config: ModelConfig, recipe: Recipe, update: int, total: int) -> float:
+    """Weight of the diversity loss at an update (from 0): linear from its first to its last."""
+    gone = update / total if total else 0.0
+    return config.diversity_loss_weight * (1 + (recipe.diversity_end - 1) * gone)

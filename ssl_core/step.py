@@ -221,7 +221,7 @@ class TrainingStep:
         config, plan = self.model.config, self.plan
         rate = schedule.learning_rate(self.recipe, update, self.total_updates)
         weights = Weights(
-            config.diversity_loss_weight,
+            schedule.diversity_weight(config, self.recipe, update, self.total_updates),
             self.recipe.feature_penalty_weight,
             schedule.gumbel_temperature(self.recipe, update),
         )

@@ -163,6 +163,11 @@ class Recipe:
     """Multiplies the gradient that reaches the feature extractor (`feature_grad_mult`)."""
     feature_penalty_weight: float = 10.0
     """Weight of the mean square of the extractor's output, times the masked frames."""
+    diversity_end: float = 1.0
+    """Weight of the diversity loss at the last update, as a share of its weight at the first, from
+    which it goes linearly; 1 keeps it, as the original does. A large weight at first keeps a small
+    codebook from collapsing when the first codes can be predicted; a smaller one later lets codes
+    become predictable."""
     negative_pool: Literal["utterance", "batch"] = "utterance"
     """Where negatives come from: masked frames of the same crop, or of every crop of the batch."""
 
@@ -176,6 +181,8 @@ class Recipe:
             raise UsageError(f"learning-rate must be above zero, not {self.learning_rate}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is a share of all updates in [0, 1), not {self.warmup}")
+        if not 0 <= self.diversity_end <= 1:
+            raise UsageError(f"diversity-end is a share in [0, 1], not {self.diversity_end}")
         if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
             raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
         if min(self.weight_decay, self.clip_norm, self.feature_penalty_weight) < 0:
@@ -201,7 +208,7 @@ PRESETS: dict[str, ModelConfig] = {
         feat_quantizer_dropout=0.0,
         layerdrop=0.0,
         num_codevectors_per_group=64,
-        diversity_loss_weight=0.1,
+        diversity_loss_weight=0.4,
         initial_taps="shared",
     ),
 }
@@ -209,7 +216,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 RECIPES: dict[str, Recipe] = {
     "base": Recipe(),
-    "tiny": Recipe(learning_rate=1e-3, feature_penalty_weight=1.0),
+    "tiny": Recipe(learning_rate=1e-3, feature_penalty_weight=1.0, diversity_end=0.2),
 }
 """The original recipe for `base`; for `tiny`, what learns within minutes."""
 

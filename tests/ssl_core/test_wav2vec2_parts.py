@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from partitions.errors import DataError, UsageError
 from ssl_core.collapse import CollapseAlarm
 from ssl_core.overrides import resolve
-from ssl_core.schedule import gumbel_temperature, learning_rate
+from ssl_core.schedule import diversity_weight, gumbel_temperature, learning_rate
 from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.features import strided_convolution
@@ -128,6 +128,10 @@ def test_rate_and_temperature_follow_the_global_update() -> None:
     assert gumbel_temperature(recipe, 0) == 2.0
     assert gumbel_temperature(recipe, 100_000) == pytest.approx(2 * 0.999995**100_000)
     assert gumbel_temperature(recipe, 10**7) == 0.5
+    assert diversity_weight(BASE, recipe, 99, 100) == BASE.diversity_loss_weight
+    falling = Recipe(diversity_end=0.2)
+    weights = [diversity_weight(BASE, falling, update, 100) for update in (0, 50, 100)]
+    assert weights == pytest.approx([0.1, 0.06, 0.02])
 
 
 def test_settings_change_presets_by_name() -> None:
