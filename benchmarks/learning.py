@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run both and compare; returns the exit code."""
     parser = command.Parser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="LibriSpeech")
-    parser.add_argument("--rounds", type=int, default=120, help="rounds of the federation")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds of the federation")
     parser.add_argument("--clients-per-round", type=int, default=8, help="size of the cohort")
     parser.add_argument("--local-updates", type=int, default=4, help="updates of a client a round")
     parser.add_argument("--batch", type=int, default=4, help="crops of a client's batch")
