@@ -211,7 +211,7 @@ def test_no_space_left_is_one_clear_line_and_leaves_no_half_checkpoint(
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=False
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], check=False
     )
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here")
@@ -231,7 +231,7 @@ def test_no_space_left_is_one_clear_line_and_leaves_no_half_checkpoint(
         for name in left:
             _weights(output / "checkpoints" / name)
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 def tree(path: Path) -> Path:
