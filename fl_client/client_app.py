@@ -15,7 +15,7 @@ from fl_client.local_data import share_of
 from fl_client.local_training import train_round
 from fl_client.settings import FederationSettings
 from partitions.errors import ShortwaveError
-from partitions.units import SAMPLE_RATE
+from partitions.speakers import seconds_of
 
 log = logging.getLogger("shortwave.client")
 app = ClientApp()
@@ -52,12 +52,11 @@ def describe(message: Message, context: Context) -> Message:
     """Answer who this client is: its number and how much audio it has."""
     settings = FederationSettings.from_run_config(context.run_config)
     share = share_of(context.node_config, settings)
-    samples = sum(share.manifest.sequences[i].samples for i in share.indices)
     metrics = MetricRecord(
         {
             "partition": share.key,
             "crops": len(share.indices),
-            "seconds": samples / SAMPLE_RATE,
+            "seconds": seconds_of(share.manifest, share.indices),
         }
     )
     return Message(RecordDict({protocol.METRICS: metrics}), reply_to=message)

@@ -9,8 +9,7 @@ from fl_client.settings import FederationSettings
 from partitions.demo_corpus import demo_corpus
 from partitions.errors import UsageError
 from partitions.manifest import Manifest, prepare, read_manifest
-from partitions.speakers import How, held_out_speakers, partition
-from ssl_core.crops import indices_of
+from partitions.speakers import How, held_out_speakers, partition, select
 
 
 class Share(NamedTuple):
@@ -76,10 +75,10 @@ def share_of(node: Mapping[str, Any], settings: FederationSettings) -> Share:
         kept = sorted(set(wanted) & set(excluded))
         if kept:
             raise UsageError(f"--speakers: held out for evaluation: {', '.join(kept)}")
-        return Share(int(node.get("client-key", 0)), manifest, indices_of(manifest, wanted))
+        return Share(int(node.get("client-key", 0)), manifest, tuple(select(manifest, wanted)))
     if "partition-id" in node:
         key, count = int(node["partition-id"]), int(node["num-partitions"])
         parts = _parts(source, count, settings.partition, settings.seed, excluded)
         return Share(key, manifest, parts[key])
     speakers = sorted(set(manifest.speakers) - set(excluded))
-    return Share(int(node.get("client-key", 0)), manifest, indices_of(manifest, speakers))
+    return Share(int(node.get("client-key", 0)), manifest, tuple(select(manifest, speakers)))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -293,12 +292,4 @@ def state_of(number: int, settings: FederationSettings) -> dict[str, Any]:
         "rounds": settings.rounds,
         "seed": settings.seed,
         "optimizer": settings.server_optimizer,
-    }
-
-
-def to_contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as fp32 on the CPU that share no memory with a model."""
-    return {
-        name: value.detach().to("cpu", torch.float32).clone().contiguous()
-        for name, value in weights.items()
     }

@@ -20,10 +20,11 @@ from partitions.command import describe_os_error
 from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
 from partitions.settings import from_mapping, read_yaml, to_yaml
+from partitions.speakers import select
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from ssl_core import checkpoint, randomness
 from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops, describe, indices_of
+from ssl_core.crops import CropBatch, Crops, describe
 from ssl_core.evaluation import Evaluation, evaluate
 from ssl_core.figures import plot_curves
 from ssl_core.run_directory import CONFIG, RunDirectory
@@ -124,7 +125,7 @@ class Evaluator:
         corpus = load_manifest(settings.data, settings.subsets, settings.seconds, manifest)
         speakers = held_out(corpus, settings)
         if speakers:
-            held = Crops(corpus, indices_of(corpus, speakers), self.plan.samples, self.seed)
+            held = Crops(corpus, select(corpus, speakers), self.plan.samples, self.seed)
             self.crops = held.fixed(settings.eval_crops)
 
     def __call__(self, weights: dict[str, torch.Tensor]) -> Evaluation | None:

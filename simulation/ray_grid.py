@@ -88,10 +88,6 @@ class Worker:
 
         self.app, self.run_config = app, run_config
 
-    def process(self) -> int:
-        """Process id."""
-        return os.getpid()
-
     def answer(self, message: Message, node: dict[str, Any], *arrays: Any) -> Letter:
         """Run the ClientApp on a message.
 
@@ -138,10 +134,6 @@ class RayGrid(Grid):
         self._under_way: dict[Any, tuple[str, int, Message]] = {}
         self._ready: dict[str, Any] = {}
         self._count = 0
-
-    def worker_processes(self) -> list[int]:
-        """Process ids of the workers."""
-        return [int(pid) for pid in ray.get([worker.process.remote() for worker in self._workers])]
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid works for."""

@@ -9,6 +9,7 @@ from fl_client.settings import FederationSettings
 from partitions import atomic
 from partitions.figures import save_figure
 from partitions.manifest import Manifest
+from partitions.speakers import seconds_of
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from ssl_core.checkpoint import latest
 from ssl_core.run_directory import CONFIG, METRICS, RunDirectory
@@ -34,7 +35,7 @@ def write_report(
         The report's path.
     """
     rows = run.metrics()
-    owned = [sum(manifest.sequences[i].samples for i in part) / SAMPLE_RATE for part in parts]
+    owned = [seconds_of(manifest, part) for part in parts]
     trained: Counter[int] = Counter()
     for row in rows:
         for client in row["clients"]:

@@ -130,12 +130,6 @@ class Crops:
         return CropBatch(np.stack(waveforms), tuple(used), dict(skips), tuple(examples))
 
 
-def indices_of(manifest: Manifest, speakers: Iterable[str]) -> tuple[int, ...]:
-    """The sequences of the given speakers."""
-    wanted = set(speakers)
-    return tuple(i for i, s in enumerate(manifest.sequences) if s.speaker in wanted)
-
-
 def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Make items in a thread, at most `depth` ahead of their use; errors come out in order."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)

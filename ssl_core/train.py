@@ -18,11 +18,11 @@ from partitions.errors import Interrupted, UsageError
 from partitions.manifest import Manifest, prepare
 from partitions.progress import bar_of
 from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
-from partitions.speakers import held_out_speakers
+from partitions.speakers import held_out_speakers, select
 from partitions.units import format_seconds, parse_length
 from ssl_core import checkpoint, randomness
 from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops, ahead, describe, indices_of
+from ssl_core.crops import CropBatch, Crops, ahead, describe
 from ssl_core.devices import choose_device, choose_precision
 from ssl_core.evaluation import evaluate
 from ssl_core.figures import plot_curves
@@ -199,10 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _crops(
     manifest: Manifest, excluded: tuple[str, ...], settings: TrainSettings, plan: Plan
 ) -> tuple[Crops, CropBatch | None]:
-    train = indices_of(manifest, set(manifest.speakers) - set(excluded))
+    train = select(manifest, set(manifest.speakers) - set(excluded))
     held = None
     if excluded and settings.eval_crops:
-        crops = Crops(manifest, indices_of(manifest, excluded), plan.samples, settings.seed)
+        crops = Crops(manifest, select(manifest, excluded), plan.samples, settings.seed)
         held = crops.fixed(settings.eval_crops)
     return Crops(manifest, train, plan.samples, settings.seed), held
 

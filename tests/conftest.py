@@ -62,3 +62,17 @@ def librispeech() -> Path:
     if not folder.is_dir():
         pytest.skip("no real LibriSpeech in ../shared/data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight speakers with two utterances of 4 s of noise each; to be read only."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for speaker in range(1, 9):
+        folder = root / "train-small" / str(speaker) / "1"
+        folder.mkdir(parents=True)
+        for number in range(2):
+            sound = 0.1 * rng.standard_normal(4 * 16_000)
+            soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
+    return root

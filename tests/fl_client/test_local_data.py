@@ -4,9 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 
 from fl_client.local_data import held_out, load_manifest, share_of
 from fl_client.settings import FederationSettings
@@ -14,16 +12,8 @@ from partitions.errors import DataError, UsageError
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> FederationSettings:
-    """Ten speakers with 8 s each."""
-    root = tmp_path / "corpus"
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 11):
-        folder = root / "train-small" / str(speaker) / "1"
-        folder.mkdir(parents=True)
-        sound = 0.1 * rng.standard_normal(8 * 16_000)
-        soundfile.write(folder / f"{speaker}-1-0000.flac", sound, 16_000)
-    return FederationSettings(data=str(root), length="1s", model="tiny", held_out=0.2)
+def settings(corpus: Path) -> FederationSettings:
+    return FederationSettings(data=str(corpus), length="1s", model="tiny", held_out=0.2)
 
 
 def speakers(node: dict[str, Any], settings: FederationSettings) -> set[str]:

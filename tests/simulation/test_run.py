@@ -24,20 +24,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight speakers with 8 s of noise each, in LibriSpeech's layout."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 9):
-        folder = root / "train-small" / str(speaker) / "1"
-        folder.mkdir(parents=True)
-        for number in range(2):
-            sound = 0.1 * rng.standard_normal(4 * 16_000)
-            soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
-    return root
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from partitions import command
@@ -22,23 +20,6 @@ OPTIONS = [
     "--model", "tiny", "--set", "model.num-hidden-layers=1", "--length", "1s", "--batch", "3",
     "--eval-crops", "4", "--eval-every", "2", "--save-every", "3", "--threads", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 9):
-        folder = root / "train-small" / str(speaker) / "1"
-        folder.mkdir(parents=True)
-        sound = 0.1 * rng.standard_normal(8 * 16_000)
-        soundfile.write(folder / f"{speaker}-1-0000.flac", sound, 16_000)
-    return root
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def content(run: Path) -> dict[str, bytes]:
