@@ -8,6 +8,7 @@ from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.crops import CropBatch
 from ssl_core.wav2vec2.model import PretrainingModel, draw
+from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import perplexity
 
 
@@ -64,8 +65,7 @@ def evaluate(
                 masked=torch.cat([part.masked for part in parts]),
                 multiplicity=torch.cat([part.multiplicity for part in parts]),
             )
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), autocast(device, precision):
                 features = model.features(torch.from_numpy(waveforms).to(device))
                 sums = model.loss_parts(features, draws.to(device), 1.0)
             loss += float(sums.contrastive)

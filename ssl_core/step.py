@@ -8,20 +8,26 @@ again. The diversity term needs the mean code probabilities of the whole batch; 
 the first stage, so the gradient is that of the whole batch, to rounding.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ssl_core import randomness, schedule
+from ssl_core.memory import allocator
 from ssl_core.memory.plan import Plan
+from ssl_core.optimizer import AdamW
 from ssl_core.wav2vec2.config import Recipe
+from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
+from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 
 Waveforms = npt.NDArray[np.float32]
@@ -108,47 +114,48 @@ class TrainingStep:
         self.seed, self.total_updates = seed, total_updates
         self.device = torch.device(plan.device)
         model.to(self.device).train()
+        self._arrange()
         self.reset()
+
+    def _arrange(self) -> None:
+        """Set the model and the process up for the plan."""
+        allocator.keep_freed_memory(self.plan.keep_freed_memory)
+        encoder = self.model.wav2vec2.encoder
+        encoder.recompute = self.plan.recompute_layers
+        for layer in encoder.layers:
+            assert isinstance(layer, EncoderLayer)
+            layer.attention.keep_weights = self.plan.keep_attention
+            if self.plan.compile:
+                layer.compile()
 
     def reset(self) -> None:
         """Forget the optimiser's moments, as a client does between rounds."""
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.recipe.learning_rate,
-            betas=(self.recipe.beta1, self.recipe.beta2),
-            eps=self.recipe.epsilon,
-            weight_decay=self.recipe.weight_decay,
-            fused=True,
+        self.optimizer = AdamW(
+            self.model.named_parameters(), self.recipe, self.plan.optimizer_state
         )
+        self.loss_scale = 2.0**16 if self.plan.precision == "fp16" else 1.0
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state by `kind/parameter name`, for a checkpoint."""
-        return {
-            f"{kind}/{name}": value
-            for name, parameter in self.model.named_parameters()
-            for kind, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        return dict(self.optimizer.state()) | {"loss_scale": torch.tensor(self.loss_scale)}
 
     def load_moments(self, moments: dict[str, Tensor]) -> None:
         """Bring back what `moments` gave."""
-        for name, parameter in self.model.named_parameters():
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{kind}/{name}" in moments:
-                    value = moments[f"{kind}/{name}"].clone()
-                    self.optimizer.state[parameter][kind] = value.to(self.device)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.plan.precision == "bf16"
-        )
+        self.optimizer.load(moments)
+        self.loss_scale = float(moments.get("loss_scale", self.loss_scale))
 
     def _features(self, waveforms: Tensor) -> Tensor:
-        features = self.model.features(waveforms)
+        if self.plan.recompute_features and torch.is_grad_enabled():
+            features = checkpoint(
+                self.model.features, waveforms, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            features = self.model.features(waveforms)
         scaled: Tensor = _ScaleGradient.apply(features, self.recipe.feature_grad_scale)
         return scaled
 
     def accumulate(
-        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: int, key: int = 0
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
     ) -> BatchSums:
         """Add the gradient of one batch's loss, divided by `divisor`, to the parameters' gradients.
 
@@ -157,20 +164,18 @@ class TrainingStep:
             draws: chance for this batch.
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
-            key: number that, with the seed, seeds dropout.
         """
         if self.plan.chunk < len(waveforms):
-            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor, key)
-        with randomness.torch_seed(self.device, self.seed, "dropout", key, 0):
-            with self._autocast():
-                features = self._features(waveforms)
-                parts = self.model.loss_parts(features, draws, weights.temperature)
-            masked = draws.masked.numel()
-            (combine(parts, weights, masked) / divisor).backward()
+            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor)
+        with autocast(self.device, self.plan.precision):
+            features = self._features(waveforms)
+            parts = self.model.loss_parts(features, draws, weights.temperature)
+        masked = draws.masked.numel()
+        (combine(parts, weights, masked) / divisor).backward()
         return _sums([parts], masked)
 
     def _accumulate_in_two_stages(
-        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: int, key: int
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
     ) -> BatchSums:
         chunk, masked = self.plan.chunk, draws.masked.numel()
         pieces = [
@@ -178,7 +183,7 @@ class TrainingStep:
             for first in range(0, len(waveforms), chunk)
         ]
         kept, probabilities = [], None
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.device, self.plan.precision):
             for rows, chance in pieces:
                 features = self.model.features(rows)
                 summed = self.model.code_probabilities(features, chance)
@@ -191,17 +196,16 @@ class TrainingStep:
         for number, (rows, chance) in enumerate(pieces):
             leaf = kept[number].detach().requires_grad_()
             kept[number] = leaf[:0]
-            with randomness.torch_seed(self.device, self.seed, "dropout", key, number):
-                with self._autocast():
-                    parts = self.model.loss_parts(leaf, chance, weights.temperature)
-                loss = (
-                    parts.contrastive
-                    + weights.diversity * (slope * parts.probabilities).sum()
-                    + weights.penalty * parts.penalty
-                )
-                (loss / divisor).backward()
+            with autocast(self.device, self.plan.precision):
+                parts = self.model.loss_parts(leaf, chance, weights.temperature)
+            loss = (
+                parts.contrastive
+                + weights.diversity * (slope * parts.probabilities).sum()
+                + weights.penalty * parts.penalty
+            )
+            (loss / divisor).backward()
             done.append(LossParts(*(part.detach() for part in parts)))
-            with self._autocast():
+            with autocast(self.device, self.plan.precision):
                 features = self._features(rows)
             features.backward(leaf.grad)
             del leaf, features
@@ -228,7 +232,8 @@ class TrainingStep:
         sums: list[BatchSums] = []
         distinct = 0.0
         divisor, frames, crops = 1, 0, 0
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
+        in_backward = _Applied(self.optimizer, rate) if plan.apply_in_backward else None
         for number, batch in enumerate(batches):
             rng = randomness.generator(self.seed, "draws", key, update, number)
             chance = draw(config, len(batch), batch.shape[1], rng, pool=self.recipe.negative_pool)
@@ -236,28 +241,18 @@ class TrainingStep:
             crops += len(batch)
             frames += len(batch) * config.frames(batch.shape[1])
             divisor = chance.masked.numel() * plan.accumulation
-            seed = randomness.generator(self.seed, "seed", key, update, number).integers(2**31)
             waveforms = torch.from_numpy(batch).to(self.device)
             chance = chance.to(self.device)
-            sums.append(self.accumulate(waveforms, chance, weights, divisor, int(seed)))
+            with in_backward or contextlib.nullcontext():
+                sums.append(self.accumulate(waveforms, chance, weights, divisor / self.loss_scale))
         masked = sum(part.masked for part in sums)
-        if masked != divisor:
-            factor = divisor / masked
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        norm = self._gradient_norm()
-        applied = math.isfinite(norm)
-        if applied:
-            clip = self.recipe.clip_norm
-            if clip and norm > clip:
-                for parameter in self.model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(clip / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if in_backward is not None:
+            norm, applied = in_backward.norm, in_backward.finite
+        else:
+            norm, applied = self._apply(rate, divisor / masked / self.loss_scale)
+        if not applied and plan.precision == "fp16":
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        self._drop_gradients()
         probabilities = [part.probabilities / part.masked for part in sums]
         contrastive = sum(part.contrastive for part in sums) / masked
         diversity = float(np.mean([float(diversity_loss(p)) for p in probabilities]))
@@ -280,9 +275,57 @@ class TrainingStep:
             seconds=crops * plan.length,
         )
 
-    def _gradient_norm(self) -> float:
+    def _drop_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _apply(self, rate: float, factor: float) -> tuple[float, bool]:
+        """Multiply all gradients by a factor, clip and apply; the norm, and whether it was done."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+        norm = float(torch.nn.utils.get_total_norm(grads)) * factor
+        if not math.isfinite(norm):
+            return norm, False
+        if self.recipe.clip_norm and norm > self.recipe.clip_norm:
+            factor *= self.recipe.clip_norm / norm
+        if factor != 1:
+            torch._foreach_mul_(grads, factor)
+        self.optimizer.apply(rate)
+        return norm, True
+
+
+class _Applied:
+    """Applies every gradient as soon as the backward pass has made it."""
+
+    def __init__(self, optimizer: AdamW, rate: float) -> None:
+        self.optimizer, self.rate = optimizer, rate
+        self.finite, self.square = True, 0.0
+
+    @property
+    def norm(self) -> float:
+        """Of the gradients applied, or of all up to the first that was not finite."""
+        return math.sqrt(self.square) if self.finite else math.nan
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def apply(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            norm = float(parameter.grad.norm())
+            self.finite = self.finite and math.isfinite(norm)
+            if self.finite:
+                self.square += norm * norm
+                self.optimizer.apply(self.rate, [name])
+            parameter.grad = None
+
+        return apply
+
+    def __enter__(self) -> None:
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+            for name, parameter in self.optimizer.parameters.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def _sums(parts: list[LossParts], masked: int) -> BatchSums:

@@ -1,19 +1,23 @@
-"""How a training step is taken: length, batch, micro-batch, precision and device."""
+"""How a training step is taken: length, batch, what is kept, precision and device."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from partitions.errors import UsageError
 from partitions.units import SAMPLE_RATE
 from ssl_core.wav2vec2.config import ModelConfig, Recipe
 from ssl_core.wav2vec2.masking import minimum_frames
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerState = Literal["fp32", "bf16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A way to take a step. All settings but `precision` leave the gradient as it is."""
+    """A way to take a step. `precision` and `optimizer_state` round; nothing else changes a result.
+
+    Exact means: the same gradient to the rounding of fp32, the same masks, negatives and dropout.
+    """
 
     length: float = 5.0
     """Seconds in every crop."""
@@ -24,7 +28,25 @@ class Plan:
     accumulation: int = 1
     """Batches in an update."""
     precision: Precision = "fp32"
-    """`bf16`: matrix products in bfloat16 under autocast, weights in fp32. Not exact."""
+    """Of matrix products and of the activations between them; weights are in fp32. `bf16` and
+    `fp16`, with a scaled loss, for GPUs, are not exact."""
+    recompute_features: bool = False
+    """Run the convolutions again in the backward pass instead of keeping what they made. Exact.
+    A batch in several micro-batches always does."""
+    recompute_layers: bool = False
+    """Keep only the input of each transformer layer, and run it again. Exact."""
+    keep_attention: bool = False
+    """Keep the attention weights, frames x frames for every head. Exact; needs the most memory."""
+    optimizer_state: OptimizerState = "fp32"
+    """Of Adam's two moments: 8, 4 or 2 bytes a parameter. `bf16` and `int8` are not exact."""
+    apply_in_backward: bool = False
+    """Apply and drop each gradient as soon as it is made, so that they are never all in memory.
+    Exact; for one batch an update, whole. A gradient that is not finite stops the rest of the
+    update only."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
+    keep_freed_memory: bool = True
+    """Keep freed memory for the next tensors rather than give it back: faster on Linux."""
     device: str = "cpu"
     """A torch device: `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
@@ -45,6 +67,33 @@ class Plan:
         """Crops in memory at a time."""
         return min(self.micro_batch or self.batch, self.batch)
 
+    def leanest(self) -> "Plan":
+        """The same step, exactly, in the least memory."""
+        alone = self.crops == 1
+        return dataclasses.replace(
+            self,
+            micro_batch=1,
+            recompute_features=True,
+            recompute_layers=True,
+            keep_attention=False,
+            apply_in_backward=alone,
+            compile=False,
+            keep_freed_memory=False,
+        )
+
+    def fastest(self) -> "Plan":
+        """The same step, exactly, in the least time."""
+        return dataclasses.replace(
+            self,
+            micro_batch=0,
+            recompute_features=False,
+            recompute_layers=False,
+            keep_attention=False,
+            apply_in_backward=False,
+            compile=False,
+            keep_freed_memory=True,
+        )
+
     def validate(self, config: ModelConfig, recipe: Recipe) -> None:
         """Check the plan against a model and a recipe.
 
@@ -56,8 +105,22 @@ class Plan:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.micro_batch < 0 or self.threads < 0:
             raise UsageError("micro-batch and threads must not be below zero")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"precision '{self.precision}' is not one of fp32, bf16")
+        for name, known in (("precision", Precision), ("optimizer_state", OptimizerState)):
+            if getattr(self, name) not in get_args(known):
+                raise UsageError(
+                    f"{name.replace('_', '-')} '{getattr(self, name)}' is not one of "
+                    f"{', '.join(get_args(known))}"
+                )
+        if self.apply_in_backward and (self.accumulation > 1 or self.chunk < self.batch):
+            raise UsageError(
+                "apply-in-backward is for updates of one batch, taken whole: set accumulation to 1 "
+                "and micro-batch to 0"
+            )
+        if self.apply_in_backward and recipe.clip_norm:
+            raise UsageError(
+                "apply-in-backward cannot clip: the norm is known when all gradients are; "
+                "set recipe.clip-norm to 0"
+            )
         if config.frames(self.samples) < minimum_frames(config):
             least = minimum_frames(config) * 0.02 + 0.01
             raise UsageError(

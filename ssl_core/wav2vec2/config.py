@@ -72,6 +72,12 @@ class ModelConfig:
         """
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) > 0:
             raise UsageError("conv_dim, conv_kernel and conv_stride must have the same length")
+        pairs = list(zip(self.conv_kernel, self.conv_stride, strict=True))
+        if len(pairs) < 2 or not all(stride <= kernel <= 2 * stride for kernel, stride in pairs):
+            raise UsageError(
+                "two convolutions or more are supported, each with stride <= kernel <= 2 * stride; "
+                f"conv_kernel is {self.conv_kernel}, conv_stride {self.conv_stride}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"hidden_size {self.hidden_size} is not a multiple of "

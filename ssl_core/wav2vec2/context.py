@@ -1,13 +1,18 @@
 """The context network: projection, convolutional positions and transformer layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
+from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.dropout import Dropout
+from ssl_core.wav2vec2.precision import compute_dtype
 
 
 class FeatureProjection(nn.Module):
@@ -17,12 +22,12 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = nn.Dropout(config.feat_proj_dropout)
+        self.dropout = Dropout(config.feat_proj_dropout, 0)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`[batch, frame, channel]` to (`[batch, frame, hidden]`, the normalised features)."""
         normalised = self.layer_norm(features)
-        return self.dropout(self.projection(normalised)), normalised
+        return self.dropout(self.projection(normalised), seeds), normalised
 
 
 class PositionalConvolution(nn.Module):
@@ -39,12 +44,20 @@ class PositionalConvolution(nn.Module):
             groups=config.num_conv_pos_embedding_groups,
         )
         self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
-        self.extra = 1 - taps % 2  # an even number of taps gives one frame too many
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
-        positions = self.conv(x.transpose(1, 2))
-        return F.gelu(positions[:, :, : positions.shape[2] - self.extra]).transpose(1, 2)
+        frames, taps = x.shape[1], self.conv.kernel_size[0]
+        # Taps that are farther from the middle than any two frames meet nothing but padding.
+        first, last = max(0, taps // 2 - frames + 1), min(taps, taps // 2 + frames)
+        positions = F.conv1d(
+            x.transpose(1, 2),
+            self.conv.weight[:, :, first:last],
+            self.conv.bias,
+            padding=taps // 2 - first,
+            groups=self.conv.groups,
+        )
+        return F.gelu(positions[:, :, :frames]).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -54,22 +67,50 @@ class Attention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.heads = config.num_attention_heads
-        self.dropout = config.attention_dropout
+        self.rate = config.attention_dropout
+        self.keep_weights = False
         self.k_proj = nn.Linear(size, size)
         self.v_proj = nn.Linear(size, size)
         self.q_proj = nn.Linear(size, size)
         self.out_proj = nn.Linear(size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, frame, hidden]` to the same."""
-        shape = (*x.shape[:2], self.heads, -1)
-        query, key, value = (
-            project(x).view(shape).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+    def forward(self, x: Tensor, wanted: Tensor, seeds: Tensor | None) -> Tensor:
+        """Attend from some frames to all.
+
+        Args:
+            x: `[batch, frame, hidden]`.
+            wanted: `[batch, wanted frame, hidden]`, the frames whose result is wanted.
+            seeds: for dropout.
+        """
+        mixed = attention(
+            self.q_proj(wanted),
+            self.k_proj(x),
+            self.v_proj(x),
+            heads=self.heads,
+            rate=self.rate,
+            seeds=seeds,
+            site=1,
+            keep=self.keep_weights,
         )
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.out_proj(mixed)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    """The product with the GELU of an input; keeps the input, not its GELU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_weight = torch.mm(rows.t(), F.gelu(x).flatten(0, -2))
+        grad_x = torch.matmul(grad, weight.to(grad.dtype))
+        grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0, dtype=weight.dtype)
 
 
 class FeedForward(nn.Module):
@@ -78,13 +119,15 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dropout = Dropout(config.activation_dropout, 2)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seeds: Tensor | None) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
-        hidden = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
-        return self.output_dense(hidden)
+        x = self.intermediate_dense(x)
+        if self.intermediate_dropout.rate or type(self.output_dense) is not nn.Linear:
+            return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds))
+        return _ActivatedLinear.apply(x, self.output_dense.weight, self.output_dense.bias)
 
 
 class EncoderLayer(nn.Module):
@@ -94,18 +137,39 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.stable = config.do_stable_layer_norm
         self.attention = Attention(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout, 3)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
+        self.final_dropout = Dropout(config.hidden_dropout, 4)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, frame, hidden]` to the same."""
+    def forward(self, x: Tensor, frames: Tensor | None, seeds: Tensor | None) -> Tensor:
+        """One layer.
+
+        Args:
+            x: `[batch, frame, hidden]`.
+            frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
+            seeds: `[batch]`, for dropout; None drops nothing.
+
+        Returns:
+            `[batch, wanted frame, hidden]`.
+        """
+        normed = self.layer_norm(x) if self.stable else x
+        # One conversion serves the three products of the attention.
+        normed = normed.to(compute_dtype(x))
+        wanted = normed
+        if frames is not None:
+            x, wanted = take_frames(x, frames), take_frames(normed, frames)
+        x = x + self.dropout(self.attention(normed, wanted, seeds), seeds)
         if self.stable:
-            x = x + self.dropout(self.attention(self.layer_norm(x)))
-            return x + self.dropout(self.feed_forward(self.final_layer_norm(x)))
-        x = self.layer_norm(x + self.dropout(self.attention(x)))
-        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
+            return x + self.final_dropout(self.feed_forward(self.final_layer_norm(x), seeds), seeds)
+        x = self.layer_norm(x)
+        return self.final_layer_norm(x + self.final_dropout(self.feed_forward(x, seeds), seeds))
+
+
+def take_frames(x: Tensor, frames: Tensor) -> Tensor:
+    """`[batch, frame, hidden]` at `[batch, wanted frame]`."""
+    return x.gather(1, frames[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Encoder(nn.Module):
@@ -114,26 +178,50 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.stable = config.do_stable_layer_norm
+        self.recompute = False
         self.pos_conv_embed = PositionalConvolution(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout, 5)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, keep: Sequence[bool] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keep: Sequence[bool] | None = None,
+        seeds: Tensor | None = None,
+        frames: Tensor | None = None,
+    ) -> Tensor:
         """Run the transformer.
 
         Args:
             x: `[batch, frame, hidden]`.
             keep: for each layer whether it runs (layerdrop); None runs all.
+            seeds: `[batch]`, for dropout; None drops nothing.
+            frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
 
         Returns:
-            `[batch, frame, hidden]`.
+            `[batch, wanted frame, hidden]`.
         """
         x = x + self.pos_conv_embed(x)
-        x = self.dropout(x if self.stable else self.layer_norm(x))
-        for index, layer in enumerate(self.layers):
-            if keep is None or keep[index]:
-                x = layer(x)
+        x = self.dropout(x if self.stable else self.layer_norm(x), seeds)
+        running = [i for i in range(len(self.layers)) if keep is None or keep[i]]
+        for index in running:
+            # The last layer looks at all frames, and works on those that are wanted.
+            wanted = frames if index == running[-1] else None
+            own = None if seeds is None else seeds + index + 1
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(
+                    self.layers[index],
+                    x,
+                    wanted,
+                    own,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x = self.layers[index](x, wanted, own)
+        if frames is not None and not running:
+            x = take_frames(x, frames)
         return self.layer_norm(x) if self.stable else x
 
 

@@ -1,168 +1,308 @@
 """The feature extractor: seven strided convolutions from samples to 20 ms frames, time-major.
 
-Activations are `[batch, frame, channel]` throughout, so that a strided convolution is one or two
-matrix products on views of its input, without a patch copy, and its output is already in the
-layout that the transformer wants.
+Activations are `[batch, row, channel]`, with a few spare rows behind the frames of every crop, so
+many that the rows of a layer are exactly `stride` times those of the next. A strided convolution
+of the whole batch is then one or two plain matrix products on views of its input: no patches are
+copied, and the output has the layout that the transformer wants. Spare rows hold numbers that
+nothing reads.
+
+A layer keeps what goes *into* its GELU and no more: the GELU is taken again, a block of rows at a
+time, wherever its result is multiplied. The first layer, half of all activations, is not kept
+at all: its group norm is known from the covariance of the waveform's windows, 10 x 10 numbers, so
+that convolution and norm are one matrix product with weights scaled for each crop, and it is
+cheaper to take that again than to read it back.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.precision import at_least_fp32, in_dtype
+from ssl_core.wav2vec2.precision import compute_dtype
+
+BLOCK = 2048
+"""Rows of output that are made at a time."""
+
+WINDOW = 16
+"""Columns of a window of samples: its taps, a one, and zeros up to a width that aligns well."""
 
 
-def _windows(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor | None]:
-    """Two views of `x` whose rows are the inputs of each output frame.
+class _Products:
+    """A strided convolution's matrix products, on blocks of rows of any number of windows."""
 
-    `x`: `[batch, time, channel]`, contiguous; stride <= kernel <= 2 * stride. The first view holds
-    taps 0 to stride - 1, `[batch, frame, stride * channel]`, the second the remaining taps or None.
-    """
-    frames = (x.shape[1] - kernel) // stride + 1
-    head = x.unfold(1, stride, stride)[:, :frames].transpose(2, 3).flatten(2)
-    if kernel == stride:
-        return head, None
-    return head, x[:, stride:].unfold(1, kernel - stride, stride).transpose(2, 3).flatten(2)
+    def __init__(self, weight: Tensor, stride: int, dtype: torch.dtype) -> None:
+        """`weight`: `[out_channel, channel, tap]`; stride <= taps <= 2 * stride."""
+        self.shape, self.stride = weight.shape, stride
+        self.rest = weight.shape[2] - stride
+        taps = weight.permute(2, 1, 0).to(dtype)  # (K, C, O)
+        self.head = taps[:stride].reshape(-1, len(weight))
+        self.tail = taps[stride:].reshape(-1, len(weight))
+        self.head_grad = torch.zeros_like(self.head, dtype=weight.dtype)
+        self.tail_grad = torch.zeros_like(self.tail, dtype=weight.dtype)
+
+    def spans(self, windows: int, rows: int) -> list[tuple[int, int, int, int]]:
+        """Blocks: (first window, last window, first row, last row), ends excluded."""
+        return [
+            (
+                first,
+                min(first + BLOCK, windows),
+                first * self.stride,
+                min(min(first + BLOCK, windows) * self.stride + self.rest, rows),
+            )
+            for first in range(0, windows, BLOCK)
+        ]
+
+    def _views(self, rows: Tensor, windows: int) -> tuple[Tensor, Tensor]:
+        """The first `stride` rows of every window, and the rest of those that have one.
+
+        The last window of all is spare where it would reach beyond the last row.
+        """
+        channels = rows.shape[1]
+        whole = min(windows, (len(rows) - self.rest) // self.stride)
+        step = self.stride * channels
+        head = rows[: windows * self.stride].view(windows, step)
+        offset = rows.storage_offset() + step
+        return head, rows.as_strided((whole, self.rest * channels), (step, 1), offset)
+
+    def forward(self, rows: Tensor, out: Tensor) -> None:
+        """`[row, channel]` to `out`, `[window, out_channel]`."""
+        head, tail = self._views(rows, len(out))
+        torch.mm(head, self.head, out=out)
+        if self.rest:
+            out[: len(tail)].addmm_(tail, self.tail)
+
+    def backward(self, rows: Tensor, grad: Tensor, out: Tensor) -> None:
+        """Add to the weight's gradient; that of `rows` goes to `out`, of the same shape."""
+        out[len(grad) * self.stride :] = 0
+        head, tail = self._views(rows, len(grad))
+        head_out, tail_out = self._views(out, len(grad))
+        self.head_grad += torch.mm(head.t(), grad)
+        torch.mm(grad, self.head.t(), out=head_out)
+        if self.rest:
+            grad = grad[: len(tail)]
+            self.tail_grad += torch.mm(tail.t(), grad)
+            tail_out.addmm_(grad, self.tail.t())
+
+    def weight_gradient(self) -> Tensor:
+        """`[out_channel, channel, tap]`."""
+        out, channels, kernel = self.shape
+        taps = torch.cat([self.head_grad, self.tail_grad]).view(kernel, channels, out)
+        return taps.permute(2, 1, 0).contiguous()
 
 
-class _StridedConvolution(torch.autograd.Function):
-    """A convolution over time as matrix products; keeps its input and weight, nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        x = x.contiguous()
-        out_channels, channels, kernel = weight.shape
-        taps = weight.permute(2, 1, 0).reshape(kernel * channels, out_channels)  # (K * C, O)
-        head, tail = _windows(x, kernel, stride)
-        split = stride * channels
-        out = torch.matmul(head, taps[:split])
-        if tail is not None:
-            out = torch.baddbmm(out, tail, taps[split:].expand(len(x), -1, -1))
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        stride = ctx.stride
-        out_channels, channels, kernel = weight.shape
-        batch = len(x)
-        grad = grad.contiguous()
-        frames = grad.shape[1]
-        head, tail = _windows(x, kernel, stride)
-        split = stride * channels
-        parts = [torch.bmm(head.transpose(1, 2), grad).sum(0)]
-        if tail is not None:
-            parts.append(torch.bmm(tail.transpose(1, 2), grad).sum(0))
-        grad_weight = torch.cat(parts).view(kernel, channels, out_channels).permute(2, 1, 0)
-        taps = weight.permute(2, 0, 1)  # (K, O, C)
-        grad_x = x.new_zeros(x.shape)
-        covered = grad_x[:, : frames * stride].view(batch, frames, split)
-        covered.copy_(
-            torch.matmul(grad, taps[:stride].permute(1, 0, 2).reshape(out_channels, split))
-        )
-        if tail is not None:
-            rest = taps[stride:].permute(1, 0, 2).reshape(out_channels, -1)
-            part = torch.matmul(grad, rest).unflatten(2, (kernel - stride, channels))
-            inner = grad_x[:, stride : frames * stride].unflatten(1, (frames - 1, stride))
-            inner[:, :, : kernel - stride] += part[:, :-1]
-            grad_x[:, frames * stride : (frames - 1) * stride + kernel] += part[:, -1]
-        return grad_x, grad_weight, None
-
-
-def strided_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolve over time without padding.
+@torch.library.custom_op("shortwave::activated_convolution", mutates_args=())
+def activated_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Convolve the GELU of `x` over time, without padding; keeps `x`, nothing else.
 
     Args:
-        x: `[batch, time, channel]`.
-        weight: `[out_channel, channel, tap]`, as in `nn.Conv1d`.
-        stride: time steps between output frames.
+        x: `[batch, row, channel]`, rows a multiple of the stride.
+        weight: `[out_channel, channel, tap]`, as in `nn.Conv1d`; stride <= taps <= 2 * stride.
+        stride: rows between windows.
 
     Returns:
-        `[batch, frame, out_channel]` with frame = (time - taps) // stride + 1.
+        `[batch, row / stride, out_channel]` in the dtype of `x`. Where a crop's rows are spare,
+        or its last windows reach into the next crop, the result means nothing.
     """
-    kernel = weight.shape[2]
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if x.shape[2] == 1:
-        return F.linear(x[:, :, 0].unfold(1, kernel, stride), weight[:, 0])
-    if not stride <= kernel <= 2 * stride:
-        return F.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
-    with torch.autocast(x.device.type, enabled=False):
-        return _StridedConvolution.apply(x, weight, stride)
+    flat = x.flatten(0, 1)
+    out = x.new_empty(x.shape[0], x.shape[1] // stride, len(weight))
+    outputs, products = out.flatten(0, 1), _Products(weight, stride, x.dtype)
+    for first, last, low, high in products.spans(len(outputs), len(flat)):
+        products.forward(F.gelu(flat[low:high]), outputs[first:last])
+    return out
 
 
-class _TimeNormGelu(torch.autograd.Function):
-    """Normalisation over time and GELU; keeps its input and the two statistics, nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        variance, mean = torch.var_mean(
-            at_least_fp32(x), dim=1, correction=0, keepdim=True
-        )  # (N, 1, C)
-        inverse = torch.rsqrt(variance + eps)
-        scale = inverse * weight
-        shift = bias - mean * scale
-        ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return in_dtype(F.gelu(torch.addcmul(shift, at_least_fp32(x), scale)), x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, bias, mean, inverse = ctx.saved_tensors
-        dtype = x.dtype
-        x = at_least_fp32(x)
-        scale = inverse * weight
-        normed = torch.addcmul(bias - mean * scale, x, scale)
-        grad = torch.ops.aten.gelu_backward(at_least_fp32(grad), normed)
-        total = grad.sum(1, keepdim=True)
-        slope = inverse * ((grad * x).sum(1, keepdim=True) - mean * total)
-        mix = scale * inverse * slope / x.shape[1]
-        constant = mix * mean - scale * total / x.shape[1]
-        grad_x = torch.addcmul(torch.addcmul(constant, x, mix, value=-1), grad, scale)
-        return in_dtype(grad_x, dtype), slope.sum((0, 1)), total.sum((0, 1)), None
+@torch.library.custom_op("shortwave::activated_convolution_backward", mutates_args=())
+def _activated_convolution_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    flat, grad = x.flatten(0, 1), grad.contiguous().flatten(0, 1)
+    products = _Products(weight, stride, x.dtype)
+    grad_x = torch.empty_like(x)
+    result, done = grad_x.flatten(0, 1), 0
+    for first, last, low, high in products.spans(len(grad), len(flat)):
+        # The windows of two blocks share a few rows; the block before has its part of them there.
+        shared, rows = result[low:done].clone(), result[low:high]
+        products.backward(F.gelu(flat[low:high]), grad[first:last], rows)
+        torch.ops.aten.gelu_backward(rows, flat[low:high], grad_input=rows)
+        rows[: len(shared)] += shared
+        done = high
+    return grad_x, products.weight_gradient()
 
 
-class TimeNormGelu(nn.GroupNorm):
-    """Group norm with one group a channel, over time, then GELU.
+@torch.library.custom_op("shortwave::first_convolutions", mutates_args=())
+def first_convolutions(windows: Tensor, kernels: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The second convolution of the GELU of the first, which is never kept.
 
-    A crop's gain therefore does not matter, and a batch must not be padded.
+    Args:
+        windows: `[batch, row, column]`, the waveform's windows.
+        kernels: `[batch, column, channel]`, the first convolution's weights for each crop.
+        weight: `[out_channel, channel, tap]` of the second convolution.
+        stride: of the second convolution.
+
+    Returns:
+        `[batch, row / stride, out_channel]` in the dtype of `windows`.
     """
+    out = windows.new_empty(len(windows), windows.shape[1] // stride, len(weight))
+    products = _Products(weight, stride, windows.dtype)
+    for crop, kernel, outputs in zip(windows, kernels, out, strict=True):
+        for first, last, low, high in products.spans(len(outputs), len(crop)):
+            rows = torch.mm(crop[low:high], kernel.to(crop.dtype))
+            products.forward(torch.ops.aten.gelu_(rows), outputs[first:last])
+    return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, channel]` to the same."""
-        return _TimeNormGelu.apply(x, self.weight, self.bias, self.eps)
+
+@torch.library.custom_op("shortwave::first_convolutions_backward", mutates_args=())
+def _first_convolutions_backward(
+    windows: Tensor, kernels: Tensor, weight: Tensor, grad: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    products = _Products(weight, stride, windows.dtype)
+    grad_kernels = torch.zeros_like(kernels)
+    for crop, kernel, grad_kernel, outputs in zip(
+        windows, kernels, grad_kernels, grad.contiguous(), strict=True
+    ):
+        for first, last, low, high in products.spans(len(outputs), len(crop)):
+            before = torch.mm(crop[low:high], kernel.to(crop.dtype))
+            rows = torch.empty_like(before)
+            products.backward(F.gelu(before), outputs[first:last], rows)
+            torch.ops.aten.gelu_backward(rows, before, grad_input=rows)
+            grad_kernel += torch.mm(crop[low:high].t(), rows)
+    return grad_kernels, products.weight_gradient()
+
+
+@activated_convolution.register_fake
+@first_convolutions.register_fake
+def _(x: Tensor, *parts: Tensor | int) -> Tensor:
+    weight, stride = parts[-2], parts[-1]
+    assert isinstance(weight, Tensor)
+    assert isinstance(stride, int)
+    return x.new_empty(x.shape[0], x.shape[1] // stride, len(weight))
+
+
+@_activated_convolution_backward.register_fake
+def _(x: Tensor, weight: Tensor, grad: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+@_first_convolutions_backward.register_fake
+def _(
+    windows: Tensor, kernels: Tensor, weight: Tensor, grad: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(kernels), torch.empty_like(weight)
+
+
+def _convolution_flops(outputs: tuple[int, ...], weight: tuple[int, ...], times: int) -> int:
+    return 2 * times * outputs[0] * outputs[1] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.shortwave.activated_convolution)
+def _(x: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _convolution_flops((x[0], x[1] // stride), weight, 1)
+
+
+@register_flop_formula(torch.ops.shortwave.activated_convolution_backward)
+def _(
+    x: Any, weight: Any, grad: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return _convolution_flops(grad, weight, 2)
+
+
+@register_flop_formula(torch.ops.shortwave.first_convolutions)
+def _(
+    windows: Any, kernels: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    first = 2 * windows[1] * math.prod(kernels)
+    return first + _convolution_flops((windows[0], windows[1] // stride), weight, 1)
+
+
+@register_flop_formula(torch.ops.shortwave.first_convolutions_backward)
+def _(
+    windows: Any, kernels: Any, weight: Any, grad: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 4 * windows[1] * math.prod(kernels) + _convolution_flops(grad, weight, 2)
+
+
+def _keep_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.stride = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _convolution_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight = ctx.saved_tensors
+    return *_activated_convolution_backward(x, weight, grad, ctx.stride), None
+
+
+def _first_gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    windows, kernels, weight = ctx.saved_tensors
+    return None, *_first_convolutions_backward(windows, kernels, weight, grad, ctx.stride), None
+
+
+activated_convolution.register_autograd(_convolution_gradient, setup_context=_keep_convolution)
+first_convolutions.register_autograd(_first_gradient, setup_context=_keep_convolution)
 
 
 class ConvolutionLayer(nn.Module):
-    """Convolution, normalisation where the layer has one, GELU."""
+    """A convolution and, where the layer has one, its norm; the GELU after it is left to others."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         inputs = config.conv_dim[index - 1] if index else 1
         outputs = config.conv_dim[index]
-        self.stride = config.conv_stride[index]
         self.conv = nn.Conv1d(
-            inputs, outputs, config.conv_kernel[index], self.stride, bias=config.conv_bias
+            inputs,
+            outputs,
+            config.conv_kernel[index],
+            config.conv_stride[index],
+            bias=config.conv_bias,
         )
         self.layer_norm: nn.Module | None = None
         if config.feat_extract_norm == "layer":
             self.layer_norm = nn.LayerNorm(outputs)
         elif index == 0:
-            self.layer_norm = TimeNormGelu(outputs, outputs)
+            self.layer_norm = nn.GroupNorm(outputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, time, channel]` to `[batch, frame, out_channel]`."""
-        x = strided_convolution(x, self.conv.weight, self.stride)
+    def finish(self, x: Tensor) -> Tensor:
+        """Bias and layer norm of `[batch, row, channel]`."""
         if self.conv.bias is not None:
             x = x + self.conv.bias.to(x.dtype)
-        if isinstance(self.layer_norm, TimeNormGelu):
-            return self.layer_norm(x)
-        return F.gelu(x if self.layer_norm is None else self.layer_norm(x))
+        return self.layer_norm(x).to(x.dtype) if self.layer_norm is not None else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What goes into the GELU before, `[batch, row, channel]`, to what goes into that after."""
+        return self.finish(activated_convolution(x, self.conv.weight, self.conv.stride[0]))
+
+    def normed_kernels(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Group norm with one group a channel, over time, folded into the first convolution.
+
+        With mean m and covariance S of a crop's windows, a channel with taps w has the variance
+        w' S w; its normed output is gain * w' (window - m) / sqrt(w' S w + eps) + bias. A crop's
+        gain therefore does not matter. Sums are in fp64: neighbouring samples are so alike that S
+        is nearly singular.
+
+        Args:
+            windows: `[batch, frame, tap]`.
+
+        Returns:
+            The centred windows, and the taps for each crop, `[batch, tap + 1, channel]`, whose
+            last belongs to a column of ones. What the convolution's own bias adds, the norm takes
+            away.
+        """
+        norm = self.layer_norm
+        assert isinstance(norm, nn.GroupNorm)
+        wide = windows.double()
+        wide = wide - wide.mean(1, keepdim=True)
+        covariance = wide.transpose(1, 2) @ wide / wide.shape[1]
+        taps = self.conv.weight[:, 0].double()  # (C, K)
+        variance = torch.einsum("bij,ci,cj->bc", covariance, taps, taps)
+        scale = torch.rsqrt(variance + norm.eps) * norm.weight
+        kernels = (taps * scale[:, :, None]).transpose(1, 2)  # (N, K, C)
+        bias = norm.bias.expand(len(kernels), 1, -1)
+        if self.conv.bias is not None:
+            bias = bias + 0 * self.conv.bias
+        return wide.to(windows.dtype), torch.cat([kernels.to(bias.dtype), bias], 1)
 
 
 class FeatureExtractor(nn.Module):
@@ -170,13 +310,42 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.kernel, self.stride = config.conv_kernel, config.conv_stride
         self.conv_layers = nn.ModuleList(
             ConvolutionLayer(config, index) for index in range(len(config.conv_dim))
         )
 
+    def rows(self, samples: int) -> tuple[int, int, int]:
+        """Frames of the first and the last layer, and rows of the first, spare ones included."""
+        frames = [samples]
+        for kernel, stride in zip(self.kernel, self.stride, strict=True):
+            frames.append((frames[-1] - kernel) // stride + 1)
+        first, *later = frames[1:]
+        reach = [math.prod(self.stride[1 : index + 1]) for index in range(len(self.stride))]
+        last = max(-(-n * r // reach[-1]) for n, r in zip((first, *later), reach, strict=True))
+        return first, frames[-1], last * reach[-1]
+
     def forward(self, waveforms: Tensor) -> Tensor:
         """`[batch, sample]` to `[batch, frame, channel]`."""
-        x = waveforms[:, :, None]
-        for layer in self.conv_layers:
+        first, second, *others = self.conv_layers
+        assert isinstance(first, ConvolutionLayer)
+        assert isinstance(second, ConvolutionLayer)
+        dtype = compute_dtype(waveforms)
+        valid, frames, rows = self.rows(waveforms.shape[1])
+        windows = waveforms.unfold(1, self.kernel[0], self.stride[0])  # (N, T, K)
+        spare = (0, 0, 0, rows - valid)
+        if isinstance(first.layer_norm, nn.GroupNorm):
+            windows, kernels = first.normed_kernels(windows)
+            width = -(-kernels.shape[1] // WINDOW) * WINDOW
+            windows = F.pad(F.pad(windows, (0, 1), value=1.0), (0, width - kernels.shape[1]))
+            kernels = F.pad(kernels, (0, 0, 0, width - kernels.shape[1]))
+            x = first_convolutions(
+                F.pad(windows.to(dtype), spare), kernels, second.conv.weight, self.stride[1]
+            )
+            x = second.finish(x)
+        else:
+            x = first.finish(F.linear(windows.to(dtype), first.conv.weight[:, 0].to(dtype)))
+            x = second(F.pad(x, spare))
+        for layer in others:
             x = layer(x)
-        return x
+        return F.gelu(x[:, :frames])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_core.wav2vec2 import context
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
+from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.features import FeatureExtractor
 from ssl_core.wav2vec2.masking import masked_count, sample_masks
 from ssl_core.wav2vec2.precision import at_least_fp32
@@ -17,7 +18,7 @@ from ssl_core.wav2vec2.quantizer import Quantizer
 
 
 class Draws(NamedTuple):
-    """Everything that chance decides in a step, dropout inside the transformer apart.
+    """Everything that chance decides in a step.
 
     Drawn for a whole batch and cut for micro-batches, so that how a batch is split does not
     change what is masked, compared or dropped.
@@ -29,8 +30,8 @@ class Draws(NamedTuple):
     """`[pool, masked of the pool, masked of the pool]`: see `sample_negatives`."""
     noise: Tensor | None
     """`[batch, masked, group, entry]` standard Gumbel noise; None in evaluation."""
-    feature_keep: Tensor | None
-    """`[batch, masked, channel]`: 0, or 1 / (1 - rate), for the frames to be quantised; or None."""
+    seeds: Tensor | None
+    """`[batch]` int64 on the CPU: what is dropped in each crop follows from its seed; or None."""
     layer_keep: tuple[bool, ...] | None
     """Which transformer layers run (layerdrop); None for all."""
 
@@ -40,7 +41,7 @@ class Draws(NamedTuple):
             self.masked[first:last],
             self.multiplicity[first:last],
             None if self.noise is None else self.noise[first:last],
-            None if self.feature_keep is None else self.feature_keep[first:last],
+            None if self.seeds is None else self.seeds[first:last],
             self.layer_keep,
         )
 
@@ -50,7 +51,7 @@ class Draws(NamedTuple):
             self.masked.to(device),
             self.multiplicity.to(device),
             None if self.noise is None else self.noise.to(device),
-            None if self.feature_keep is None else self.feature_keep.to(device),
+            self.seeds,
             self.layer_keep,
         )
 
@@ -64,7 +65,7 @@ def draw(
     pool: str = "utterance",
     training: bool = True,
 ) -> Draws:
-    """Draw masks, negatives, Gumbel noise, feature dropout and layerdrop for a batch of crops.
+    """Draw masks, negatives, Gumbel noise, dropout and layerdrop for a batch of crops.
 
     Args:
         config: the architecture with its rates.
@@ -85,13 +86,9 @@ def draw(
     uniform = rng.random(codes, dtype=np.float32)
     np.clip(uniform, np.finfo(np.float32).tiny, 1 - 2**-24, out=uniform)
     noise = torch.from_numpy(-np.log(-np.log(uniform)))
-    keep = None
-    if config.feat_quantizer_dropout:
-        kept = rng.random((batch, count, config.conv_dim[-1]), dtype=np.float32)
-        scale = np.float32(1 / (1 - config.feat_quantizer_dropout))
-        keep = torch.from_numpy((kept >= config.feat_quantizer_dropout) * scale)
+    seeds = torch.from_numpy(rng.integers(2**62, size=batch))
     layers = tuple(bool(x) for x in rng.random(config.num_hidden_layers) >= config.layerdrop)
-    return Draws(masked, torch.from_numpy(negatives), noise, keep, layers)
+    return Draws(masked, torch.from_numpy(negatives), noise, seeds, layers)
 
 
 class LossParts(NamedTuple):
@@ -120,7 +117,7 @@ class Backbone(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         """Hidden states of unpadded waveforms: `[batch, sample]` to `[batch, frame, hidden]`."""
         hidden, _ = self.feature_projection(self.feature_extractor(waveforms))
-        return self.encoder(hidden)
+        return self.encoder(at_least_fp32(hidden))
 
 
 class PretrainingModel(nn.Module):
@@ -132,6 +129,7 @@ class PretrainingModel(nn.Module):
         config.validate()
         self.config = config
         self.wav2vec2 = Backbone(config)
+        self.dropout_features = Dropout(config.feat_quantizer_dropout, 6)
         self.quantizer = Quantizer(config)
         self.project_hid = nn.Linear(config.hidden_size, config.proj_codevector_dim)
         self.project_q = nn.Linear(config.codevector_dim, config.proj_codevector_dim)
@@ -162,9 +160,7 @@ class PretrainingModel(nn.Module):
         return self.wav2vec2.feature_extractor(waveforms)
 
     def _masked_frames(self, normalised: Tensor, draws: Draws) -> Tensor:
-        index = draws.masked[:, :, None].expand(-1, -1, normalised.shape[2])
-        frames = normalised.gather(1, index)
-        return frames if draws.feature_keep is None else frames * draws.feature_keep
+        return self.dropout_features(context.take_frames(normalised, draws.masked), draws.seeds)
 
     def code_probabilities(self, features: Tensor, draws: Draws) -> Tensor:
         """Code probabilities summed over masked frames, `[group, entry]`, and nothing else."""
@@ -181,14 +177,13 @@ class PretrainingModel(nn.Module):
             temperature: of the Gumbel softmax.
         """
         penalty = at_least_fp32(features).square().mean() * draws.masked.numel()
-        hidden, normalised = self.wav2vec2.feature_projection(features)
+        hidden, normalised = self.wav2vec2.feature_projection(features, draws.seeds)
         is_masked = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         is_masked = is_masked.scatter(1, draws.masked, True)
-        embedding = self.wav2vec2.masked_spec_embed.to(hidden.dtype)
-        hidden = torch.where(is_masked[:, :, None], embedding, hidden)
-        hidden = self.wav2vec2.encoder(hidden, draws.layer_keep)
-        index = draws.masked[:, :, None].expand(-1, -1, hidden.shape[2])
-        predictions = self.project_hid(hidden.gather(1, index))
+        embedding = self.wav2vec2.masked_spec_embed
+        hidden = torch.where(is_masked[:, :, None], embedding, at_least_fp32(hidden))
+        hidden = self.wav2vec2.encoder(hidden, draws.layer_keep, draws.seeds, draws.masked)
+        predictions = self.project_hid(hidden)
 
         frames = self._masked_frames(normalised, draws)
         quantized = self.quantizer(frames, draws.noise, temperature)

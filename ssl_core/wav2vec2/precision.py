@@ -9,10 +9,15 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in a dtype.
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with `x` are taken in: autocast's dtype, or its own."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
-    `x.to(dtype)` is `x` itself where nothing changes, which torch.compile (2.11) takes for a
-    constant when a custom function returns it: the gradient is then zero.
-    """
-    return x if x.dtype == dtype else x.to(dtype)
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Matrix products in a plan's precision: `fp32`, `bf16` or `fp16`."""
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=precision != "fp32")

@@ -6,21 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
+from transformers import Wav2Vec2ForPreTraining
 
+from benchmarks.peers import NO_CHANCE, Backward, gradients, relative, transformers_backward
 from ssl_core.step import Weights, combine
 from ssl_core.wav2vec2 import hf
 from ssl_core.wav2vec2.config import ModelConfig, preset
-from ssl_core.wav2vec2.model import Draws, PretrainingModel, draw
+from ssl_core.wav2vec2.model import PretrainingModel, draw
 from ssl_core.wav2vec2.quantizer import perplexity
-
-NO_CHANCE = {
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "feat_proj_dropout": 0.0,
-    "feat_quantizer_dropout": 0.0,
-    "layerdrop": 0.0,
-}
 
 
 def small(**changes: object) -> ModelConfig:
@@ -37,28 +30,11 @@ CONFIGS = {
 }
 
 
-def drawn_negatives(draws: Draws, frames: int, negatives: int) -> torch.Tensor:
-    """Multiplicities as indices into all frames of the batch, as transformers wants them."""
-    batch = len(draws.masked)
-    indices = torch.zeros(batch, frames, negatives, dtype=torch.long)
-    for row in range(batch):
-        for place, frame in enumerate(draws.masked[row]):
-            repeated = torch.repeat_interleave(
-                draws.masked[row], draws.multiplicity[row, place].long()
-            )
-            indices[row, frame] = repeated + row * frames
-    return indices
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
-
-
 class Case:
     """A model of ours and the same in transformers, on the same waveforms and chance."""
 
-    def __init__(self, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.config, self.monkeypatch = config, monkeypatch
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
         torch.manual_seed(1)
         self.model = PretrainingModel(config).train()
         rng = np.random.default_rng(2)
@@ -66,7 +42,7 @@ class Case:
         self.draws = draw(config, 3, 16_000, rng)
         self.temperature = 1.7
 
-    def ours(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    def ours(self, dtype: torch.dtype) -> Backward:
         config, model = self.config, copy.deepcopy(self.model).to(dtype)
         assert self.draws.noise is not None
         draws = self.draws._replace(
@@ -76,83 +52,38 @@ class Case:
         parts = model.loss_parts(features, draws, self.temperature)
         masked = draws.masked.numel()
         combine(parts, Weights(config.diversity_loss_weight, 0.0, 0.0), masked).backward()
-        losses = {
-            "contrastive": parts.contrastive.item(),
-            "perplexity": perplexity(parts.probabilities.detach() / masked).item(),
-        }
-        return losses, gradients(model)
+        return Backward(
+            parts.contrastive.item(),
+            perplexity(parts.probabilities.detach() / masked).item(),
+            gradients(model),
+        )
 
-    def theirs(self, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        values = self.config.to_hf()
-        for name in ("architectures", "torch_dtype"):
-            values.pop(name)
-        model = Wav2Vec2ForPreTraining(Wav2Vec2Config(**values)).train()
-        model.load_state_dict(self.model.state_dict())
-        model = model.to(dtype)
-        model.set_gumbel_temperature(self.temperature)
-        config, draws = self.config, self.draws
-        frames = config.frames(self.waveforms.shape[1])
-        codes = (config.num_codevector_groups, config.num_codevectors_per_group)
-        noise = torch.zeros(3, frames, *codes, dtype=dtype)
-        assert draws.noise is not None
-        for row in range(3):
-            noise[row, draws.masked[row]] = draws.noise[row].to(dtype)
-
-        def gumbel(logits: torch.Tensor, tau: float, hard: bool) -> torch.Tensor:
-            soft = torch.softmax((logits + noise.view_as(logits)) / tau, dim=-1)
-            one_hot = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
-            return one_hot - soft.detach() + soft
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "gumbel_softmax", gumbel)
-            if dtype == torch.float64:
-                patch.setattr(torch.Tensor, "float", lambda tensor: tensor)
-            result = model(
-                self.waveforms.to(dtype),
-                mask_time_indices=torch.zeros(3, frames, dtype=torch.bool).scatter(
-                    1, draws.masked, True
-                ),
-                sampled_negative_indices=drawn_negatives(draws, frames, config.num_negatives),
-            )
-            result.loss.backward()
-        losses = {
-            "contrastive": result.contrastive_loss.item(),
-            "perplexity": result.codevector_perplexity.item(),
-        }
-        return losses, gradients(model)
-
-
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        found[name] = parameter.grad.double()
-    return found
+    def theirs(self, dtype: torch.dtype) -> Backward:
+        return transformers_backward(
+            self.model, self.waveforms, self.draws, self.temperature, dtype
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_parts_and_every_gradient_agree_with_transformers(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_parts_and_every_gradient_agree_with_transformers(name: str) -> None:
     """The same in fp64; in fp32, where each rounds in its own way, as near to that as theirs."""
-    case = Case(CONFIGS[name], monkeypatch)
-    exact_losses, exact = case.theirs(torch.float64)
-    losses, found = case.ours(torch.float64)
-    assert found.keys() == exact.keys()
+    case = Case(CONFIGS[name])
+    exact, found = case.theirs(torch.float64), case.ours(torch.float64)
+    assert found.gradients.keys() == exact.gradients.keys()
     # A constant added to every key, or to every logit of a code, changes nothing: zero gradients.
-    telling = {n for n, value in exact.items() if value.norm() > 1e-6}
-    assert {n for n in exact if n not in telling} <= {n for n in exact if n.endswith("k_proj.bias")}
-    for part, value in exact_losses.items():
-        assert losses[part] == pytest.approx(value, rel=1e-10), part
+    telling = {n for n, value in exact.gradients.items() if value.norm() > 1e-6}
+    silent = exact.gradients.keys() - telling
+    assert silent <= {n for n in exact.gradients if n.endswith("k_proj.bias")}
+    assert found[:2] == pytest.approx(exact[:2], rel=1e-10)
     for parameter in telling:
-        assert relative(found[parameter], exact[parameter]) < 1e-9, parameter
-    losses, found = case.ours(torch.float32)
-    _, rounded = case.theirs(torch.float32)
-    for part, value in exact_losses.items():
-        assert losses[part] == pytest.approx(value, rel=1e-5), part
+        error = relative(found.gradients[parameter], exact.gradients[parameter])
+        assert error < 1e-9, parameter
+    rounded, found = case.theirs(torch.float32), case.ours(torch.float32)
+    assert found[:2] == pytest.approx(exact[:2], rel=1e-5)
     for parameter in telling:
-        theirs = relative(rounded[parameter], exact[parameter])
-        assert relative(found[parameter], exact[parameter]) < max(1e-5, 2 * theirs), parameter
+        theirs = relative(rounded.gradients[parameter], exact.gradients[parameter])
+        error = relative(found.gradients[parameter], exact.gradients[parameter])
+        assert error < max(1e-5, 2 * theirs), parameter
 
 
 def test_base_has_the_papers_size_and_tiny_is_small() -> None:

@@ -1,6 +1,7 @@
 """The training step: how it is split changes nothing, and nothing depends on values."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,13 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partitions.errors import UsageError
 from ssl_core.memory.plan import Plan
+from ssl_core.optimizer import AdamW
 from ssl_core.step import TrainingStep, Weights, combine
 from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
 
 TINY = preset("tiny")
 WEIGHTS = Weights(diversity=0.3, penalty=10.0, temperature=1.5)
-DROPPING = dataclasses.replace(TINY, feat_quantizer_dropout=0.1)
+DROPPING = dataclasses.replace(
+    TINY,
+    feat_quantizer_dropout=0.1,
+    feat_proj_dropout=0.1,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    activation_dropout=0.1,
+)
 
 
 def model_of(config: ModelConfig) -> PretrainingModel:
@@ -33,7 +42,7 @@ def gradients(
     for number, batch in enumerate(batches):
         draws = draw(config, len(batch), batch.shape[1], np.random.default_rng(number))
         masked = draws.masked.numel() * len(batches)
-        step.accumulate(torch.from_numpy(batch), draws, WEIGHTS, masked, number)
+        step.accumulate(torch.from_numpy(batch), draws, WEIGHTS, masked)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -42,7 +51,7 @@ def noise(crops: int, samples: int = 16_000, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
-@pytest.mark.parametrize("config", [TINY, DROPPING], ids=["no dropout", "feature dropout"])
+@pytest.mark.parametrize("config", [TINY, DROPPING], ids=["no dropout", "dropout"])
 def test_micro_batches_give_the_whole_batchs_gradient(
     config: ModelConfig, micro_batch: int
 ) -> None:
@@ -55,6 +64,130 @@ def test_micro_batches_give_the_whole_batchs_gradient(
         assert error < 1e-5 or value.norm() < 1e-6, (name, float(error))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recompute_features": True},
+        {"recompute_layers": True},
+        {"keep_attention": True},
+        {"keep_freed_memory": False},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        {"recompute_features": True, "recompute_layers": True, "micro_batch": 1},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_every_exact_setting_gives_the_plain_gradient(changes: dict[str, object]) -> None:
+    plan = Plan(length=1.0, batch=3)
+    plain = gradients(DROPPING, plan, [noise(3)])
+    other = gradients(DROPPING, dataclasses.replace(plan, **changes), [noise(3)])  # type: ignore[arg-type]
+    assert other.keys() == plain.keys()
+    for name, value in plain.items():
+        error = (other[name] - value).norm() / value.norm()
+        assert error < 1e-5 or value.norm() < 1e-6, (name, float(error))
+
+
+def updated(plan: Plan, updates: int = 3) -> dict[str, torch.Tensor]:
+    """Weights after some updates."""
+    model = model_of(DROPPING)
+    step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+    for number in range(updates):
+        assert step.update([noise(2, seed=number)], number).applied
+    return model.state_dict()
+
+
+def test_gradients_applied_as_they_are_made_give_the_same_weights() -> None:
+    plan = Plan(length=1.0, batch=2)
+    usual = updated(plan)
+    for name, value in updated(dataclasses.replace(plan, apply_in_backward=True)).items():
+        assert torch.equal(value, usual[name]), name
+
+
+def test_applying_in_backward_stops_at_a_loss_that_is_not_finite() -> None:
+    model = model_of(TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = Plan(length=1.0, batch=2, apply_in_backward=True)
+    step = TrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
+    batch = noise(2)
+    batch[0, 0] = np.nan
+    assert not step.update([batch], 0).applied
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_moments_in_fp32_are_those_of_torchs_adamw() -> None:
+    recipe, model = Recipe(), torch.nn.Linear(40, 30)
+    other = torch.nn.Linear(40, 30)
+    other.load_state_dict(model.state_dict())
+    ours = AdamW(model.named_parameters(), recipe, "fp32")
+    theirs = torch.optim.AdamW(
+        other.parameters(),
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    for rate in (1e-3, 2e-3, 5e-4):
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            two.grad = one.grad.clone()
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        ours.apply(rate)
+    assert torch.equal(model.weight, other.weight)
+    assert torch.equal(model.bias, other.bias)
+
+
+@pytest.mark.parametrize(("state", "most"), [("bf16", 0.02), ("int8", 0.25)])
+def test_rounded_moments_move_weights_nearly_as_far(
+    state: Literal["bf16", "int8"], most: float
+) -> None:
+    start = model_of(DROPPING).state_dict()
+    plan = Plan(length=1.0, batch=2)
+    exact, rounded = updated(plan), updated(dataclasses.replace(plan, optimizer_state=state))
+    moved = torch.cat([(exact[n] - start[n]).flatten() for n in exact])
+    error = torch.cat([(rounded[n] - exact[n]).flatten() for n in exact])
+    assert 0 < error.norm() / moved.norm() < most
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int8"]) -> None:
+    plan = Plan(length=1.0, batch=2, optimizer_state=state)
+
+    def trained(resume: bool) -> dict[str, torch.Tensor]:
+        model = model_of(TINY)
+        step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+        for number in range(4):
+            if resume and number == 2:
+                moments = {name: value.clone() for name, value in step.moments().items()}
+                step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+                step.load_moments(moments)
+            step.update([noise(2, seed=number)], number)
+        return model.state_dict()
+
+    straight = trained(resume=False)
+    for name, value in trained(resume=True).items():
+        assert torch.equal(value, straight[name]), name
+
+
+def test_a_scaled_loss_is_halved_until_fp16_can_hold_its_gradient() -> None:
+    model = model_of(TINY)
+    plan = Plan(length=1.0, batch=2, precision="fp16")
+    step = TrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
+    step.loss_scale = 2.0**40
+    first = step.update([noise(2)], 0)
+    assert not first.applied
+    assert step.loss_scale == 2.0**39
+    step.loss_scale = 2.0**10
+    report = step.update([noise(2)], 0)
+    assert report.applied
+    plain = TrainingStep(
+        model_of(TINY), Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=100
+    )
+    assert report.gradient_norm == pytest.approx(
+        plain.update([noise(2)], 0).gradient_norm, rel=0.05
+    )
+
+
 def test_accumulated_batches_weigh_the_same() -> None:
     plan = Plan(length=1.0, batch=2)
     a, b = noise(2, seed=1), noise(2, seed=2)
@@ -64,7 +197,7 @@ def test_accumulated_batches_weigh_the_same() -> None:
         model = model_of(TINY)
         step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
         draws = draw(TINY, 2, 16_000, np.random.default_rng(number))
-        step.accumulate(torch.from_numpy(batch), draws, WEIGHTS, draws.masked.numel(), number)
+        step.accumulate(torch.from_numpy(batch), draws, WEIGHTS, draws.masked.numel())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     first, second = alone(a, 0), alone(b, 1)
@@ -171,6 +304,16 @@ def test_the_step_compiles_without_a_graph_break() -> None:
         assert error < 1e-4 or expected[name].norm() < 1e-6, name
 
 
+def test_applying_in_backward_refuses_what_needs_all_gradients() -> None:
+    for plan in (Plan(batch=4, accumulation=2), Plan(batch=4, micro_batch=1)):
+        with pytest.raises(UsageError, match="apply-in-backward"):
+            dataclasses.replace(plan, apply_in_backward=True).validate(TINY, Recipe())
+    with pytest.raises(UsageError, match="clip"):
+        Plan(apply_in_backward=True).validate(TINY, Recipe(clip_norm=1.0))
+    with pytest.raises(UsageError, match="optimizer-state 'fp8' is not one of fp32, bf16, int8"):
+        Plan(optimizer_state="fp8").validate(TINY, Recipe())  # type: ignore[arg-type]
+
+
 def test_a_length_too_short_to_mask_and_a_split_batch_pool_are_refused() -> None:
     with pytest.raises(UsageError, match="too short to mask"):
         Plan(length=0.1).validate(TINY, Recipe())
@@ -190,7 +333,7 @@ def flops(name: str) -> int:
             masked=mode.from_tensor(draws.masked),
             multiplicity=mode.from_tensor(draws.multiplicity),
             noise=mode.from_tensor(draws.noise),
-            feature_keep=None,
+            seeds=None,
             layer_keep=None,
         )
         with counter:

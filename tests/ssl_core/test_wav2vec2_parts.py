@@ -14,7 +14,6 @@ from ssl_core.overrides import resolve
 from ssl_core.schedule import diversity_weight, gumbel_temperature, learning_rate
 from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
-from ssl_core.wav2vec2.features import strided_convolution
 from ssl_core.wav2vec2.masking import masked_count, minimum_frames, sample_masks
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 
@@ -104,17 +103,6 @@ def test_perplexity_and_diversity_on_exact_distributions() -> None:
     diversity_loss(torch.softmax(unused, -1)).backward()
     assert unused.grad is not None
     assert torch.isfinite(unused.grad).all()
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (3, 3), (5, 2), (4, 2), (1, 1)])
-@pytest.mark.parametrize("time", [11, 12])
-def test_strided_convolution_is_conv1d(kernel: int, stride: int, time: int) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, time, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, kernel, dtype=torch.float64, requires_grad=True)
-    expected = torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
-    assert torch.allclose(strided_convolution(x, weight, stride), expected)
-    assert torch.autograd.gradcheck(lambda a, b: strided_convolution(a, b, stride), (x, weight))
 
 
 def test_rate_and_temperature_follow_the_global_update() -> None:

@@ -1,0 +1,187 @@
+"""Self-attention with dropout, without keeping the frame by frame matrices.
+
+torch's own attention is lean as long as nothing is dropped; on a CPU its dropout falls back to a
+path that keeps several matrices of frames by frames for every head. Here scores, softmax and mask
+are made a few heads at a time and again in the backward pass.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ssl_core.wav2vec2.dropout import keep_mask
+
+BLOCK = 2**21
+"""Elements of the matrices of frames by frames that are made at a time."""
+
+
+def _blocks(crops: int, heads: int, frames: int) -> list[tuple[slice, slice]]:
+    """Ranges of crops and heads whose matrices are made together."""
+    together = max(1, BLOCK // frames)
+    if together >= heads:
+        step = together // heads
+        return [(slice(first, first + step), slice(0, heads)) for first in range(0, crops, step)]
+    return [
+        (slice(crop, crop + 1), slice(first, first + together))
+        for crop in range(crops)
+        for first in range(0, heads, together)
+    ]
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[crop, frame, hidden]` as `[crop, head, frame, width]`, a view."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """`[crop, head, frame, width]` each, to `[crop, head, query frame, key frame]`."""
+    return torch.softmax(query @ key.transpose(2, 3), dim=-1)
+
+
+@torch.library.custom_op("shortwave::attention", mutates_args=())
+def dropping_attention(
+    query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scaled dot-product attention with dropout of the attention weights.
+
+    Args:
+        query: `[batch, query frame, hidden]`.
+        key: `[batch, frame, hidden]`.
+        value: the same.
+        seeds: `[batch]`, for `keep_mask`.
+        site: for `keep_mask`.
+        heads: the hidden size is divided into so many.
+        rate: of the dropout.
+        keep: return the weights before dropout and the mask, for the backward pass.
+
+    Returns:
+        `[batch, query frame, hidden]`, then weights and mask, `[batch, head, query frame, frame]`
+        or empty.
+    """
+    out = torch.empty_like(query)
+    shape = (heads, query.shape[1], key.shape[1])
+    kept = (len(query), *shape) if keep else (0,)
+    all_weights, all_masks = query.new_empty(kept), query.new_empty(kept, dtype=torch.uint8)
+    q, k, v, o = (_by_head(x, heads) for x in (query, key, value, out))
+    scale = q.shape[-1] ** -0.5
+    for crops, some in _blocks(len(query), heads, shape[1] * shape[2]):
+        at = (crops, some)
+        mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
+        weights = _probabilities(q[at] * scale, k[at].contiguous())
+        if keep:
+            all_weights[at], all_masks[at] = weights, mask
+        o[at] = weights.mul_(mask) @ (v[at] / (1 - rate))
+    return out, all_weights, all_masks
+
+
+@torch.library.custom_op("shortwave::attention_backward", mutates_args=())
+def _dropping_attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
+    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    shape = (heads, query.shape[1], key.shape[1])
+    q, k, v, g = (_by_head(x, heads) for x in (query, key, value, grad))
+    grad_q, grad_k, grad_v = (_by_head(x, heads) for x in grads)
+    scale = q.shape[-1] ** -0.5
+    for crops, some in _blocks(len(query), heads, shape[1] * shape[2]):
+        at = (crops, some)
+        some_q, some_k = q[at] * scale, k[at].contiguous()
+        if len(all_weights):
+            weights, mask = all_weights[at], all_masks[at]
+        else:
+            weights = _probabilities(some_q, some_k)
+            mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
+        out = g[at] / (1 - rate)
+        grad_v[at] = torch.mul(weights, mask).transpose(2, 3) @ out
+        slope = (out @ v[at].contiguous().transpose(2, 3)).mul_(mask)
+        slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
+        grad_q[at] = slope @ some_k.mul_(scale)
+        grad_k[at] = slope.transpose(2, 3) @ some_q
+    return grads
+
+
+@dropping_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = (len(query), heads, query.shape[1], key.shape[1]) if keep else (0,)
+    return (
+        torch.empty_like(query), query.new_empty(kept), query.new_empty(kept, dtype=torch.uint8)
+    )  # fmt: skip
+
+
+@_dropping_attention_backward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
+    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@register_flop_formula(torch.ops.shortwave.attention)
+def _(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 4 * math.prod(query) * int(key[1])
+
+
+@register_flop_formula(torch.ops.shortwave.attention_backward)
+def _(
+    query: Any, key: Any, value: Any, weights: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return (8 if weights[0] else 10) * math.prod(query) * int(key[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, seeds, ctx.site, ctx.heads, ctx.rate, _ = inputs
+    ctx.save_for_backward(query, key, value, *output[1:], seeds)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seeds = ctx.saved_tensors
+    grads = _dropping_attention_backward(
+        *tensors, grad.contiguous(), seeds, ctx.site, ctx.heads, ctx.rate
+    )
+    return *grads, None, None, None, None, None
+
+
+dropping_attention.register_autograd(_gradient, setup_context=_keep)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    rate: float,
+    seeds: Tensor | None,
+    site: int,
+    keep: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention; without seeds, as in evaluation, nothing is dropped.
+
+    Args:
+        query: `[batch, query frame, hidden]`.
+        key: `[batch, frame, hidden]`.
+        value: the same.
+        heads: the hidden size is divided into so many.
+        rate: of the dropout of attention weights.
+        seeds: `[batch]`, for `keep_mask`.
+        site: for `keep_mask`.
+        keep: keep the weights of frames by frames for the backward pass.
+
+    Returns:
+        `[batch, query frame, hidden]`.
+    """
+    if seeds is None or not rate:
+        q, k, v = (_by_head(x, heads) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out: Tensor = dropping_attention(query, key, value, seeds, site, heads, rate, keep)[0]
+    return out
