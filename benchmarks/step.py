@@ -13,8 +13,9 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,9 @@ PARITY_LENGTH, PARITY_BATCH = 5.0, 2
 GRID_PLANS = ("fastest", "leanest")
 GRID_LENGTHS = (1.0, 5.0, 10.0, 15.0)
 GRID_BATCHES = (1, 2, 4, 8, 12)
-LONG_STEP = 30.0
+OTHERS_SHARE = 0.1
+"""Share of the CPU taken by others above which times are doubtful."""
+LONG_STEP = 10.0
 """Seconds of a step of the grid from which on one is enough."""
 
 
@@ -72,12 +75,25 @@ def compare(
                 worker.peak_mib = reply.get("peak_mib", worker.peak_mib)
                 if reply and number >= warm_up:
                     worker.seconds.append(reply["seconds"])
+                    worker.others_share.append(reply["others_share"])
             if max((s for w in workers.values() for s in w.seconds), default=0.0) > enough:
                 break
     finally:
         for worker in workers.values():
             worker.close()
+    share = others_share(workers.values())
+    if share > OTHERS_SHARE:
+        print(
+            f"warning: other processes took {share:.0%} of the CPU; threads that wait for one "
+            "another are then many times slower, and these times mean nothing",
+            file=sys.stderr,
+        )
     return workers
+
+
+def others_share(workers: Iterable[Worker]) -> float:
+    """Share of the machine's CPU time that other processes took in the timed steps."""
+    return float(np.mean([share for w in workers for share in w.others_share] or [0.0]))
 
 
 def single(task: Task) -> tuple[float | None, str | None]:
@@ -113,12 +129,12 @@ def write_batches(task: Task, steps: int, data: Path | None, seed: int) -> list[
     return paths
 
 
-def _ratio(a: float | None, b: float | None, digits: int = 3) -> float | None:
-    return None if a is None or not b else round(a / b, digits)
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else round(a / b, 3)
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)
+def _rounded(value: float | None, digits: int | None = None) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def run_comparison(
@@ -146,28 +162,29 @@ def run_comparison(
     seconds = {name: worker.median() for name, worker in workers.items()}
     peaks = {name: worker.peak() for name, worker in workers.items()}
     above = {name: worker.peak_above_imports() for name, worker in workers.items()}
-    rate = _ratio(flops, seconds[OURS], 0)
+    at_peak = None if flops is None or peak_rate is None else flops / peak_rate / 1e9
     failures = {name: worker.failure for name, worker in workers.items()}
-    failures |= {"parity": no_parity, "flops": no_flops, "gemm": rates[0][1] or rates[1][1]}
+    failures |= {"parity": no_parity, "flops": no_flops, "gemm": rates[0][1]}
     return {
         **{name: getattr(task, name) for name in ("model", "length", "batch", "precision")},
         "threads": task.threads,
         "plan": task.plan,
         "steps": steps,
-        "seconds": {name: _ratio(value, 1.0, 4) for name, value in seconds.items()},
+        "seconds": {name: _rounded(value, 4) for name, value in seconds.items()},
         **{
             f"speedup_vs_{name}": _ratio(seconds[name], seconds[OURS])
             for name in workers
             if name != OURS
         },
-        "peak_mib": {name: _whole(value) for name, value in peaks.items()},
-        "peak_above_imports_mib": {name: _whole(value) for name, value in above.items()},
+        "peak_mib": {name: _rounded(value) for name, value in peaks.items()},
+        "peak_above_imports_mib": {name: _rounded(value) for name, value in above.items()},
         "peak_ratio_vs_transformers": _ratio(peaks[OURS], peaks.get("transformers")),
         "peak_above_imports_ratio_vs_transformers": _ratio(above[OURS], above.get("transformers")),
         "max_relative_gradient_error": None if parity is None else float(f"{parity:.3g}"),
-        "step_gflop": _ratio(flops, 1e9, 1),
-        "gemm_peak_gflops": _ratio(peak_rate, 1.0, 1),
-        "gemm_peak_share": None if peak_rate is None else _ratio(rate, peak_rate * 1e9),
+        "step_gflop": _ratio(flops, 1e9),
+        "gemm_peak_gflops": _rounded(peak_rate, 1),
+        "gemm_peak_share": _ratio(at_peak, seconds[OURS]),
+        "others_cpu_share": round(others_share(workers.values()), 3),
         "failures": {name: reason for name, reason in failures.items() if reason},
     }
 
@@ -181,7 +198,7 @@ class Cell(NamedTuple):
     batch: int
     seconds: float | None
     audio_seconds_per_second: float | None
-    peak_above_imports_mib: int | None
+    peak_above_imports_mib: float | None
     failure: str | None
 
 
@@ -199,9 +216,9 @@ def run_grid(task: Task, data: Path | None, seed: int, figure: Path) -> dict[str
                 plan,
                 length,
                 batch,
-                _ratio(seconds, 1.0, 3),
-                _ratio(batch * length, seconds, 3),
-                _whole(worker.peak_above_imports()),
+                _rounded(seconds, 3),
+                _ratio(batch * length, seconds),
+                _rounded(worker.peak_above_imports()),
                 worker.failure,
             )
         )

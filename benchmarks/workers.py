@@ -117,6 +117,12 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _busy_seconds() -> float:
+    """CPU time that this machine's processes and its host have taken, over all cores."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "steal"))
+
+
 def _contest(task: Task) -> Iterator[dict[str, Any]]:
     """Take a step for each line on stdin, which names a file of waveforms."""
     build = _build(task)
@@ -128,9 +134,12 @@ def _contest(task: Task) -> Iterator[dict[str, Any]]:
     yield {"imports_mib": imports}
     for line in sys.stdin:
         waveforms = np.load(json.loads(line))
-        start = time.perf_counter()
+        start, own, all_of_it = time.perf_counter(), time.process_time(), _busy_seconds()
         step(waveforms)
-        yield {"seconds": time.perf_counter() - start, "peak_mib": _peak_mib()}
+        seconds = time.perf_counter() - start
+        others = _busy_seconds() - all_of_it - (time.process_time() - own)
+        share = max(0.0, others) / (seconds * psutil.cpu_count())
+        yield {"seconds": seconds, "others_share": share, "peak_mib": _peak_mib()}
 
 
 def _gemm_gflops(task: Task) -> float:
@@ -210,6 +219,8 @@ class Worker:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.seconds: list[float] = []
+        self.others_share: list[float] = []
+        """Of the machine's CPU time, in each step, taken by other processes."""
         self.imports_mib = self.peak_mib = 0.0
         self.failure: str | None = None
         quiet = {

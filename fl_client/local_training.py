@@ -116,7 +116,7 @@ def _tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
 def _metrics(reports: list[StepReport]) -> dict[str, float]:
     names = (
         "loss", "contrastive", "diversity", "penalty", "accuracy", "perplexity",
-        "masked_share", "distinct_negatives", "gradient_norm",
+        "code_entropy", "masked_share", "distinct_negatives", "gradient_norm",
     )  # fmt: skip
     kept = [report for report in reports if report.applied]
     values = {

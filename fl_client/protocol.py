@@ -29,6 +29,7 @@ TRAIN_METRICS = (
     "penalty",
     "accuracy",
     "perplexity",
+    "code_entropy",
     "masked_share",
     "distinct_negatives",
     "gradient_norm",

@@ -106,6 +106,13 @@ def to_yaml(settings: Any) -> str:
 
 def descriptions(kind: type[Any]) -> dict[str, str]:
     """The docstring below each field of a settings dataclass, by field name."""
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__[:-1]):
+        found |= _descriptions(part)
+    return found
+
+
+def _descriptions(kind: type[Any]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}

@@ -29,7 +29,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_precision(name: Literal["auto", "fp32", "bf16"], device: str) -> Precision:
+def choose_precision(name: Literal["auto"] | Precision, device: str) -> Precision:
     """`auto` is bf16 where the device multiplies matrices in it, else fp32."""
     if name != "auto":
         return name

@@ -53,10 +53,19 @@ class AdamW:
     def __init__(
         self, parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, state: OptimizerState
     ) -> None:
-        """Begin without moments; they are made as parameters get their first gradient."""
+        """Begin with moments of zero: made before the first step, they lie close together."""
         self.parameters, self.recipe, self.kind = dict(parameters), recipe, state
-        self._moments: dict[str, tuple[_Packed, _Packed]] = {}
-        self._steps: dict[str, Tensor] = {}
+        self._steps = {
+            name: torch.zeros((), device=value.device) for name, value in self.parameters.items()
+        }
+        self._moments = {
+            name: (self._zero(value, True), self._zero(value, False))
+            for name, value in self.parameters.items()
+        }
+
+    def _zero(self, parameter: Tensor, signed: bool) -> _Packed:
+        zero = torch.zeros_like(parameter, memory_format=torch.contiguous_format).detach()
+        return _Packed(zero, None) if self.kind == "fp32" else _pack(zero, self.kind, signed)
 
     def apply(self, rate: float, names: Iterable[str] | None = None) -> None:
         """Update the named parameters, or all, that have a gradient.
@@ -83,11 +92,7 @@ class AdamW:
                 parameter = self.parameters[name]
                 assert parameter.grad is not None
                 grads.append(parameter.grad)
-                if name not in self._steps:
-                    self._steps[name] = torch.zeros((), device=parameter.device)
-                    first = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    second = torch.zeros_like(first)
-                elif self.kind == "fp32":
+                if self.kind == "fp32":
                     first, second = (part.codes for part in self._moments[name])
                 else:
                     first, second = (_unpack(part, parameter.shape) for part in self._moments[name])

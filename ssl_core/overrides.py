@@ -1,4 +1,4 @@
-"""Which model and recipe a run uses: a preset with single settings changed."""
+"""Which model, recipe and plan a run uses: a preset with single settings changed."""
 
 import dataclasses
 import shlex
@@ -9,9 +9,12 @@ import yaml
 from partitions.command import nearest
 from partitions.errors import UsageError
 from partitions.settings import from_mapping
+from ssl_core.memory.plan import Plan
 from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
 
-_SECTIONS = {"model": ModelConfig, "recipe": Recipe}
+_SECTIONS = {"model": ModelConfig, "recipe": Recipe, "plan": Plan}
+_OPTIONS = ("length", "batch", "micro_batch", "accumulation", "precision", "device", "threads")
+"""Settings of a plan that have options of their own."""
 
 
 def resolve(model: str, assignments: str) -> tuple[ModelConfig, Recipe]:
@@ -19,14 +22,33 @@ def resolve(model: str, assignments: str) -> tuple[ModelConfig, Recipe]:
 
     Args:
         model: a preset's name.
-        assignments: `section.name=value` separated by spaces; sections are `model` and `recipe`,
-            names are fields of `ModelConfig` and `Recipe`.
+        assignments: `section.name=value` separated by spaces; sections are `model`, `recipe` and
+            `plan`, names are fields of `ModelConfig`, `Recipe` and `Plan`.
 
     Raises:
         UsageError: an unknown preset, section or name (the nearest is named), or a bad value.
     """
-    config = preset(model)
-    changed: dict[str, dict[str, Any]] = {"model": {}, "recipe": {}}
+    config, changed = preset(model), _changes(assignments)
+    return (
+        from_mapping(ModelConfig, dataclasses.asdict(config) | changed["model"], "--set model"),
+        from_mapping(
+            Recipe, dataclasses.asdict(RECIPES[model]) | changed["recipe"], "--set recipe"
+        ),
+    )
+
+
+def change_plan(plan: Plan, assignments: str) -> Plan:
+    """The plan with what the assignments change of it; see `resolve`."""
+    changed = _changes(assignments)["plan"]
+    for name in _OPTIONS:
+        if name in changed:
+            raise UsageError(f"--set plan.{name}: use --{name.replace('_', '-')}")
+    return from_mapping(Plan, dataclasses.asdict(plan) | changed, "--set plan")
+
+
+def _changes(assignments: str) -> dict[str, dict[str, Any]]:
+    """Values by section and field name."""
+    changed: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     for word in shlex.split(assignments):
         name, equals, text = word.partition("=")
         section, _, field = name.partition(".")
@@ -38,17 +60,8 @@ def resolve(model: str, assignments: str) -> tuple[ModelConfig, Recipe]:
             ]
             hint = nearest(name, known) or "; write recipe.NAME=VALUE or model.NAME=VALUE"
             raise UsageError(f"--set {word}: not a setting{hint}")
-        changed[section][field] = _value(text)
-    architecture = dataclasses.asdict(config) | {
-        key.replace("-", "_"): value for key, value in changed["model"].items()
-    }
-    recipe = dataclasses.asdict(RECIPES[model]) | {
-        key.replace("-", "_"): value for key, value in changed["recipe"].items()
-    }
-    return (
-        from_mapping(ModelConfig, architecture, "--set model"),
-        from_mapping(Recipe, recipe, "--set recipe"),
-    )
+        changed[section][field.replace("-", "_")] = _value(text)
+    return changed
 
 
 def _value(text: str) -> Any:

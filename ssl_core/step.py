@@ -50,7 +50,7 @@ class StepReport:
 
     update: int
     loss: float
-    """Contrastive loss + weighted diversity loss + weighted penalty."""
+    """Contrastive loss + weighted diversity loss, penalty and code entropy."""
     contrastive: float
     diversity: float
     """Unused share of the codebook, in [0, 1]."""
@@ -60,6 +60,8 @@ class StepReport:
     """Share of masked frames whose code was found among the distractors."""
     perplexity: float
     """Effective number of codebook entries in use, all groups together."""
+    code_entropy: float
+    """Of the code distribution of single frames, in nats, mean over groups."""
     masked_share: float
     distinct_negatives: float
     """Mean number of different frames among a frame's distractors."""
@@ -82,6 +84,7 @@ class BatchSums(NamedTuple):
 
     contrastive: float
     penalty: float
+    entropy: float
     correct: int
     masked: int
     probabilities: Tensor
@@ -93,12 +96,18 @@ class Weights(NamedTuple):
     diversity: float
     penalty: float
     temperature: float
+    entropy: float = 0.0
 
 
 def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
     """The loss of a whole batch, summed over its masked frames (fairseq's weighting)."""
     diversity = diversity_loss(parts.probabilities / masked) * masked
-    return parts.contrastive + weights.diversity * diversity + weights.penalty * parts.penalty
+    return (
+        parts.contrastive
+        + weights.diversity * diversity
+        + weights.penalty * parts.penalty
+        + weights.entropy * parts.entropy
+    )
 
 
 class TrainingStep:
@@ -202,6 +211,7 @@ class TrainingStep:
                 parts.contrastive
                 + weights.diversity * (slope * parts.probabilities).sum()
                 + weights.penalty * parts.penalty
+                + weights.entropy * parts.entropy
             )
             (loss / divisor).backward()
             done.append(LossParts(*(part.detach() for part in parts)))
@@ -228,6 +238,7 @@ class TrainingStep:
             schedule.diversity_weight(config, self.recipe, update, self.total_updates),
             self.recipe.feature_penalty_weight,
             schedule.gumbel_temperature(self.recipe, update),
+            self.recipe.code_entropy_weight,
         )
         sums: list[BatchSums] = []
         distinct = 0.0
@@ -257,14 +268,19 @@ class TrainingStep:
         contrastive = sum(part.contrastive for part in sums) / masked
         diversity = float(np.mean([float(diversity_loss(p)) for p in probabilities]))
         penalty = sum(part.penalty for part in sums) / masked
+        entropy = sum(part.entropy for part in sums) / masked
         return StepReport(
             update=update,
-            loss=contrastive + weights.diversity * diversity + weights.penalty * penalty,
+            loss=contrastive
+            + weights.diversity * diversity
+            + weights.penalty * penalty
+            + weights.entropy * entropy,
             contrastive=contrastive,
             diversity=diversity,
             penalty=penalty,
             accuracy=sum(part.correct for part in sums) / masked,
             perplexity=float(np.mean([float(perplexity(p)) for p in probabilities])),
+            code_entropy=entropy,
             masked_share=masked / frames,
             distinct_negatives=distinct / crops,
             gradient_norm=norm,
@@ -332,6 +348,7 @@ def _sums(parts: list[LossParts], masked: int) -> BatchSums:
     return BatchSums(
         contrastive=float(sum(part.contrastive.detach() for part in parts)),
         penalty=float(sum(part.penalty.detach() for part in parts)),
+        entropy=float(sum(part.entropy.detach() for part in parts)),
         correct=int(sum(part.correct for part in parts)),
         masked=masked,
         probabilities=torch.stack([part.probabilities.detach() for part in parts]).sum(0).cpu(),

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,68 +19,32 @@ from partitions.manifest import Manifest, prepare
 from partitions.progress import bar_of
 from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
 from partitions.speakers import held_out_speakers, select
-from partitions.units import format_seconds, parse_length
+from partitions.units import format_seconds
 from ssl_core import checkpoint, randomness
 from ssl_core.collapse import CollapseAlarm
 from ssl_core.crops import CropBatch, Crops, ahead, describe
-from ssl_core.devices import choose_device, choose_precision
 from ssl_core.evaluation import evaluate
 from ssl_core.figures import plot_curves
 from ssl_core.memory.plan import Plan
-from ssl_core.overrides import resolve
 from ssl_core.run_directory import CONFIG, RunDirectory
 from ssl_core.step import StepReport, TrainingStep
+from ssl_core.step_settings import StepSettings
 from ssl_core.wav2vec2 import hf
-from ssl_core.wav2vec2.config import ModelConfig, Recipe
 from ssl_core.wav2vec2.model import PretrainingModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(StepSettings):
     """Settings of a centralised run."""
 
-    data: str = ""
-    """Corpus in LibriSpeech's layout; empty is the built-in demo corpus."""
-    subset: str = ""
-    """Subsets of the corpus, separated by commas; empty is all `train-*`."""
-    length: str = "5s"
-    """Length of every crop."""
-    model: str = "base"
-    """Preset: `base` or `tiny`."""
-    checkpoint: str = ""
-    """Directory of weights to start from, this project's or transformers'; empty starts fresh."""
     updates: int = 1000
     """Updates of the whole run; the learning-rate schedule spans them."""
     batch: int = 16
     """Crops in a batch, over which one loss is taken."""
-    micro_batch: int = 0
-    """Crops in memory at a time; 0 is the whole batch. Does not change the result."""
-    accumulation: int = 1
-    """Batches in an update: batch x accumulation x length is the effective batch."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """`bf16`: matrix products in bfloat16 (not exact); `auto`: where the device is made for it."""
-    device: str = "auto"
-    """Torch device."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    held_out: float = 0.05
-    """Share of speakers kept for validation."""
-    eval_crops: int = 32
-    """Held-out crops to evaluate on; 0 does not evaluate."""
     eval_every: int = 50
     """Updates between evaluations."""
     save_every: int = 200
     """Updates between checkpoints."""
-    seed: int = 0
-    """Seeds everything: weights, crops, masks, dropout."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    output: str = ""
-    """Run directory; empty makes one under `runs/`."""
-    resume: str = ""
-    """Run directory to go on with (its own settings are used)."""
-    set: str = ""
-    """Single settings of recipe and model: `recipe.learning-rate=1e-3 model.layerdrop=0`."""
 
     def validate(self) -> None:
         """Check values and that they fit together.
@@ -95,31 +59,6 @@ class TrainSettings:
         if self.eval_crops < 0 or self.seed < 0:
             raise UsageError("eval-crops and seed must not be below zero")
         self.resolved_plan()
-
-    @property
-    def seconds(self) -> float:
-        """The crop length in seconds."""
-        return parse_length(self.length)
-
-    def model_and_recipe(self) -> tuple[ModelConfig, Recipe]:
-        """The architecture and recipe."""
-        return resolve(self.model, self.set)
-
-    def resolved_plan(self) -> Plan:
-        """How this machine takes a step."""
-        device = choose_device(self.device)
-        plan = Plan(
-            length=self.seconds,
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            precision=choose_precision(self.precision, device),
-            device=device,
-            threads=self.threads,
-        )
-        config, recipe = self.model_and_recipe()
-        plan.validate(config, recipe)
-        return plan
 
 
 def parse(arguments: Sequence[str] | None) -> TrainSettings:
@@ -168,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(plan.threads)
     root = Path(settings.data) if settings.data else demo_corpus()
     print(describe(root, not settings.data))
-    subsets = tuple(name.strip() for name in settings.subset.split(",") if name.strip())
-    manifest = prepare(root, subsets, settings.seconds, progress=True)
+    manifest = prepare(root, settings.subsets, settings.seconds, progress=True)
     for line in manifest.describe_skips():
         print(f"left out: {line}")
     excluded = held_out_speakers(manifest, settings.held_out, settings.seed)

@@ -10,7 +10,8 @@ import ctypes
 import platform
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-_LARGE = 2**30
+_LARGE, _SMALL = 2**24, 2**18
+"""Bytes from which a tensor has pages of its own; larger ones leave gaps that others cannot use."""
 
 
 def keep_freed_memory(keep: bool) -> bool:
@@ -25,7 +26,7 @@ def keep_freed_memory(keep: bool) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    done = library.mallopt(_MMAP_THRESHOLD, _LARGE if keep else 2**18)
+    done = library.mallopt(_MMAP_THRESHOLD, _LARGE if keep else _SMALL)
     done &= library.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**20)
     done &= library.mallopt(_TOP_PAD, 2**26 if keep else 0)
     if not keep:

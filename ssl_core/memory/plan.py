@@ -68,7 +68,7 @@ class Plan:
         return min(self.micro_batch or self.batch, self.batch)
 
     def leanest(self) -> "Plan":
-        """The same step, exactly, in the least memory."""
+        """The same step, exactly, in the least memory, for recipes that do not clip."""
         alone = self.crops == 1
         return dataclasses.replace(
             self,
@@ -82,14 +82,14 @@ class Plan:
         )
 
     def fastest(self) -> "Plan":
-        """The same step, exactly, in the least time."""
+        """The same step, exactly, in the least time, for recipes that do not clip."""
         return dataclasses.replace(
             self,
             micro_batch=0,
             recompute_features=False,
             recompute_layers=False,
-            keep_attention=False,
-            apply_in_backward=False,
+            keep_attention=True,
+            apply_in_backward=self.accumulation == 1,
             compile=False,
             keep_freed_memory=True,
         )

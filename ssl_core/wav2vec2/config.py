@@ -174,6 +174,10 @@ class Recipe:
     which it goes linearly; 1 keeps it, as the original does. A large weight at first keeps a small
     codebook from collapsing when the first codes can be predicted; a smaller one later lets codes
     become predictable."""
+    code_entropy_weight: float = 0.0
+    """Weight of the entropy of a masked frame's code distribution, in nats. The original has none.
+    The diversity loss looks at the mean over all frames, which is even too when every frame's code
+    is a matter of chance; small models end there. A weight above zero keeps codes sharp."""
     negative_pool: Literal["utterance", "batch"] = "utterance"
     """Where negatives come from: masked frames of the same crop, or of every crop of the batch."""
 
@@ -191,10 +195,11 @@ class Recipe:
             raise UsageError(f"diversity-end is a share in [0, 1], not {self.diversity_end}")
         if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
             raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
-        if min(self.weight_decay, self.clip_norm, self.feature_penalty_weight) < 0:
-            raise UsageError(
-                "weight-decay, clip-norm and feature-penalty-weight are not below zero"
-            )
+        for name in (
+            "weight_decay", "clip_norm", "feature_penalty_weight", "code_entropy_weight"
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name.replace('_', '-')} must not be below zero")
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -102,6 +102,8 @@ class LossParts(NamedTuple):
     """`[group, entry]`: code probabilities summed over masked frames."""
     correct: Tensor
     """Masked frames whose code was found."""
+    entropy: Tensor
+    """Nats of the code distribution of single frames, mean over groups, summed over frames."""
 
 
 class Backbone(nn.Module):
@@ -196,4 +198,6 @@ class PretrainingModel(nn.Module):
             draws.multiplicity,
             self.config.contrastive_logits_temperature,
         )
-        return LossParts(contrast.loss, penalty, quantized.probabilities, contrast.correct)
+        return LossParts(
+            contrast.loss, penalty, quantized.probabilities, contrast.correct, quantized.entropy
+        )

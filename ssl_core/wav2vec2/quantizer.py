@@ -18,6 +18,8 @@ class Quantized(NamedTuple):
     """`[batch, masked]`: one integer a frame; equal integers are equal vectors."""
     probabilities: Tensor
     """`[group, entry]`: softmax of the logits, without noise, summed over all frames given."""
+    entropy: Tensor
+    """Nats of a frame's softmax, mean over groups, summed over all frames given."""
 
 
 class Quantizer(nn.Module):
@@ -46,7 +48,10 @@ class Quantizer(nn.Module):
             temperature: of the softmax that the gradient goes through.
         """
         logits = self.logits(frames)
-        probabilities = torch.softmax(logits, dim=-1).sum((0, 1))
+        logarithms = torch.log_softmax(logits, dim=-1)
+        likely = logarithms.exp()
+        probabilities = likely.sum((0, 1))
+        entropy = -(likely * logarithms).sum() / self.groups
         if noise is None:
             choice = logits.argmax(-1)
             weights = torch.zeros_like(logits).scatter(-1, choice[..., None], 1.0)
@@ -60,7 +65,7 @@ class Quantizer(nn.Module):
         codes = choice[..., 0]
         for group in range(1, self.groups):
             codes = codes * self.entries + choice[..., group]
-        return Quantized(vectors, codes, probabilities)
+        return Quantized(vectors, codes, probabilities, entropy)
 
 
 def perplexity(probabilities: Tensor) -> Tensor:
