@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 OURS = "shortwave"
 PLANS: dict[str, Callable[[Plan], Plan]] = {
     "fastest": Plan.fastest,
+    "compiled": lambda plan: dataclasses.replace(plan.fastest(), compile=True),
     "leanest": Plan.leanest,
     "default": lambda plan: plan,
 }

@@ -118,7 +118,7 @@ class TrainingStep:
     ) -> None:
         """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
         recipe.validate()
-        plan.validate(model.config, recipe)
+        plan.validate_for(model.config, recipe)
         self.model, self.recipe, self.plan = model, recipe, plan
         self.seed, self.total_updates = seed, total_updates
         self.device = torch.device(plan.device)

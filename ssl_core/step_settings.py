@@ -85,5 +85,5 @@ class StepSettings:
         )
         plan = change_plan(plan, self.set)
         config, recipe = self.model_and_recipe()
-        plan.validate(config, recipe)
+        plan.validate_for(config, recipe)
         return plan

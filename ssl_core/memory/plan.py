@@ -94,8 +94,8 @@ class Plan:
             keep_freed_memory=True,
         )
 
-    def validate(self, config: ModelConfig, recipe: Recipe) -> None:
-        """Check the plan against a model and a recipe.
+    def validate(self) -> None:
+        """Check ranges and that the settings fit together.
 
         Raises:
             UsageError: what is wrong and what would do.
@@ -116,11 +116,14 @@ class Plan:
                 "apply-in-backward is for updates of one batch, taken whole: set accumulation to 1 "
                 "and micro-batch to 0"
             )
-        if self.apply_in_backward and recipe.clip_norm:
-            raise UsageError(
-                "apply-in-backward cannot clip: the norm is known when all gradients are; "
-                "set recipe.clip-norm to 0"
-            )
+
+    def validate_for(self, config: ModelConfig, recipe: Recipe) -> None:
+        """Check the plan against a model and a recipe.
+
+        Raises:
+            UsageError: what is wrong and what would do.
+        """
+        self.validate()
         if config.frames(self.samples) < minimum_frames(config):
             least = minimum_frames(config) * 0.02 + 0.01
             raise UsageError(
@@ -130,4 +133,9 @@ class Plan:
         if recipe.negative_pool == "batch" and self.chunk < self.batch:
             raise UsageError(
                 "recipe.negative-pool=batch needs the whole batch in memory: leave micro-batch at 0"
+            )
+        if self.apply_in_backward and recipe.clip_norm:
+            raise UsageError(
+                "apply-in-backward cannot clip: the norm is known when all gradients are; "
+                "set recipe.clip-norm to 0"
             )

@@ -219,7 +219,7 @@ PRESETS: dict[str, ModelConfig] = {
         feat_quantizer_dropout=0.0,
         layerdrop=0.0,
         num_codevectors_per_group=64,
-        diversity_loss_weight=0.4,
+        diversity_loss_weight=0.8,
         initial_taps="shared",
     ),
 }
@@ -227,7 +227,12 @@ PRESETS: dict[str, ModelConfig] = {
 
 RECIPES: dict[str, Recipe] = {
     "base": Recipe(),
-    "tiny": Recipe(learning_rate=1e-3, feature_penalty_weight=1.0, diversity_end=0.2),
+    "tiny": Recipe(
+        learning_rate=1e-3,
+        feature_penalty_weight=1.0,
+        diversity_end=0.25,
+        code_entropy_weight=0.2,
+    ),
 }
 """The original recipe for `base`; for `tiny`, what learns within minutes."""
 

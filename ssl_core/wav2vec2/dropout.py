@@ -7,6 +7,7 @@ place, so that an element's chance of being dropped is the rate exactly. On a CP
 NumPy's SFC64, many times faster than torch's Bernoulli; on a GPU they are the device's own.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,18 @@ def keep_mask(
         `[batch, *shape]` uint8, 1 where an element is kept.
     """
     mask = torch.empty((len(seeds), *shape), dtype=torch.uint8, device=device)
-    count = int(np.prod(shape))
-    for seed, row in zip(seeds.tolist(), mask.view(len(seeds), count), strict=True):
-        rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, site])))
-        threshold = int(rate * 256 + rng.random())
-        if device.type == "cpu":
-            words = rng.integers(0, 2**64 - 1, count // 8 + 1, dtype=np.uint64, endpoint=True)
-            np.greater_equal(words.view(np.uint8)[:count], threshold, out=row.numpy().view(bool))
+    count = math.prod(shape)
+    rows = mask.view(len(seeds), count)
+    kept = rows.numpy().view(bool) if device.type == "cpu" else None
+    for number, seed in enumerate(seeds.tolist()):
+        source = np.random.SFC64(np.random.SeedSequence([seed, site]))
+        threshold = int(rate * 256 + float(source.random_raw()) / 2**64)
+        if kept is not None:
+            noise = source.random_raw(-(-count // 8)).view(np.uint8)[:count]
+            np.greater_equal(noise, threshold, out=kept[number])
         else:
-            generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-            row.random_(0, 256, generator=generator).ge_(threshold)
+            generator = torch.Generator(device).manual_seed(int(source.random_raw()) >> 2)
+            rows[number].random_(0, 256, generator=generator).ge_(threshold)
     return mask
 
 

@@ -307,18 +307,18 @@ def test_the_step_compiles_without_a_graph_break() -> None:
 def test_applying_in_backward_refuses_what_needs_all_gradients() -> None:
     for plan in (Plan(batch=4, accumulation=2), Plan(batch=4, micro_batch=1)):
         with pytest.raises(UsageError, match="apply-in-backward"):
-            dataclasses.replace(plan, apply_in_backward=True).validate(TINY, Recipe())
+            dataclasses.replace(plan, apply_in_backward=True).validate_for(TINY, Recipe())
     with pytest.raises(UsageError, match="clip"):
-        Plan(apply_in_backward=True).validate(TINY, Recipe(clip_norm=1.0))
+        Plan(apply_in_backward=True).validate_for(TINY, Recipe(clip_norm=1.0))
     with pytest.raises(UsageError, match="optimizer-state 'fp8' is not one of fp32, bf16, int8"):
-        Plan(optimizer_state="fp8").validate(TINY, Recipe())  # type: ignore[arg-type]
+        Plan(optimizer_state="fp8").validate_for(TINY, Recipe())  # type: ignore[arg-type]
 
 
 def test_a_length_too_short_to_mask_and_a_split_batch_pool_are_refused() -> None:
     with pytest.raises(UsageError, match="too short to mask"):
-        Plan(length=0.1).validate(TINY, Recipe())
+        Plan(length=0.1).validate_for(TINY, Recipe())
     with pytest.raises(UsageError, match="whole batch"):
-        Plan(batch=4, micro_batch=2).validate(TINY, Recipe(negative_pool="batch"))
+        Plan(batch=4, micro_batch=2).validate_for(TINY, Recipe(negative_pool="batch"))
 
 
 def flops(name: str) -> int:
