@@ -1,6 +1,7 @@
 """A client's round: global weights in, some updates on its own crops, the difference out."""
 
 import collections
+import contextlib
 import functools
 import resource
 import time
@@ -15,7 +16,7 @@ from flwr.app import Array, ArrayRecord
 from fl_client import protocol, updates
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
-from ssl_core.crops import Crops
+from ssl_core.crops import Crops, ahead
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
@@ -65,14 +66,13 @@ def train_round(
     heard: set[int] = set()
     skips: collections.Counter[str] = collections.Counter()
     first = int(task["first_update"])
-    for number in range(first, first + int(task["updates"])):
-        batches = []
-        for part in range(plan.accumulation):
-            batch = crops.batch((number * plan.accumulation + part) * plan.batch, plan.batch)
-            heard.update(batch.sequences)
-            skips.update(batch.skips)
-            batches.append(batch.waveforms)
-        reports.append(step.update(batches, number, share.key))
+    numbers = range(first, first + int(task["updates"]))
+    with contextlib.closing(ahead(crops.updates(numbers, plan.batch, plan.accumulation))) as read:
+        for number, batches in read:
+            for batch in batches:
+                heard.update(batch.sequences)
+                skips.update(batch.skips)
+            reports.append(step.update([batch.waveforms for batch in batches], number, share.key))
     del step
     update = _difference(model, weights)
     metrics = _metrics(reports)

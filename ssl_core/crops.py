@@ -3,7 +3,7 @@
 import collections
 import queue
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -102,6 +102,17 @@ class Crops:
             waveforms.append(crop)
             used.append(sequence)
         return CropBatch(np.stack(waveforms), tuple(used), dict(skips), tuple(examples))
+
+    def updates(
+        self, numbers: Iterable[int], size: int, accumulation: int
+    ) -> Iterator[tuple[int, list[CropBatch]]]:
+        """The batches of each of the given updates, `accumulation` of `size` crops, in turn."""
+        for number in numbers:
+            first = number * accumulation
+            yield (
+                number,
+                [self.batch((first + part) * size, size) for part in range(accumulation)],
+            )
 
     def fixed(self, count: int) -> CropBatch:
         """Up to `count` crops for evaluation: spread evenly, cut from the middle, always the same.

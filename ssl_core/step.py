@@ -122,7 +122,9 @@ class TrainingStep:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.seed, self.total_updates = seed, total_updates
         self.device = torch.device(plan.device)
-        model.to(self.device).train()
+        if next(model.parameters()).device != self.device:
+            model.to(self.device)
+        model.train()
         self._arrange()
         self.reset()
 

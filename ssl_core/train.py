@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,18 +183,6 @@ class Trainer:
             self.directory.rewind(self.first + 1)
             self.console.print(f"going on at update {self.first + 1} of {settings.updates}")
 
-    def _updates(self) -> Iterator[tuple[int, list[CropBatch]]]:
-        plan = self.plan
-        for number in range(self.first, self.settings.updates):
-            start = number * plan.crops
-            yield (
-                number,
-                [
-                    self.train.batch(start + part * plan.batch, plan.batch)
-                    for part in range(plan.accumulation)
-                ],
-            )
-
     def run(self) -> None:
         """Take all updates that are left.
 
@@ -215,7 +203,9 @@ class Trainer:
                 bar = progress.add_task(
                     "updates", total=self.settings.updates, completed=self.first
                 )
-                for number, batches in ahead(self._updates()):
+                numbers = range(self.first, self.settings.updates)
+                updates = self.train.updates(numbers, self.plan.batch, self.plan.accumulation)
+                for number, batches in ahead(updates):
                     started = time.monotonic()
                     for batch in batches:
                         self.skips.update(batch.skips)

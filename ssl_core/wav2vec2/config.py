@@ -230,7 +230,7 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         learning_rate=1e-3,
         feature_penalty_weight=1.0,
-        diversity_end=0.25,
+        diversity_end=0.2,
         code_entropy_weight=0.2,
     ),
 }

@@ -8,6 +8,7 @@ NumPy's SFC64, many times faster than torch's Bernoulli; on a GPU they are the d
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.library.custom_op("shortwave::keep_mask", mutates_args=())
 def keep_mask(
-    seeds: Tensor, site: int, shape: tuple[int, ...], rate: float, device: torch.device
+    seeds: Tensor, site: int, shape: Sequence[int], rate: float, device: torch.device
 ) -> Tensor:
     """Which elements are kept.
 
@@ -46,10 +48,15 @@ def keep_mask(
     return mask
 
 
+@keep_mask.register_fake
+def _(seeds: Tensor, site: int, shape: Sequence[int], rate: float, device: torch.device) -> Tensor:
+    return torch.empty((len(seeds), *shape), dtype=torch.uint8, device=device)
+
+
 @torch.library.custom_op("shortwave::drop", mutates_args=())
 def drop(x: Tensor, seeds: Tensor, site: int, rate: float) -> Tensor:
     """Dropout of `[batch, ...]`; see `keep_mask`."""
-    mask = keep_mask(seeds, site, tuple(x.shape[1:]), rate, x.device)
+    mask = keep_mask(seeds, site, x.shape[1:], rate, x.device)
     return torch.mul(x, mask).mul_(1 / (1 - rate))
 
 

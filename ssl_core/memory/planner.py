@@ -1,0 +1,132 @@
+"""Choosing how a step is taken: the fastest exact plan whose estimated peak fits."""
+
+import dataclasses
+from typing import NamedTuple
+
+from partitions.units import format_bytes
+from ssl_core.memory.estimate import RUNTIME, Estimate, estimate
+from ssl_core.memory.plan import Plan
+from ssl_core.wav2vec2.config import ModelConfig, Recipe
+
+RECOMPUTED_ATTENTION, SPLIT, RECOMPUTED_LAYERS, GIVEN_BACK = 1.02, 1.09, 1.17, 1.28
+"""Time of a step against the fastest, when attention weights are made again, the extractor runs
+twice, transformer layers run again, freed memory goes back to the kernel (CPU only). The first
+three follow from operations, the last was measured on two cores; `benchmarks/README.md`."""
+
+
+class Option(NamedTuple):
+    """A plan, what it takes, and its time against the fastest plan's."""
+
+    plan: Plan
+    estimate: Estimate
+    slowdown: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was chosen for a device, and why."""
+
+    available: int
+    """Bytes for the whole process."""
+    chosen: Option | None
+    """The fastest that fits; None when nothing does."""
+    faster: Option | None
+    """The next faster one, which does not fit; None when the fastest does."""
+    leanest: Option
+
+    def explain(self) -> str:
+        """A few lines for people."""
+        room = format_bytes(self.available)
+        if self.chosen is None:
+            least = self.leanest.estimate.total
+            return (
+                f"nothing fits: the leanest exact plan takes {format_bytes(least)}, "
+                f"{format_bytes(least - self.available)} more than the {room} there are. Shorter "
+                "crops, a smaller model, or moments in 8 bits (--set "
+                "plan.optimizer-state=int8, not exact) take less."
+            )
+        need = format_bytes(self.chosen.estimate.total)
+        lines = [f"{describe(self.chosen.plan)}: {need} of {room}"]
+        if self.faster is not None:
+            gain = 100 * (1 - self.faster.slowdown / self.chosen.slowdown)
+            lines.append(
+                f"next best, {describe(self.faster.plan)}, would be {gain:.0f} % faster and takes "
+                f"{format_bytes(self.faster.estimate.total)}"
+            )
+        return "\n".join(lines)
+
+
+def describe(plan: Plan) -> str:
+    """What a plan does, in words."""
+    split = plan.chunk < plan.batch
+    parts = [f"{plan.chunk} of {plan.batch} crops at a time" if split else f"{plan.batch} at once"]
+    if plan.recompute_features and not split:
+        parts.append("convolutions recomputed")
+    if plan.recompute_layers:
+        parts.append("layers recomputed")
+    if plan.keep_attention:
+        parts.append("attention kept")
+    if plan.apply_in_backward:
+        parts.append("gradients applied as they are made")
+    if not plan.keep_freed_memory:
+        parts.append("freed memory given back")
+    return ", ".join(parts)
+
+
+def ladder(plan: Plan, recipe: Recipe) -> list[tuple[float, Plan]]:
+    """Exact plans for the same update, from the fastest to the leanest, with their slowdown."""
+    alone = plan.accumulation == 1 and not recipe.clip_norm
+    whole = dataclasses.replace(
+        plan,
+        micro_batch=0,
+        recompute_features=False,
+        recompute_layers=False,
+        keep_attention=False,
+        apply_in_backward=alone,
+        keep_freed_memory=True,
+    )
+    rungs = [(1.0, dataclasses.replace(whole, keep_attention=True)), (RECOMPUTED_ATTENTION, whole)]
+    if plan.batch == 1 or recipe.negative_pool == "batch":
+        small = dataclasses.replace(whole, recompute_features=True)
+        rungs.append((RECOMPUTED_ATTENTION * SPLIT, small))
+    else:
+        size = plan.batch
+        while size > 1:
+            size = -(-size // 2)
+            small = dataclasses.replace(whole, micro_batch=size, apply_in_backward=False)
+            rungs.append((RECOMPUTED_ATTENTION * SPLIT, small))
+    last = RECOMPUTED_ATTENTION * SPLIT * RECOMPUTED_LAYERS
+    small = dataclasses.replace(small, recompute_layers=True)
+    rungs.append((last, small))
+    given_back = 1.0 if plan.device.startswith("cuda") else GIVEN_BACK
+    rungs.append((last * given_back, dataclasses.replace(small, keep_freed_memory=False)))
+    return rungs
+
+
+def choose(
+    config: ModelConfig, recipe: Recipe, plan: Plan, available: int, runtime: int = RUNTIME
+) -> Decision:
+    """The fastest exact plan for an update that fits.
+
+    Args:
+        config: architecture.
+        recipe: of training.
+        plan: length, batch, accumulation, precision and device; how the step is taken is chosen.
+        available: bytes for the whole process.
+        runtime: bytes of it before the model is made.
+    """
+    rungs = ladder(plan, recipe)
+
+    def option(rung: tuple[float, Plan]) -> Option:
+        return Option(rung[1], estimate(config, recipe, rung[1], runtime), rung[0])
+
+    leanest = option(rungs[-1])
+    if leanest.estimate.total > available:
+        return Decision(available, None, None, leanest)
+    faster = None
+    for rung in rungs[:-1]:
+        candidate = option(rung)
+        if candidate.estimate.total <= available:
+            return Decision(available, candidate, faster, leanest)
+        faster = candidate
+    return Decision(available, leanest, faster, leanest)

@@ -1,0 +1,116 @@
+"""Memory of a training step, from the step itself run on tensors without contents.
+
+The real step is taken once under torch's FakeTensorMode, which knows shapes and allocates nothing,
+while every storage is followed from its making to its end. What the plan keeps, recomputes, casts
+or applies early is therefore in the estimate because it is in the step: there is no second
+description of it.
+"""
+
+import collections
+import dataclasses
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssl_core.memory.plan import Plan
+from ssl_core.step import TrainingStep
+from ssl_core.wav2vec2.config import ModelConfig, Recipe
+from ssl_core.wav2vec2.model import PretrainingModel
+
+PAGE = 4096
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows all storages made inside it, those inside the project's own operations too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.peak_parts: dict[str, int] = {}
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._parts: collections.Counter[str] = collections.Counter()
+        self._label = "activations"
+
+    def label(self, name: str) -> None:
+        """Name what is made from here on."""
+        self._label = name
+
+    def rename(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor that is followed already as another part."""
+        key = tensor.untyped_storage()._cdata
+        size, before = self._sizes[key]
+        self._sizes[key] = (size, part)
+        self._parts[before] -= size
+        self._parts[part] += size
+
+    def follow(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = -(-storage.nbytes() // PAGE) * PAGE
+        in_backward = torch._C._current_graph_task_id() != -1
+        part = "made in the backward pass" if in_backward else self._label
+        self._sizes[key] = (size, part)
+        self._parts[part] += size
+        self.live += size
+        weakref.finalize(storage, self._forget, key)
+        if self.live > self.peak:
+            self.peak, self.peak_parts = self.live, dict(self._parts)
+
+    def _forget(self, key: int) -> None:
+        size, part = self._sizes.pop(key)
+        self._parts[part] -= size
+        self.live -= size
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and follow what it returns."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1 if not args[0].dtype.is_floating_point else 1.0
+        body = OPDEFS.get(func._name) if func.namespace == "shortwave" else None
+        if body is not None and func._name != "shortwave::keep_mask":
+            with self:
+                result = body._init_fn(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.follow(leaf)
+        return result
+
+
+def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:
+    """Take one update on fake tensors; what was live at its peak, by part.
+
+    All layers run: layerdrop would only make it less.
+    """
+    config = dataclasses.replace(config, layerdrop=0.0)
+    memory = LiveMemory()
+    with FakeTensorMode(allow_non_fake_inputs=True), memory:
+        memory.label("parameters")
+        model = PretrainingModel(config)
+        memory.label("optimizer state")
+        step = TrainingStep(model, recipe, plan, seed=0, total_updates=1)
+        memory.label("activations")
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda own: memory.rename(own.grad, "gradients")
+            )
+        batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
+        step.update([batch] * plan.accumulation, 0)
+    return memory
