@@ -12,6 +12,7 @@ from fl_client.environment import be_quiet
 from partitions import command
 from partitions.errors import UsageError
 from partitions.librispeech import list_audio
+from partitions.units import parse_size
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -21,6 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.Parser(prog="python -m fl_client", description=__doc__)
     parser.add_argument(
         "--device", default="auto", help="device profile, such as rpi4; auto: this machine"
+    )
+    parser.add_argument(
+        "--memory",
+        type=command.argument(parse_size),
+        default=0,
+        help="plan the training step for a process of this size, as in 4GB (default: no plan)",
     )
     parser.add_argument("--data", type=Path, required=True, help="corpus in LibriSpeech's layout")
     parser.add_argument("--subset", default="", help="subsets of it, separated by commas")
@@ -48,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     node = _node_config(
         options.device, options.data, options.subset, options.partition, options.speakers
     )
+    if options.memory:
+        node += f" memory={options.memory}"
     be_quiet()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
     here = str(Path(sys.executable).parent)

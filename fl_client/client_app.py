@@ -70,7 +70,8 @@ def train(message: Message, context: Context) -> Message:
     share = share_of(context.node_config, settings)
     weights = message.content.array_records[protocol.WEIGHTS]
     task: ConfigRecord = message.content.config_records[protocol.TASK]
-    result = train_round(weights, task, share, settings)
+    memory = int(context.node_config.get("memory", 0))
+    result = train_round(weights, task, share, settings, memory)
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

@@ -35,6 +35,7 @@ TRAIN_METRICS = (
     "gradient_norm",
     "train_seconds",
     "peak_bytes",
+    "micro_batch",
     *("skipped_" + reason.replace(" ", "_") for reason in SKIP_REASONS),
 )
 """The only numbers that leave a client with an update."""

@@ -9,6 +9,8 @@ per cent more memory.
 import ctypes
 import platform
 
+import torch
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
 """Bytes from which a tensor has pages of its own; larger ones leave gaps that others cannot use."""
@@ -32,3 +34,10 @@ def keep_freed_memory(keep: bool) -> bool:
     if not keep:
         library.malloc_trim(0)
     return bool(done)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on the CPU or a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

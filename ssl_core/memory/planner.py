@@ -1,8 +1,17 @@
 """Choosing how a step is taken: the fastest exact plan whose estimated peak fits."""
 
 import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from partitions.atomic import write_text
+from partitions.cache import cache_folder
+from partitions.errors import UsageError
 from partitions.units import format_bytes
 from ssl_core.memory.estimate import RUNTIME, Estimate, estimate
 from ssl_core.memory.plan import Plan
@@ -130,3 +139,40 @@ def choose(
             return Decision(available, candidate, faster, leanest)
         faster = candidate
     return Decision(available, leanest, faster, leanest)
+
+
+def fallbacks(plan: Plan, recipe: Recipe) -> list[Plan]:
+    """Leaner exact plans for the same update, for when memory runs out; the leanest is last."""
+    rungs = [rung for _, rung in ladder(plan, recipe)]
+    here = rungs.index(plan) if plan in rungs else -3
+    return [rung for rung in rungs[here + 1 :] if rung != plan]
+
+
+def fitting(config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int) -> Plan:
+    """What `choose` chooses, remembered on disk: a client is a new process in every round.
+
+    Raises:
+        UsageError: nothing fits; the message says by how much, and what would.
+    """
+    values = [dataclasses.asdict(part) for part in (config, recipe, plan)]
+    key = hashlib.sha256(json.dumps([values, room, runtime]).encode() + _code()).hexdigest()
+    path = cache_folder() / "plans" / f"{key[:32]}.json"
+    if path.exists():
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    decision = choose(config, recipe, plan, room, runtime)
+    if decision.chosen is None:
+        size = f"{plan.batch} crops of {plan.length:g}s"
+        raise UsageError(f"{size}: {decision.explain()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(dataclasses.asdict(decision.chosen.plan)))
+    return decision.chosen.plan
+
+
+@functools.cache
+def _code() -> bytes:
+    """Of the code that an estimate follows from."""
+    here = Path(__file__).parents[1]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(here.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()

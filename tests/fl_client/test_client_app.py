@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl_client import protocol
 from fl_client.client_app import app
 from fl_client.settings import FederationSettings
+from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.model import PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
@@ -171,3 +172,44 @@ def test_named_speakers_are_the_whole_share(ask: Callable[..., Message]) -> None
     shares = [reply.content[protocol.METRICS] for reply in replies if not reply.has_error()]
     assert 2 <= len(shares) <= 4  # those held out are refused
     assert all(dict(m) == {"partition": 5, "crops": 3, "seconds": 3.0} for m in shares)
+
+
+def distance(one: Message, other: Message) -> float:
+    """Between two updates, relative: Adam makes much of the last bits of small gradients."""
+    a, b = (
+        np.concatenate([array.numpy().ravel() for array in reply.content[protocol.UPDATE].values()])
+        for reply in (one, other)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_a_client_plans_its_step_for_the_memory_it_is_given(
+    ask: Callable[..., Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plenty = ask(MessageType.TRAIN, task(weights()), memory=4 * 2**30, simulated=True)
+    plain = ask(MessageType.TRAIN, task(weights()), simulated=True)
+    assert distance(plenty, plain) < 1e-3
+    assert len(list((tmp_path / "shortwave" / "plans").iterdir())) == 1
+    little = ask(MessageType.TRAIN, task(weights()), memory=700 * 2**20, simulated=True)
+    assert little.error.reason.startswith("UsageError: 2 crops of 1s: nothing fits: ")
+
+
+def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
+    ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = ask(MessageType.TRAIN, task(weights()))
+    update = TrainingStep.update
+
+    def tight(step: TrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
+        report = update(step, batches, number, key)
+        if number == 3 and step.plan.chunk > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return report
+
+    monkeypatch.setattr(TrainingStep, "update", tight)
+    reply = ask(MessageType.TRAIN, task(weights()))
+    assert reply.content[protocol.METRICS]["micro_batch"] == 1
+    assert reply.content[protocol.METRICS]["updates"] == 2
+    assert "out of memory with 2 at once" in caplog.text
+    assert distance(reply, usual) < 1e-3
