@@ -31,6 +31,8 @@ from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 
 Waveforms = npt.NDArray[np.float32]
+LOSS_SCALE_INTERVAL = 2000
+"""Updates after which a scaled loss (fp16) tries twice the scale, as torch's GradScaler does."""
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -155,8 +157,8 @@ class TrainingStep:
         self.optimizer.load(moments)
         self.loss_scale = float(moments.get("loss_scale", self.loss_scale))
 
-    def _features(self, waveforms: Tensor) -> Tensor:
-        if self.plan.recompute_features and torch.is_grad_enabled():
+    def _features(self, waveforms: Tensor, recompute: bool) -> Tensor:
+        if recompute:
             features = checkpoint(
                 self.model.features, waveforms, use_reentrant=False, preserve_rng_state=False
             )
@@ -179,7 +181,7 @@ class TrainingStep:
         if self.plan.chunk < len(waveforms):
             return self._accumulate_in_two_stages(waveforms, draws, weights, divisor)
         with autocast(self.device, self.plan.precision):
-            features = self._features(waveforms)
+            features = self._features(waveforms, self.plan.recompute_features)
             parts = self.model.loss_parts(features, draws, weights.temperature)
         masked = draws.masked.numel()
         (combine(parts, weights, masked) / divisor).backward()
@@ -218,7 +220,7 @@ class TrainingStep:
             (loss / divisor).backward()
             done.append(LossParts(*(part.detach() for part in parts)))
             with autocast(self.device, self.plan.precision):
-                features = self._features(rows)
+                features = self._features(rows, recompute=False)
             features.backward(leaf.grad)
             del leaf, features
         return _sums(done, masked)
@@ -246,7 +248,9 @@ class TrainingStep:
         distinct = 0.0
         divisor, frames, crops = 1, 0, 0
         self._drop_gradients()
-        in_backward = _Applied(self.optimizer, rate) if plan.apply_in_backward else None
+        in_backward = None
+        if plan.apply_in_backward:
+            in_backward = _Applied(self.optimizer, rate, 1 / self.loss_scale)
         for number, batch in enumerate(batches):
             rng = randomness.generator(self.seed, "draws", key, update, number)
             chance = draw(config, len(batch), batch.shape[1], rng, pool=self.recipe.negative_pool)
@@ -263,8 +267,8 @@ class TrainingStep:
             norm, applied = in_backward.norm, in_backward.finite
         else:
             norm, applied = self._apply(rate, divisor / masked / self.loss_scale)
-        if not applied and plan.precision == "fp16":
-            self.loss_scale = max(1.0, self.loss_scale / 2)
+        if plan.precision == "fp16":
+            self._adapt_loss_scale(update, applied)
         self._drop_gradients()
         probabilities = [part.probabilities / part.masked for part in sums]
         contrastive = sum(part.contrastive for part in sums) / masked
@@ -293,6 +297,13 @@ class TrainingStep:
             seconds=crops * plan.length,
         )
 
+    def _adapt_loss_scale(self, update: int, applied: bool) -> None:
+        """Halve it when a gradient overflowed; try twice as much every 2000 updates."""
+        if not applied:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif (update + 1) % LOSS_SCALE_INTERVAL == 0:
+            self.loss_scale *= 2
+
     def _drop_gradients(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -314,8 +325,9 @@ class TrainingStep:
 class _Applied:
     """Applies every gradient as soon as the backward pass has made it."""
 
-    def __init__(self, optimizer: AdamW, rate: float) -> None:
-        self.optimizer, self.rate = optimizer, rate
+    def __init__(self, optimizer: AdamW, rate: float, factor: float) -> None:
+        """`factor` multiplies every gradient first."""
+        self.optimizer, self.rate, self.factor = optimizer, rate, factor
         self.finite, self.square = True, 0.0
 
     @property
@@ -326,6 +338,8 @@ class _Applied:
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def apply(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            if self.factor != 1:
+                parameter.grad.mul_(self.factor)
             norm = float(parameter.grad.norm())
             self.finite = self.finite and math.isfinite(norm)
             if self.finite:

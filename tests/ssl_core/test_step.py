@@ -169,9 +169,10 @@ def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int
         assert torch.equal(value, straight[name]), name
 
 
-def test_a_scaled_loss_is_halved_until_fp16_can_hold_its_gradient() -> None:
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_scaled_loss_is_halved_until_fp16_can_hold_its_gradient(in_backward: bool) -> None:
     model = model_of(TINY)
-    plan = Plan(length=1.0, batch=2, precision="fp16")
+    plan = Plan(length=1.0, batch=2, precision="fp16", apply_in_backward=in_backward)
     step = TrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
     step.loss_scale = 2.0**40
     first = step.update([noise(2)], 0)
