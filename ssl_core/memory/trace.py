@@ -18,6 +18,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.memory.plan import Plan
 from ssl_core.step import TrainingStep
@@ -27,7 +28,19 @@ from ssl_core.wav2vec2.model import PretrainingModel
 PAGE = 4096
 
 
-class LiveMemory(TorchDispatchMode):
+class _Scalars(TorchDispatchMode):
+    """Reads 1 wherever a number is asked of a tensor that has none."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; a number of a fake tensor is 1."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+class LiveMemory(_Scalars):
     """Follows all storages made inside it, those inside the project's own operations too."""
 
     def __init__(self) -> None:
@@ -80,14 +93,12 @@ class LiveMemory(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation, and follow what it returns."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1 if not args[0].dtype.is_floating_point else 1.0
         body = OPDEFS.get(func._name) if func.namespace == "shortwave" else None
         if body is not None and func._name != "shortwave::keep_mask":
             with self:
                 result = body._init_fn(*args, **(kwargs or {}))
         else:
-            result = func(*args, **(kwargs or {}))
+            result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.follow(leaf)
@@ -114,3 +125,18 @@ def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:
         batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
         step.update([batch] * plan.accumulation, 0)
     return memory
+
+
+def count_operations(config: ModelConfig, recipe: Recipe, plan: Plan) -> int:
+    """Floating point operations of matrix products and convolutions in one update.
+
+    Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
+    """
+    config = dataclasses.replace(config, layerdrop=0.0)
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+        step = TrainingStep(PretrainingModel(config), recipe, plan, seed=0, total_updates=1)
+        batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
+        with counter:
+            step.update([batch] * plan.accumulation, 0)
+    return int(counter.get_total_flops())
