@@ -13,7 +13,7 @@ RUNTIME = 545 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
 LIBRARIES = {"fp32": 122 * MIB, "bf16": 182 * MIB, "fp16": 182 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
-graph, and tensors of less than a page: 107 to 113 MiB (fp32) and 170 MiB (bf16) measured, `tiny`."""
+graph, tensors of less than a page: 107 to 113 MiB (fp32) and 170 MiB (bf16) measured, `tiny`."""
 PACKED = 0.12
 """Packed copies of weights, as a share of all parameters: 10 to 45 MiB measured for `base`."""
 KEPT = 0.35
