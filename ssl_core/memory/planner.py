@@ -95,20 +95,25 @@ def ladder(plan: Plan, recipe: Recipe) -> list[tuple[float, Plan]]:
         keep_freed_memory=True,
     )
     rungs = [(1.0, dataclasses.replace(whole, keep_attention=True)), (RECOMPUTED_ATTENTION, whole)]
-    if plan.batch == 1 or recipe.negative_pool == "batch":
-        small = dataclasses.replace(whole, recompute_features=True)
-        rungs.append((RECOMPUTED_ATTENTION * SPLIT, small))
-    else:
+    again = dataclasses.replace(whole, recompute_features=True)
+    small = [(RECOMPUTED_ATTENTION * SPLIT, again)]
+    if recipe.negative_pool == "utterance":
         size = plan.batch
         while size > 1:
             size = -(-size // 2)
-            small = dataclasses.replace(whole, micro_batch=size, apply_in_backward=False)
-            rungs.append((RECOMPUTED_ATTENTION * SPLIT, small))
-    last = RECOMPUTED_ATTENTION * SPLIT * RECOMPUTED_LAYERS
-    small = dataclasses.replace(small, recompute_layers=True)
-    rungs.append((last, small))
+            split = dataclasses.replace(whole, micro_batch=size, apply_in_backward=False)
+            small.append((RECOMPUTED_ATTENTION * SPLIT, split))
+    # Whole, a batch needs no room for gradients; split, less for activations.
+    rungs += small
+    rungs += [
+        (slowdown * RECOMPUTED_LAYERS, dataclasses.replace(rung, recompute_layers=True))
+        for slowdown, rung in (small[0], small[-1])[: len(small)]
+    ]
     given_back = 1.0 if plan.device.startswith("cuda") else GIVEN_BACK
-    rungs.append((last * given_back, dataclasses.replace(small, keep_freed_memory=False)))
+    rungs += [
+        (slowdown * given_back, dataclasses.replace(rung, keep_freed_memory=False))
+        for slowdown, rung in rungs[-min(2, len(small)) :]
+    ]
     return rungs
 
 
@@ -129,11 +134,11 @@ def choose(
     def option(rung: tuple[float, Plan]) -> Option:
         return Option(rung[1], estimate(config, recipe, rung[1], runtime), rung[0])
 
-    leanest = option(rungs[-1])
+    leanest = min((option(rung) for rung in rungs[-2:]), key=lambda own: own.estimate.total)
     if leanest.estimate.total > available:
         return Decision(available, None, None, leanest)
     faster = None
-    for rung in rungs[:-1]:
+    for rung in rungs:
         candidate = option(rung)
         if candidate.estimate.total <= available:
             return Decision(available, candidate, faster, leanest)
