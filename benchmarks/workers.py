@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import psutil
 import torch
 
 from partitions.units import SAMPLE_RATE
+from ssl_core.memory.measure import peak_bytes, reset_peak, resident_bytes
 from ssl_core.memory.plan import Plan, Precision
 from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
 
@@ -100,24 +100,6 @@ def _build(task: Task) -> Callable[[], Callable[[Waveforms], None]]:
     return ours
 
 
-def _resident_mib() -> float:
-    return psutil.Process().memory_info().rss / 2**20
-
-
-def _reset_peak() -> None:
-    """Let the kernel count the peak from here on, where it can; else it is that of the process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib() -> float:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def _busy_seconds() -> float:
     """CPU time that this machine's processes and its host have taken, over all cores."""
     times = psutil.cpu_times()
@@ -129,9 +111,9 @@ def _contest(task: Task) -> Iterator[dict[str, Any]]:
     build = _build(task)
     weights = torch.ones(256, 256, requires_grad=True)
     (weights @ weights).sum().backward()
-    imports = _resident_mib()
+    imports = resident_bytes() / 2**20
     step = build()
-    _reset_peak()
+    reset_peak()
     yield {"imports_mib": imports}
     for line in sys.stdin:
         waveforms = np.load(json.loads(line))
@@ -140,7 +122,7 @@ def _contest(task: Task) -> Iterator[dict[str, Any]]:
         seconds = time.perf_counter() - start
         others = _busy_seconds() - all_of_it - (time.process_time() - own)
         share = max(0.0, others) / (seconds * psutil.cpu_count())
-        yield {"seconds": seconds, "others_share": share, "peak_mib": _peak_mib()}
+        yield {"seconds": seconds, "others_share": share, "peak_mib": peak_bytes() / 2**20}
 
 
 def _gemm_gflops(task: Task) -> float:

@@ -188,7 +188,10 @@ def test_the_app_bundle_is_small_and_holds_nothing_but_the_source(tmp_path: Path
     assert {"pyproject.toml", "fl_client/client_app.py", "fl_server/server_app.py"} <= names
     floors = ("partitions", "ssl_core", "fl_client", "fl_server")
     source = {
-        str(file.relative_to(ROOT)) for floor in floors for file in (ROOT / floor).rglob("*.py")
+        str(file.relative_to(ROOT))
+        for floor in floors
+        for pattern in ("*.py", "*.yaml")
+        for file in (ROOT / floor).rglob(pattern)
     }
     assert source <= names
     others = names - source - {"pyproject.toml", ".info/CONTENT"}

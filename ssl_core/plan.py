@@ -1,0 +1,144 @@
+"""What fits a device: `python -m ssl_core.plan --table2`.
+
+Nothing is allocated: figures follow from shapes.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from partitions import command
+from partitions.atomic import write_text
+from partitions.units import format_bytes
+from ssl_core.memory import paper_report, table2
+from ssl_core.memory.devices import AUTO, DeviceProfile, known_profiles, this_machine
+
+CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
+"""One device with memory of its own and one that shares it: the others are then predicted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was asked for; returns the exit code."""
+    parser = command.Parser(
+        prog="python -m ssl_core.plan",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="devices and their memory")
+    what.add_argument(
+        "--table2", action="store_true", help="the paper's Table 2 and a plain step's estimate"
+    )
+    what.add_argument(
+        "--figure2", action="store_true", help="memory and operations by length, as in Figure 2"
+    )
+    parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
+    parser.add_argument("--output", type=Path, help="folder for the figure and its JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    options = parser.parse_args(arguments)
+    if options.list:
+        profiles = [*known_profiles(options.devices).values(), this_machine()]
+        name, table, lines = "devices", device_table(profiles), []
+        result: dict[str, Any] = {"devices": [describe(profile) for profile in profiles]}
+    elif options.table2:
+        name, rows = "table2", paper_report.table2_rows()
+        table, result = paper_report.table2_table(rows), table2_result(rows)
+        lines = table2_lines(result)
+    else:
+        name, rows = "figure2", paper_report.figure2_rows()
+        table, lines = paper_report.figure2_table(rows), []
+        result = {
+            "cells": rows,
+            "memory_growth": paper_report.growth(rows, "bytes"),
+            "operations_growth": paper_report.growth(rows, "operations"),
+        }
+    if options.output:
+        write_text(options.output / f"{name}.json", json.dumps(result, indent=2) + "\n")
+        if options.table2:
+            paper_report.plot_table2(rows, options.output / "table2.png")
+        elif options.figure2:
+            paper_report.plot_figure2(rows, options.output / "figure2.png")
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    console = Console()
+    console.print(table)
+    for line in lines:
+        console.print(line, highlight=False)
+    if options.output:
+        print(options.output)
+    return 0
+
+
+def describe(profile: DeviceProfile) -> dict[str, Any]:
+    """A profile's figures; sizes in bytes."""
+    return {
+        "name": profile.name,
+        "description": profile.description,
+        "accelerator": profile.accelerator,
+        "shared": profile.shared,
+        "memory": profile.memory,
+        "system": profile.system_bytes,
+        "supernode": profile.supernode,
+        "clientapp": profile.clientapp,
+        "training": profile.training_bytes,
+        "cores": profile.cores,
+        "precisions": list(profile.precisions),
+        "sources": dict(profile.sources),
+    }
+
+
+def device_table(profiles: Sequence[DeviceProfile]) -> Table:
+    """Devices for people."""
+    table = Table()
+    heads = ("device", "computes on", "memory", "system", "SuperNode", "ClientApp", "for training")
+    for head in (*heads, "cores", "precisions"):
+        left = head in ("device", "computes on", "precisions")
+        table.add_column(head, justify="left" if left else "right")
+    for profile in profiles:
+        table.add_row(
+            "auto, this machine" if profile.name == AUTO else profile.name,
+            "cuda, shared" if profile.shared else profile.accelerator,
+            format_bytes(profile.memory),
+            format_bytes(profile.system_bytes),
+            format_bytes(profile.supernode),
+            format_bytes(profile.clientapp),
+            format_bytes(profile.training_bytes),
+            str(profile.cores),
+            ", ".join(profile.precisions),
+        )
+    return table
+
+
+def table2_result(rows: paper_report.Rows) -> dict[str, Any]:
+    """The rows, how many agree with the paper, and how many when two devices are calibrated."""
+    found, predicted = table2.split(CALIBRATED)
+    return {
+        "cells": rows,
+        "agree": sum(row["paper"] == row["plain"] for row in rows),
+        "split": {
+            "calibrated_on": list(CALIBRATED),
+            "allocator": found.allocator,
+            "share": found.share,
+            "agree": {device: count._asdict() for device, count in predicted.items()},
+        },
+    }
+
+
+def table2_lines(result: dict[str, Any]) -> list[str]:
+    """The counts for people."""
+    split = result["split"]
+    counts = ", ".join(f"{d} {c['agree']} of {c['cells']}" for d, c in split["agree"].items())
+    return [
+        f"a plain step agrees with the paper in {result['agree']} of {len(result['cells'])} cells",
+        f"calibrated on {' and '.join(split['calibrated_on'])} only: {counts}",
+    ]
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,245 @@
+"""Device profiles, packaged and a user's own, and this machine read live from cgroup files."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from partitions.errors import DataError, UsageError
+from ssl_core.memory.devices import (
+    DeviceProfile,
+    find_profile,
+    known_profiles,
+    read_profiles,
+    this_machine,
+)
+
+MIB = 2**20
+OWN = """
+desk:
+  description: a computer
+  accelerator: cpu
+  memory: 8GB
+  system: 1GiB
+  supernode: 100MiB
+  clientapp: 500MiB
+  cores: 4
+  precisions: [fp32, bf16]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    return path
+
+
+def test_the_packaged_profiles_are_those_promised() -> None:
+    assert set(known_profiles()) == {
+        "rpi4", "rpi4-2gb", "rpi4-4gb", "rpi5-8gb", "rpi5-16gb", "jetson-xavier-nx",
+        "jetson-xavier-agx", "rtx2080ti", "jetson-orin-nano", "jetson-orin-nx", "jetson-orin-agx",
+        "phone-4gb",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", known_profiles().values(), ids=lambda profile: profile.name)
+def test_every_packaged_figure_says_where_it_is_from(profile: DeviceProfile) -> None:
+    room = "system" if profile.share is None else "share"
+    assert set(profile.sources) == {
+        "memory", room, "supernode", "clientapp", "cores", "precisions"
+    }  # fmt: skip
+    parts = (profile.system_bytes, profile.supernode, profile.clientapp, profile.training_bytes)
+    assert sum(parts) == profile.memory
+    assert all(part >= 0 for part in parts)
+
+
+def test_what_is_left_for_training() -> None:
+    rpi4 = find_profile("rpi4")
+    assert rpi4.process_bytes == (7811 - 450 - 190) * MIB
+    assert rpi4.training_bytes == (7811 - 450 - 190 - 570) * MIB
+    board = find_profile("jetson-xavier-nx")
+    assert board.training_bytes == int(0.615 * 7771 * MIB)
+    assert board.process_bytes == board.training_bytes + 1873 * MIB
+    assert find_profile("rtx2080ti").training_bytes == (11018 - 870) * MIB
+
+
+def test_the_nearest_name_is_told() -> None:
+    with pytest.raises(UsageError, match=r"no device 'rpi44'.*did you mean 'rpi4"):
+        find_profile("rpi44")
+    with pytest.raises(UsageError, match="did you mean 'jetson-xavier-nx'"):
+        find_profile("jetson-xavier-nz")
+
+
+def test_devices_of_a_users_own(own: Path) -> None:
+    profile = find_profile("desk", own)
+    assert profile.training_bytes == 8 * 10**9 - (1024 + 600) * MIB
+    assert profile.precisions == ("fp32", "bf16")
+    assert "rpi4" in known_profiles(own)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("memory: 8GB", "memory: -8GB", "desk: memory: '-8GB' is not a size"),
+        ("memory: 8GB", "memory: 0", "memory and cores must be above zero"),
+        ("  memory: 8GB\n", "", "missing memory"),
+        ("  system: 1GiB\n", "", "give one of system and share"),
+        ("system: 1GiB", "system:", "desk: system: 'None' is not a size"),
+        ("cores: 4", "cores: 0", "memory and cores must be above zero"),
+        ("cores: 4", "cores: four", "cores: 'four' is not of type int"),
+        ("memory: 8GB", "memroy: 8GB", "unknown figure 'memroy'; did you mean 'memory'?"),
+        ("accelerator: cpu", "accelerator: tpu", "'tpu' is not one of cpu, cuda"),
+        ("[fp32, bf16]", "[fp64]", "'fp64' is not one of fp32, bf16, fp16"),
+        ("[fp32, bf16]", "[bf16]", "precisions must contain fp32"),
+        ("system: 1GiB", "share: 0.5", "share, of a memory that a GPU shares"),
+        ("cores: 4", "cores: 4\n  shared: true", "shared is for a GPU"),
+        ("memory: 8GB", "memory: 1GB", "nothing is left for training after 1.59 GiB"),
+        ("cores: 4", "cores: 4\n  sources: rumour", "sources: a mapping of figures to texts"),
+    ],
+)
+def test_impossible_profiles_are_refused(own: Path, old: str, new: str, message: str) -> None:
+    own.write_text(OWN.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        read_profiles(own)
+    assert message in str(caught.value)
+    assert str(own) in str(caught.value)
+
+
+def test_files_that_hold_no_devices_are_refused(own: Path) -> None:
+    own.write_text("desk: 8GB\n")
+    with pytest.raises(UsageError, match="a mapping of figures"):
+        read_profiles(own)
+    own.write_text(OWN.replace("desk:", "auto:"))
+    with pytest.raises(UsageError, match="'auto' is this machine"):
+        known_profiles(own)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_profiles(own.parent / "missing.yaml")
+
+
+def test_a_negative_figure_is_refused_in_a_profile_made_by_hand() -> None:
+    profile = dataclasses.replace(find_profile("rpi4"), supernode=-1)
+    with pytest.raises(UsageError, match="supernode must not be below zero"):
+        profile.validate()
+
+
+class Machine:
+    """A machine with 8 GiB available and 600 MiB in this process, and a tree of cgroups."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def join(self, *lines: str) -> None:
+        """Say which cgroups this process is in."""
+        self.write("proc/self/cgroup", "".join(line + "\n" for line in lines))
+
+    def write(self, path: str, text: object) -> Path:
+        """Write a file below the root."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+        return file
+
+    def room(self) -> int:
+        """What this process may take above what it holds, in MiB."""
+        return (this_machine(self.root).process_bytes - 600 * MIB) // MIB
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    memory, process = SimpleNamespace(available=8192 * MIB), SimpleNamespace(rss=600 * MIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: process))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return Machine(tmp_path)
+
+
+def test_without_cgroups_available_memory_counts(machine: Machine) -> None:
+    profile = this_machine(machine.root)
+    assert profile.process_bytes == (8192 + 600) * MIB
+    assert profile.training_bytes == 8192 * MIB
+    assert (profile.name, profile.accelerator, profile.shared) == ("auto", "cpu", False)
+
+
+def test_version_2_limits_up_to_the_root(machine: Machine) -> None:
+    machine.join("0::/jobs/one")
+    machine.write("sys/fs/cgroup/jobs/one/memory.max", "max")
+    machine.write("sys/fs/cgroup/jobs/one/memory.current", 700 * MIB)
+    assert machine.room() == 8192
+    machine.write("sys/fs/cgroup/jobs/memory.max", 4096 * MIB)
+    machine.write("sys/fs/cgroup/jobs/memory.current", 1000 * MIB)
+    assert machine.room() == 3096
+    machine.write("sys/fs/cgroup/jobs/memory.stat", f"anon 5\ninactive_file {250 * MIB}")
+    assert machine.room() == 3346
+    machine.write("sys/fs/cgroup/jobs/one/memory.max", 2048 * MIB)
+    assert machine.room() == 1348
+    assert "jobs/one" in this_machine(machine.root).sources["memory"]
+
+
+def test_version_1_limit(machine: Machine) -> None:
+    machine.join("5:cpu:/", "4:memory:/jobs/one", "0::/")
+    folder = "sys/fs/cgroup/memory/jobs/one"
+    machine.write(f"{folder}/memory.limit_in_bytes", 9223372036854771712)
+    machine.write(f"{folder}/memory.usage_in_bytes", 700 * MIB)
+    assert machine.room() == 8192
+    machine.write(f"{folder}/memory.limit_in_bytes", 3000 * MIB)
+    machine.write(f"{folder}/memory.stat", f"inactive_file 1\ntotal_inactive_file {100 * MIB}")
+    assert machine.room() == 2400
+
+
+def test_in_a_container_the_mount_is_the_cgroup(machine: Machine) -> None:
+    machine.join("4:memory:/docker/0123")
+    machine.write("sys/fs/cgroup/memory/memory.limit_in_bytes", 2000 * MIB)
+    machine.write("sys/fs/cgroup/memory/memory.usage_in_bytes", 650 * MIB)
+    assert machine.room() == 1350
+
+
+def test_a_cgroup_file_that_cannot_be_read_is_named(machine: Machine) -> None:
+    machine.join("0::/jobs")
+    limit = machine.write("sys/fs/cgroup/jobs/memory.max", "lots")
+    machine.write("sys/fs/cgroup/jobs/memory.current", 0)
+    with pytest.raises(DataError, match=r"jobs/memory.max does not hold a number .*'lots'"):
+        this_machine(machine.root)
+    limit.write_text(str(4096 * MIB))
+    (machine.root / "sys/fs/cgroup/jobs/memory.current").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*jobs/memory.current"):
+        this_machine(machine.root)
+
+
+def test_a_gpu_with_memory_of_its_own(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, free=6000 * MIB, reserved=500 * MIB, shared=False)
+    profile = this_machine(machine.root)
+    assert (profile.accelerator, profile.shared) == ("cuda", False)
+    assert profile.training_bytes == profile.process_bytes == 6500 * MIB
+    assert profile.precisions == ("fp32", "fp16")
+
+
+def test_a_gpu_that_shares_the_machines_memory(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, free=6000 * MIB, reserved=0, shared=True)
+    profile = this_machine(machine.root)
+    assert (profile.accelerator, profile.shared) == ("cuda", True)
+    assert profile.training_bytes == 6000 * MIB
+    machine.join("0::/jobs")
+    machine.write("sys/fs/cgroup/jobs/memory.max", 3000 * MIB)
+    machine.write("sys/fs/cgroup/jobs/memory.current", 700 * MIB)
+    assert this_machine(machine.root).training_bytes == 2300 * MIB
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, shared: bool) -> None:
+    """Pretend that torch sees a GPU."""
+    properties = SimpleNamespace(is_integrated=shared)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+
+
+def test_this_machine_as_it_is() -> None:
+    profile = find_profile("auto")
+    assert 0 < profile.training_bytes < 2**50
