@@ -19,7 +19,7 @@ from fl_server.rounds import Federation, RoundResult, find_clients, state_of
 from partitions.command import describe_os_error
 from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
-from partitions.settings import from_mapping, read_yaml, to_yaml
+from partitions.settings import from_mapping, read_yaml
 from partitions.speakers import select
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from ssl_core import checkpoint, randomness
@@ -85,7 +85,7 @@ def open_run(settings: FederationSettings) -> RunDirectory:
     if not settings.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(settings.output or f"runs/{stamp}-{settings.model}-{settings.length}")
-        return RunDirectory.create(path.resolve(), to_yaml(settings))
+        return RunDirectory.create(path.resolve(), settings.as_config())
     run = RunDirectory.reopen(Path(settings.resume).resolve())
     stored = stored_settings(run.path)
     for field in dataclasses.fields(settings):

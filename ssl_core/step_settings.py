@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from partitions.settings import to_yaml
 from partitions.units import parse_length
 from ssl_core.devices import choose_device, choose_precision
 from ssl_core.memory.plan import Plan
@@ -62,6 +63,12 @@ class StepSettings:
     def subsets(self) -> tuple[str, ...]:
         """The chosen subsets."""
         return tuple(name.strip() for name in self.subset.split(",") if name.strip())
+
+    def as_config(self) -> str:
+        """A run's `config.yaml`; says which settings of the plan are not exact."""
+        inexact = self.resolved_plan().inexact
+        note = f"# not exact: {', '.join(inexact)}\n" if inexact else ""
+        return note + to_yaml(self)
 
     def model_and_recipe(self) -> tuple[ModelConfig, Recipe]:
         """The architecture and recipe."""

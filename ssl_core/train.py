@@ -17,7 +17,7 @@ from partitions.demo_corpus import demo_corpus
 from partitions.errors import Interrupted, UsageError
 from partitions.manifest import Manifest, prepare
 from partitions.progress import bar_of
-from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
+from partitions.settings import add_options, from_mapping, from_texts, read_yaml
 from partitions.speakers import held_out_speakers, select
 from partitions.units import format_seconds
 from ssl_core import checkpoint, randomness
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         output = settings.output or f"runs/{stamp}-central-{settings.model}-{settings.length}"
-        run = RunDirectory.create(Path(output).resolve(), to_yaml(settings))
+        run = RunDirectory.create(Path(output).resolve(), settings.as_config())
     print(
         f"{settings.updates} updates of {plan.crops} crops, "
         f"{format_seconds(plan.crops * plan.length)} of audio each ({plan.precision}, "

@@ -67,6 +67,16 @@ class Plan:
         """Crops in memory at a time."""
         return min(self.micro_batch or self.batch, self.batch)
 
+    @property
+    def inexact(self) -> tuple[str, ...]:
+        """The settings that round a result, as people write them."""
+        names = ("precision", "optimizer_state")
+        return tuple(
+            f"{name.replace('_', '-')} {getattr(self, name)}"
+            for name in names
+            if getattr(self, name) != "fp32"
+        )
+
     def leanest(self) -> "Plan":
         """The same step, exactly, in the least memory, for recipes that do not clip."""
         alone = self.crops == 1

@@ -13,6 +13,7 @@ from partitions.errors import UsageError
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.step import TrainingStep, Weights, combine
+from ssl_core.step_settings import StepSettings
 from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
 
@@ -313,6 +314,12 @@ def test_applying_in_backward_refuses_what_needs_all_gradients() -> None:
         Plan(apply_in_backward=True).validate_for(TINY, Recipe(clip_norm=1.0))
     with pytest.raises(UsageError, match="optimizer-state 'fp8' is not one of fp32, bf16, int8"):
         Plan(optimizer_state="fp8").validate_for(TINY, Recipe())  # type: ignore[arg-type]
+
+
+def test_a_runs_config_says_what_is_not_exact() -> None:
+    assert "not exact" not in StepSettings(set="plan.recompute-layers=true").as_config()
+    rounding = StepSettings(precision="bf16", set="plan.optimizer-state=int8").as_config()
+    assert rounding.startswith("# not exact: precision bf16, optimizer-state int8\n")
 
 
 def test_a_length_too_short_to_mask_and_a_split_batch_pool_are_refused() -> None:
