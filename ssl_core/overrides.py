@@ -67,6 +67,10 @@ def _changes(assignments: str) -> dict[str, dict[str, Any]]:
 def _value(text: str) -> Any:
     """A YAML scalar; `5e-4`, which YAML takes for a word, is a number too."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
         return text
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
