@@ -149,8 +149,9 @@ def choose(
 def fallbacks(plan: Plan, recipe: Recipe) -> list[Plan]:
     """Leaner exact plans for the same update, for when memory runs out; the leanest is last."""
     rungs = [rung for _, rung in ladder(plan, recipe)]
-    here = rungs.index(plan) if plan in rungs else -3
-    return [rung for rung in rungs[here + 1 :] if rung != plan]
+    # Of a plan that is not on the ladder no more is known than that the last two are lean.
+    leaner = rungs[rungs.index(plan) + 1 :] if plan in rungs else rungs[-2:]
+    return [rung for rung in leaner if rung != plan]
 
 
 def fitting(config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int) -> Plan:

@@ -27,7 +27,7 @@ from ssl_core.wav2vec2.config import preset
 DEVICES = ("rtx2080ti", "rpi4", "jetson-xavier-nx", "jetson-xavier-agx")
 """In the order of the table."""
 _MOST = 0.6
-"""Largest `ALLOCATOR` considered; a CPU's was measured as 0.35 at most (`estimate.KEPT`)."""
+"""Largest `ALLOCATOR` considered."""
 
 
 @dataclasses.dataclass(frozen=True)
