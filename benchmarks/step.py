@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peers", type=command.argument(_peers), default=",".join(PEERS), help="others to measure"
     )
-    parser.add_argument("--plan", choices=tuple(PLANS), default="fastest", help="of our step")
+    parser.add_argument("--plan", choices=PLANS, default="fastest", help="of our step")
     parser.add_argument("--data", type=Path, help="corpus to cut crops from; without it, noise")
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--grid", action="store_true", help="measure our plans over many sizes")

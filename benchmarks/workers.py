@@ -25,18 +25,14 @@ import torch
 from partitions.units import SAMPLE_RATE
 from ssl_core.memory.measure import peak_bytes, reset_peak, resident_bytes
 from ssl_core.memory.plan import Plan, Precision
+from ssl_core.profile import as_planned
 from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
 
 Waveforms = npt.NDArray[np.float32]
 
 ROOT = Path(__file__).parents[1]
 OURS = "shortwave"
-PLANS: dict[str, Callable[[Plan], Plan]] = {
-    "fastest": Plan.fastest,
-    "compiled": lambda plan: dataclasses.replace(plan.fastest(), compile=True),
-    "leanest": Plan.leanest,
-    "default": lambda plan: plan,
-}
+PLANS = ("fastest", "compiled", "leanest", "default")
 GEMM_SHAPES = ((1024,) * 3, (2048,) * 3, (4096,) * 3, (4096, 768, 3072), (8192, 512, 1536))
 """Rows, inner size and columns; the last two are of a transformer and a convolution of base."""
 
@@ -70,7 +66,10 @@ class Task:
         plan = Plan(
             length=self.length, batch=self.batch, precision=self.precision, threads=self.threads
         )
-        return PLANS[self.plan](plan)
+        model = preset(self.model), dataclasses.replace(RECIPES[self.model], clip_norm=0.0)
+        name = "fastest" if self.plan == "compiled" else self.plan
+        plan = as_planned(name, model, plan)
+        return dataclasses.replace(plan, compile=self.plan == "compiled")
 
 
 def _build(task: Task) -> Callable[[], Callable[[Waveforms], None]]:

@@ -72,7 +72,7 @@ def train_round(
     plan = settings.resolved_plan()
     if memory:
         own = sum(value.nbytes for _, value in updates.unpack(weights))
-        plan = fitting(config, recipe, plan, memory - own, RUNTIME)
+        plan = fitting(config, recipe, plan, memory, RUNTIME, own).plan
     if plan.threads:
         torch.set_num_threads(plan.threads)
     model = _resident_model(config)

@@ -1,9 +1,10 @@
-"""What fits a device: `python -m ssl_core.plan --table2`.
+"""What fits a device: `python -m ssl_core.plan --device rpi4 --length 15s --batch 12`.
 
 Nothing is allocated: figures follow from shapes.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,17 @@ from rich.table import Table
 
 from partitions import command
 from partitions.atomic import write_text
-from partitions.units import format_bytes
+from partitions.units import format_bytes, parse_length
 from ssl_core.memory import paper_report, table2
-from ssl_core.memory.devices import AUTO, DeviceProfile, known_profiles, this_machine
+from ssl_core.memory.advice import MATCHED, Request, advise, explain
+from ssl_core.memory.advice import result as advice_result
+from ssl_core.memory.devices import (
+    AUTO,
+    DeviceProfile,
+    find_profile,
+    known_profiles,
+    this_machine,
+)
 
 CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
 """One device with memory of its own and one that shares it: the others are then predicted."""
@@ -30,23 +39,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--device", help="plan for this device, such as rpi4; auto: this machine")
     what.add_argument("--list", action="store_true", help="devices and their memory")
     what.add_argument(
-        "--table2", action="store_true", help="the paper's Table 2 and a plain step's estimate"
+        "--table2",
+        action="store_true",
+        help="the paper's Table 2, a plain step and a planned one (the first time, some minutes)",
     )
     what.add_argument(
         "--figure2", action="store_true", help="memory and operations by length, as in Figure 2"
+    )
+    request = parser.add_argument_group("for --device, what is fixed; the rest is chosen")
+    request.add_argument("--model", default="base", help="preset: base or tiny")
+    request.add_argument("--length", type=command.argument(parse_length), help="of crops, as in 5s")
+    request.add_argument(
+        "--batch", type=command.argument(command.positive), help="crops in an update"
+    )
+    request.add_argument(
+        "--task",
+        default="",
+        help=f"choose the length that matches this downstream task: {', '.join(MATCHED)}",
+    )
+    request.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of products; auto: 16 bits where the device multiplies in them",
+    )
+    request.add_argument(
+        "--optimizer-state",
+        choices=("auto", "fp32", "bf16", "int8"),
+        default="fp32",
+        help="of Adam's moments; auto: fewer bits (not exact) where fp32 does not fit",
+    )
+    request.add_argument(
+        "--time-limit",
+        type=command.argument(parse_length),
+        help="of an update on the device, as in 60s or 5min",
+    )
+    request.add_argument(
+        "--alone",
+        action="store_true",
+        help="not in a federation: no room for Flower's messages",
     )
     parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
     parser.add_argument("--output", type=Path, help="folder for the figure and its JSON")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(arguments)
+    if options.device:
+        return plan_device(options)
     if options.list:
         profiles = [*known_profiles(options.devices).values(), this_machine()]
         name, table, lines = "devices", device_table(profiles), []
         result: dict[str, Any] = {"devices": [describe(profile) for profile in profiles]}
     elif options.table2:
-        name, rows = "table2", paper_report.table2_rows()
+        name, rows = "table2", paper_report.table2_rows(progress=not options.json)
         table, result = paper_report.table2_table(rows), table2_result(rows)
         lines = table2_lines(result)
     else:
@@ -73,6 +120,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         print(options.output)
     return 0
+
+
+def plan_device(options: argparse.Namespace) -> int:
+    """Choose for a device and print why; 1 when nothing fits."""
+    request = Request(
+        **{
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(Request)
+            if field.name != "federated"
+        },
+        federated=not options.alone,
+    )
+    profile = find_profile(options.device, options.devices)
+    with Console(stderr=True).status(
+        "estimating, from the step itself on tensors without contents"
+    ):
+        advice = advise(profile, request)
+    result = advice_result(advice)
+    if options.output:
+        write_text(options.output / "plan.json", json.dumps(result, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(result))
+        return 0 if advice.chosen else 1
+    print(f"{profile.name}: {profile.description}")
+    if advice.chosen:
+        print(advice.chosen.estimate.describe())
+    for line in explain(advice):
+        print(line)
+    return 0 if advice.chosen else 1
 
 
 def describe(profile: DeviceProfile) -> dict[str, Any]:
@@ -121,6 +197,7 @@ def table2_result(rows: paper_report.Rows) -> dict[str, Any]:
     return {
         "cells": rows,
         "agree": sum(row["paper"] == row["plain"] for row in rows),
+        "planned_fits": sum(row["planned"] == "fits" for row in rows),
         "split": {
             "calibrated_on": list(CALIBRATED),
             "allocator": found.allocator,
@@ -136,6 +213,7 @@ def table2_lines(result: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{d} {c['agree']} of {c['cells']}" for d, c in split["agree"].items())
     return [
         f"a plain step agrees with the paper in {result['agree']} of {len(result['cells'])} cells",
+        f"a planned step fits in {result['planned_fits']} of {len(result['cells'])} cells",
         f"calibrated on {' and '.join(split['calibrated_on'])} only: {counts}",
     ]
 

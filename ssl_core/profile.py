@@ -26,10 +26,20 @@ from partitions.units import format_bytes, format_length, parse_length
 from ssl_core.memory.estimate import estimate
 from ssl_core.memory.measure import measure
 from ssl_core.memory.plan import Plan
+from ssl_core.memory.planner import fastest, leanest
 from ssl_core.memory.trace import count_operations
 from ssl_core.overrides import change_plan, resolve
+from ssl_core.wav2vec2.config import ModelConfig, Recipe
 
-PLANS = {"default": lambda plan: plan, "fastest": Plan.fastest, "leanest": Plan.leanest}
+PLANS = ("default", "fastest", "leanest")
+
+
+def as_planned(name: str, model: tuple[ModelConfig, Recipe], plan: Plan) -> Plan:
+    """The plan as it is, or one end of the planner's ladder for it; `name` is one of `PLANS`."""
+    config, recipe = model
+    if name == "default":
+        return plan
+    return fastest(plan, recipe) if name == "fastest" else leanest(config, recipe, plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="of products"
     )
     parser.add_argument(
-        "--plans", nargs="+", choices=tuple(PLANS), default=["leanest"], help="ways to take a step"
+        "--plans", nargs="+", choices=PLANS, default=["leanest"], help="ways to take a step"
     )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
     parser.add_argument("--set", default="", help="single settings, such as model.layerdrop=0")
@@ -62,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.precisions, options.plans, options.lengths, options.batches
     ):
         plan = Plan(length=seconds, batch=batch, precision=precision, threads=options.threads)
-        plan = change_plan(PLANS[name](plan), options.set)
+        plan = change_plan(as_planned(name, model, plan), options.set)
         plan.validate_for(*model)
         cells.append((name, plan))
     started = time.strftime("%Y-%m-%d %H:%M")

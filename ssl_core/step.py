@@ -141,6 +141,16 @@ class TrainingStep:
             if self.plan.compile:
                 layer.compile()
 
+    def _settling(self) -> contextlib.AbstractContextManager[None]:
+        """Looks after freed memory at every layer."""
+        backbone = self.model.wav2vec2
+        convolutions, layers = backbone.feature_extractor.conv_layers, backbone.encoder.layers
+        weights = [layer.get_parameter("conv.weight") for layer in convolutions]
+        weights += [layer.get_parameter("attention.out_proj.weight") for layer in layers]
+        # A hook would be compiled with its layer.
+        modules = [backbone.feature_projection, *convolutions[2:]]
+        return allocator.settling(modules if self.plan.compile else [*modules, *layers], weights)
+
     def reset(self) -> None:
         """Forget the optimiser's moments, as a client does between rounds."""
         self.optimizer = AdamW(
@@ -260,7 +270,7 @@ class TrainingStep:
             divisor = chance.masked.numel() * plan.accumulation
             waveforms = torch.from_numpy(batch).to(self.device)
             chance = chance.to(self.device)
-            with in_backward or contextlib.nullcontext():
+            with in_backward or contextlib.nullcontext(), self._settling():
                 sums.append(self.accumulate(waveforms, chance, weights, divisor / self.loss_scale))
         masked = sum(part.masked for part in sums)
         if in_backward is not None:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Mapping
@@ -51,6 +52,10 @@ class DeviceProfile:
     """CPU cores."""
     precisions: tuple[Precision, ...]
     """Precisions whose products the device computes itself."""
+    timed_as: str = ""
+    """Device of the paper's Table 2 whose seconds a step say how fast this one is; empty: none."""
+    times_faster: float = 1.0
+    """How many times as fast as that one."""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Where each figure is from, by field."""
 
@@ -94,6 +99,8 @@ class DeviceProfile:
             raise UsageError(f"{where}: shared is for a GPU; leave it out for accelerator cpu")
         if "fp32" not in self.precisions:
             raise UsageError(f"{where}: precisions must contain fp32, the precision of weights")
+        if not 0 < self.times_faster < math.inf:
+            raise UsageError(f"{where}: times_faster must be above zero, not {self.times_faster}")
         if self.training_bytes <= 0 or self.system_bytes < 0:
             taken = (self.system or 0) + self.supernode + self.clientapp
             raise UsageError(
@@ -195,8 +202,10 @@ def _value(key: str, value: Any, where: str) -> Any:
         return {str(name): str(text) for name, text in value.items()}
     if key == "accelerator" and value not in ("cpu", "cuda"):
         raise UsageError(f"{where}: '{value}' is not one of cpu, cuda")
-    kinds = {"shared": bool, "share": float, "cores": int, "description": str}
+    kinds = {"shared": bool, "share": float, "times_faster": float, "cores": int}
     kind = kinds.get(key, str)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where}: '{value}' is not of type {kind.__name__}")
     return value

@@ -12,12 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
 from partitions.errors import ShortwaveError
+
+if TYPE_CHECKING:
+    from ssl_core.memory.plan import Plan
+    from ssl_core.step import Waveforms
+
+Batches = Callable[[int], Iterable["Waveforms"]]
+"""The batches of an update."""
 
 
 def resident_bytes() -> int:
@@ -52,9 +60,15 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    model: str, settings: str, plan: dict[str, object], *, updates: int = 2, cgroup: str = ""
+    model: str,
+    settings: str,
+    plan: dict[str, object],
+    *,
+    updates: int = 2,
+    cgroup: str = "",
+    data: str = "",
 ) -> Measurement:
-    """Take updates on noise in a new process.
+    """Take updates in a new process, on noise or on speech.
 
     Args:
         model: preset.
@@ -62,12 +76,20 @@ def measure(
         plan: fields of `Plan`.
         updates: how many.
         cgroup: folder of a memory cgroup (v1 or v2) that the process enters first.
+        data: corpus in LibriSpeech's layout, its `train-*` subsets; empty is noise.
 
     Raises:
         ShortwaveError: the process failed or was killed.
     """
     task = json.dumps(
-        {"model": model, "settings": settings, "plan": plan, "updates": updates, "cgroup": cgroup}
+        {
+            "model": model,
+            "settings": settings,
+            "plan": plan,
+            "updates": updates,
+            "cgroup": cgroup,
+            "data": data,
+        }
     )
     done = subprocess.run(
         [sys.executable, "-m", "ssl_core.memory.measure", task],
@@ -86,7 +108,6 @@ def measure(
 def _work(task: dict[str, object]) -> Measurement:
     if task["cgroup"]:
         Path(str(task["cgroup"]), "cgroup.procs").write_text(str(os.getpid()))
-    import numpy as np
     import torch
 
     from ssl_core.memory.plan import Plan
@@ -102,16 +123,40 @@ def _work(task: dict[str, object]) -> Measurement:
     config, recipe = resolve(str(task["model"]), str(task["settings"]))
     updates = int(str(task["updates"]))
     step = TrainingStep(PretrainingModel(config), recipe, plan, seed=0, total_updates=updates)
-    rng, seconds = np.random.default_rng(0), 0.0
+    batches = _speech(str(task["data"]), plan) if task["data"] else _noise(plan)
+    seconds = 0.0
     for number in range(updates):
-        batches = (
-            rng.standard_normal((plan.batch, plan.samples), dtype=np.float32)
-            for _ in range(plan.accumulation)
-        )
         start = time.perf_counter()
-        step.update(batches, number)
+        report = step.update(batches(number), number)
         seconds = time.perf_counter() - start
+        if not report.applied:
+            raise ShortwaveError(f"update {number} had a gradient that is not finite")
     return Measurement(imports, peak_bytes(), seconds)
+
+
+def _noise(plan: "Plan") -> Batches:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    shape = (plan.batch, plan.samples)
+    return lambda number: (
+        rng.standard_normal(shape, dtype=np.float32) for _ in range(plan.accumulation)
+    )
+
+
+def _speech(data: str, plan: "Plan") -> Batches:
+    from partitions.manifest import prepare
+    from ssl_core.crops import Crops
+
+    root = Path(data)
+    manifest = prepare(root, (), plan.length)
+    crops = Crops(manifest, range(len(manifest.sequences)), plan.samples, 0)
+
+    def batches(number: int) -> Iterator["Waveforms"]:
+        ((_, read),) = crops.updates([number], plan.batch, plan.accumulation)
+        return (batch.waveforms for batch in read)
+
+    return batches
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from partitions.figures import save_figure
+from partitions.progress import track
 from partitions.units import format_bytes, format_length
 from ssl_core.memory.devices import known_profiles
 from ssl_core.memory.plain import plain_operations, plain_step
+from ssl_core.memory.plan import Plan
+from ssl_core.memory.planner import choose, describe
 from ssl_core.memory.table2 import DEVICES, need, outcome, paper_cells
-from ssl_core.wav2vec2.config import preset
+from ssl_core.wav2vec2.config import RECIPES, preset
 
 Rows = Sequence[dict[str, Any]]
 
@@ -22,29 +25,55 @@ GROWTH = {4: 4, 8: 4, 12: 5}
 """By batch, how many times the memory of 1 s crops those of 15 s take (paper, section 5.1)."""
 
 
-def table2_rows() -> Rows:
-    """A row for each cell: what the paper saw, and a plain step's estimate; sizes in bytes."""
-    profiles = known_profiles()
-    return [
-        {
+def table2_rows(progress: bool = False) -> Rows:
+    """A row for each cell: what the paper saw, a plain step and a planned one; sizes in bytes.
+
+    Mixed precision of the paper is fp16; a planned step is exact otherwise.
+    """
+    profiles, rows = known_profiles(), []
+    cells = paper_cells()
+    for cell in track(cells, len(cells), "plan", progress):
+        profile = profiles[cell.device]
+        plan = Plan(
+            length=cell.length,
+            batch=cell.batch,
+            precision="fp16" if cell.precision == "mixed" else "fp32",
+            device=profile.accelerator,
+        )
+        decision = choose(
+            preset("base"), RECIPES["base"], plan, profile.process_bytes, profile.clientapp
+        )
+        option = decision.chosen or decision.leanest
+        rows.append({
             "device": cell.device,
             "length": cell.length,
             "batch": cell.batch,
             "precision": cell.precision,
             "paper": cell.outcome,
             "paper_seconds": cell.seconds,
-            "room": profiles[cell.device].training_bytes,
-            "plain": outcome(cell, profiles[cell.device]),
-            "plain_bytes": need(cell, profiles[cell.device].accelerator),
-        }
-        for cell in paper_cells()
-    ]
+            "room": profile.training_bytes,
+            "plain": outcome(cell, profile),
+            "plain_bytes": need(cell, profile.accelerator),
+            "planned": "fits" if decision.chosen else "oom",
+            "planned_bytes": option.estimate.total - profile.clientapp,
+            "plan": describe(option.plan),
+        })  # fmt: skip
+    return rows
 
 
 def table2_table(rows: Rows) -> Table:
     """The rows for people."""
     table = Table()
-    for head in ("device", "length", "batch", "precision", "paper", "room", "plain step"):
+    for head in (
+        "device",
+        "length",
+        "batch",
+        "precision",
+        "paper",
+        "room",
+        "plain step",
+        "planned step",
+    ):
         table.add_column(head, justify="left" if head == "device" else "right")
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         seconds = row["paper_seconds"]
@@ -57,6 +86,7 @@ def table2_table(rows: Rows) -> Table:
             "oom" if seconds is None else f"{seconds:.2f} s",
             format_bytes(row["room"]),
             f"{row['plain']}, {format_bytes(row['plain_bytes'])}{wrong}",
+            f"{row['planned']}, {format_bytes(row['planned_bytes'])}",
             end_section=after is not None and after["device"] != row["device"],
         )
     return table

@@ -11,7 +11,7 @@ on torch 2.11 under FakeTensorMode (`tests/ssl_core/test_table2.py`), 1 s to 15 
 from typing import Literal
 
 from partitions.units import SAMPLE_RATE
-from ssl_core.memory.estimate import Estimate
+from ssl_core.memory.parts import Estimate
 from ssl_core.wav2vec2.config import ModelConfig
 
 PlainPrecision = Literal["fp32", "mixed"]

@@ -77,33 +77,6 @@ class Plan:
             if getattr(self, name) != "fp32"
         )
 
-    def leanest(self) -> "Plan":
-        """The same step, exactly, in the least memory, for recipes that do not clip."""
-        alone = self.crops == 1
-        return dataclasses.replace(
-            self,
-            micro_batch=1,
-            recompute_features=True,
-            recompute_layers=True,
-            keep_attention=False,
-            apply_in_backward=alone,
-            compile=False,
-            keep_freed_memory=False,
-        )
-
-    def fastest(self) -> "Plan":
-        """The same step, exactly, in the least time, for recipes that do not clip."""
-        return dataclasses.replace(
-            self,
-            micro_batch=0,
-            recompute_features=False,
-            recompute_layers=False,
-            keep_attention=True,
-            apply_in_backward=self.accumulation == 1,
-            compile=False,
-            keep_freed_memory=True,
-        )
-
     def validate(self) -> None:
         """Check ranges and that the settings fit together.
 

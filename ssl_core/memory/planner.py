@@ -1,19 +1,12 @@
 """Choosing how a step is taken: the fastest exact plan whose estimated peak fits."""
 
 import dataclasses
-import functools
-import hashlib
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from partitions.atomic import write_text
-from partitions.cache import cache_folder
 from partitions.errors import UsageError
 from partitions.units import format_bytes
-from ssl_core.memory.estimate import RUNTIME, Estimate, estimate
+from ssl_core.memory.estimate import RUNTIME, estimate
+from ssl_core.memory.parts import Estimate
 from ssl_core.memory.plan import Plan
 from ssl_core.wav2vec2.config import ModelConfig, Recipe
 
@@ -118,7 +111,12 @@ def ladder(plan: Plan, recipe: Recipe) -> list[tuple[float, Plan]]:
 
 
 def choose(
-    config: ModelConfig, recipe: Recipe, plan: Plan, available: int, runtime: int = RUNTIME
+    config: ModelConfig,
+    recipe: Recipe,
+    plan: Plan,
+    available: int,
+    runtime: int = RUNTIME,
+    messages: int = 0,
 ) -> Decision:
     """The fastest exact plan for an update that fits.
 
@@ -128,22 +126,34 @@ def choose(
         plan: length, batch, accumulation, precision and device; how the step is taken is chosen.
         available: bytes for the whole process.
         runtime: bytes of it before the model is made.
+        messages: bytes of it that Flower's messages take.
     """
     rungs = ladder(plan, recipe)
 
     def option(rung: tuple[float, Plan]) -> Option:
-        return Option(rung[1], estimate(config, recipe, rung[1], runtime), rung[0])
+        return Option(rung[1], estimate(config, recipe, rung[1], runtime, messages), rung[0])
 
-    leanest = min((option(rung) for rung in rungs[-2:]), key=lambda own: own.estimate.total)
-    if leanest.estimate.total > available:
-        return Decision(available, None, None, leanest)
+    least = option((rungs[-1][0], leanest(config, recipe, plan)))
+    if least.estimate.total > available:
+        return Decision(available, None, None, least)
     faster = None
     for rung in rungs:
         candidate = option(rung)
         if candidate.estimate.total <= available:
-            return Decision(available, candidate, faster, leanest)
+            return Decision(available, candidate, faster, least)
         faster = candidate
-    return Decision(available, leanest, faster, leanest)
+    return Decision(available, least, faster, least)
+
+
+def fastest(plan: Plan, recipe: Recipe) -> Plan:
+    """The same update, exactly, in the least time."""
+    return ladder(plan, recipe)[0][1]
+
+
+def leanest(config: ModelConfig, recipe: Recipe, plan: Plan) -> Plan:
+    """The same update, exactly, in the least memory."""
+    rungs = [rung for _, rung in ladder(plan, recipe)[-2:]]
+    return min(rungs, key=lambda rung: estimate(config, recipe, rung).total)
 
 
 def fallbacks(plan: Plan, recipe: Recipe) -> list[Plan]:
@@ -154,31 +164,17 @@ def fallbacks(plan: Plan, recipe: Recipe) -> list[Plan]:
     return [rung for rung in leaner if rung != plan]
 
 
-def fitting(config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int) -> Plan:
-    """What `choose` chooses, remembered on disk: a client is a new process in every round.
+def fitting(
+    config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int, messages: int = 0
+) -> Option:
+    """What `choose` chooses, without the rest of the decision.
 
     Raises:
         UsageError: nothing fits; the message says by how much, and what would.
     """
-    values = [dataclasses.asdict(part) for part in (config, recipe, plan)]
-    key = hashlib.sha256(json.dumps([values, room, runtime]).encode() + _code()).hexdigest()
-    path = cache_folder() / "plans" / f"{key[:32]}.json"
-    if path.exists():
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
-    decision = choose(config, recipe, plan, room, runtime)
-    if decision.chosen is None:
-        size = f"{plan.batch} crops of {plan.length:g}s"
-        raise UsageError(f"{size}: {decision.explain()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(dataclasses.asdict(decision.chosen.plan)))
-    return decision.chosen.plan
-
-
-@functools.cache
-def _code() -> bytes:
-    """Of the code that an estimate follows from."""
-    here = Path(__file__).parents[1]
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(here.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.digest()
+    for slowdown, rung in ladder(plan, recipe):
+        found = estimate(config, recipe, rung, runtime, messages)
+        if found.total <= room:
+            return Option(rung, found, slowdown)
+    decision = choose(config, recipe, plan, room, runtime, messages)
+    raise UsageError(f"{plan.batch} crops of {plan.length:g}s: {decision.explain()}")

@@ -8,6 +8,7 @@ description of it.
 
 import collections
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
@@ -108,9 +109,10 @@ class LiveMemory(_Scalars):
 def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:
     """Take one update on fake tensors; what was live at its peak, by part.
 
-    All layers run: layerdrop would only make it less.
+    All layers run: layerdrop would only make it less. Shapes are those of any device.
     """
     config = dataclasses.replace(config, layerdrop=0.0)
+    plan = dataclasses.replace(plan, device="cpu")
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         memory.label("parameters")
@@ -133,6 +135,7 @@ def count_operations(config: ModelConfig, recipe: Recipe, plan: Plan) -> int:
     Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
     """
     config = dataclasses.replace(config, layerdrop=0.0)
+    plan = dataclasses.replace(plan, device="cpu")
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
         step = TrainingStep(PretrainingModel(config), recipe, plan, seed=0, total_updates=1)
@@ -140,3 +143,10 @@ def count_operations(config: ModelConfig, recipe: Recipe, plan: Plan) -> int:
         with counter:
             step.update([batch] * plan.accumulation, 0)
     return int(counter.get_total_flops())
+
+
+@functools.lru_cache(maxsize=16)
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the pretraining model."""
+    with FakeTensorMode():
+        return sum(parameter.numel() for parameter in PretrainingModel(config).parameters())

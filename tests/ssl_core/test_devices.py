@@ -49,9 +49,15 @@ def test_the_packaged_profiles_are_those_promised() -> None:
 @pytest.mark.parametrize("profile", known_profiles().values(), ids=lambda profile: profile.name)
 def test_every_packaged_figure_says_where_it_is_from(profile: DeviceProfile) -> None:
     room = "system" if profile.share is None else "share"
-    assert set(profile.sources) == {
-        "memory", room, "supernode", "clientapp", "cores", "precisions"
-    }  # fmt: skip
+    timed = {"timed_as"} if profile.timed_as else set()
+    assert set(profile.sources) == timed | {
+        "memory",
+        room,
+        "supernode",
+        "clientapp",
+        "cores",
+        "precisions",
+    }
     parts = (profile.system_bytes, profile.supernode, profile.clientapp, profile.training_bytes)
     assert sum(parts) == profile.memory
     assert all(part >= 0 for part in parts)
