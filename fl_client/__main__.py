@@ -12,7 +12,8 @@ from fl_client.environment import be_quiet
 from partitions import command
 from partitions.errors import UsageError
 from partitions.librispeech import list_audio
-from partitions.units import parse_size
+from partitions.units import parse_length, parse_size
+from ssl_core.memory.devices import AUTO, find_profile
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -21,14 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Start the SuperNode; returns when it is stopped."""
     parser = command.Parser(prog="python -m fl_client", description=__doc__)
     parser.add_argument(
-        "--device", default="auto", help="device profile, such as rpi4; auto: this machine"
+        "--device",
+        default=AUTO,
+        help="device whose memory the step is planned for, such as rpi4; auto: this machine",
     )
     parser.add_argument(
         "--memory",
         type=command.argument(parse_size),
-        default=0,
-        help="plan the training step for a process of this size, as in 4GB (default: no plan)",
+        help="plan the training step for a process of this size, as in 4GB (default: what the "
+        "device has left for it; of this machine, what there is at each round)",
     )
+    parser.add_argument(
+        "--length",
+        type=command.argument(parse_length),
+        help="of the crops of this device, at most the run's, as in 5s (default: the run's)",
+    )
+    parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
     parser.add_argument("--data", type=Path, required=True, help="corpus in LibriSpeech's layout")
     parser.add_argument("--subset", default="", help="subsets of it, separated by commas")
     parser.add_argument(
@@ -55,8 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     node = _node_config(
         options.device, options.data, options.subset, options.partition, options.speakers
     )
-    if options.memory:
-        node += f" memory={options.memory}"
+    memory = options.memory
+    if options.device != AUTO:  # else read in every round, by the process that trains
+        memory = memory or find_profile(options.device, options.devices).process_bytes
+    if memory:
+        node += f" memory={memory}"
+    if options.length:
+        node += f" length={options.length}"
     be_quiet()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
     here = str(Path(sys.executable).parent)

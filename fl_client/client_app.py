@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from fl_client import protocol
 from fl_client.local_data import share_of
-from fl_client.local_training import train_round
+from fl_client.local_training import budget_of, train_round
 from fl_client.settings import FederationSettings
 from partitions.errors import ShortwaveError
 from partitions.speakers import seconds_of
@@ -70,8 +70,7 @@ def train(message: Message, context: Context) -> Message:
     share = share_of(context.node_config, settings)
     weights = message.content.array_records[protocol.WEIGHTS]
     task: ConfigRecord = message.content.config_records[protocol.TASK]
-    memory = int(context.node_config.get("memory", 0))
-    result = train_round(weights, task, share, settings, memory)
+    result = train_round(weights, task, share, settings, budget_of(context.node_config))
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

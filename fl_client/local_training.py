@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import json
 import logging
 import time
 import warnings
@@ -16,10 +18,13 @@ from flwr.app import Array, ArrayRecord
 from fl_client import protocol, updates
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
+from partitions.errors import UsageError
+from partitions.units import format_length
 from ssl_core.crops import Crops, ahead
 from ssl_core.memory.allocator import is_out_of_memory
+from ssl_core.memory.devices import AUTO, this_machine
+from ssl_core.memory.estimate import estimate
 from ssl_core.memory.measure import peak_bytes
-from ssl_core.memory.plan import Plan
 from ssl_core.memory.planner import describe, fallbacks, fitting
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
@@ -37,6 +42,34 @@ class RoundResult(NamedTuple):
     metrics: dict[str, float]
 
 
+class Budget(NamedTuple):
+    """What a device has for a round; without any, the settings' own plan is taken."""
+
+    memory: int = 0
+    """Bytes for this process, for which the step is planned; 0 plans nothing."""
+    length: float = 0.0
+    """Seconds in a crop, at most the run's; 0 is the run's."""
+    plan: str = ""
+    """JSON: how the step is taken, where that was planned elsewhere (a simulated fleet)."""
+    live: bool = False
+    """Whether the memory is this machine's own, to be watched while training."""
+
+
+NO_BUDGET = Budget()
+
+
+def budget_of(node: Mapping[str, Any]) -> Budget:
+    """The budget by Flower's node config: `memory`, `length`; device `auto` is read live.
+
+    Raises:
+        DataError: this machine's limits cannot be read.
+    """
+    memory, length = int(node.get("memory", 0)), float(node.get("length", 0.0))
+    if memory or node.get("device") != AUTO:
+        return Budget(memory, length, str(node.get("plan", "")))
+    return Budget(this_machine().process_bytes, length, live=True)
+
+
 @functools.lru_cache(maxsize=1)
 def _resident_model(config: ModelConfig) -> PretrainingModel:
     """The model of this process; every round and client passes through it."""
@@ -48,11 +81,12 @@ def train_round(
     task: Mapping[str, Any],
     share: Share,
     settings: FederationSettings,
-    memory: int = 0,
+    budget: Budget = NO_BUDGET,
 ) -> RoundResult:
     """Train on a client's share from the global weights.
 
-    When memory runs out the round begins again with a leaner exact plan.
+    When memory runs short between two updates a leaner exact plan takes the next one; when it runs
+    out in the middle of one the round begins again with a leaner exact plan.
 
     Args:
         weights: global weights by parameter name. Emptied as the update is made, so that a client
@@ -60,7 +94,7 @@ def train_round(
         task: `first_update` (global number of the first update) and `updates` (how many).
         share: the client's audio.
         settings: of the run.
-        memory: bytes for this process, for which the step is planned; 0 takes the settings' plan.
+        budget: what this device has.
 
     Raises:
         ProtocolError: weights that do not fit the model.
@@ -68,36 +102,85 @@ def train_round(
         UsageError: nothing fits into the memory.
     """
     started = time.monotonic()
-    config, recipe = settings.model_and_recipe()
-    plan = settings.resolved_plan()
-    if memory:
-        own = sum(value.nbytes for _, value in updates.unpack(weights))
-        plan = fitting(config, recipe, plan, memory, RUNTIME, own).plan
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    config, _ = settings.model_and_recipe()
+    own = sum(value.nbytes for _, value in updates.unpack(weights))
+    ladder = _Ladder(settings, budget, own)
+    if ladder.plan.threads:
+        torch.set_num_threads(ladder.plan.threads)
     model = _resident_model(config)
-    leaner = fallbacks(plan, recipe)
     while True:
         _load(model, weights)
         try:
-            trained = _train(model, plan, task, share, settings)
+            trained = _train(model, ladder, task, share, settings)
             break
         except (MemoryError, RuntimeError) as error:
-            if not leaner or not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
                 raise
-            log.warning("out of memory with %s; again with %s", describe(plan), describe(leaner[0]))
-        plan = leaner.pop(0)
+    plan = ladder.plan
     update = _difference(model, weights)
     metrics = _metrics(trained.reports)
     metrics |= {
         "samples": len(trained.heard) * plan.samples,
         "train_seconds": time.monotonic() - started,
         "peak_bytes": _peak_bytes(plan.device),
+        "predicted_bytes": ladder.predicted,
+        "memory_bytes": budget.memory,
+        "length": plan.length,
+        "batch": plan.batch,
         "micro_batch": plan.chunk,
+        "fallbacks": ladder.fallbacks,
     }
     for reason in protocol.SKIP_REASONS:
         metrics["skipped_" + reason.replace(" ", "_")] = trained.skips[reason]
     return RoundResult(update, {name: metrics[name] for name in protocol.TRAIN_METRICS})
+
+
+class _Ladder:
+    """The plan of a round, and the leaner ones it can fall back to."""
+
+    def __init__(self, settings: FederationSettings, budget: Budget, messages: int) -> None:
+        """Plan for the budget, if there is one; `messages` are bytes held beside the step."""
+        self.config, self.recipe = settings.model_and_recipe()
+        self.live, self.messages, self.fallbacks, self.predicted = budget.live, messages, 0, 0
+        plan = settings.resolved_plan()
+        if budget.length:
+            if budget.length > plan.length:
+                raise UsageError(
+                    f"--length {format_length(budget.length)} is longer than the run's "
+                    f"{settings.length}: sequences are cut to that"
+                )
+            plan = dataclasses.replace(plan, length=budget.length)
+        if budget.plan:
+            plan = dataclasses.replace(plan, **json.loads(budget.plan))
+            plan.validate_for(self.config, self.recipe)
+        if budget.memory:
+            option = fitting(self.config, self.recipe, plan, budget.memory, RUNTIME, messages)
+            plan, self.predicted = option.plan, option.estimate.total
+        self.plan = plan
+        self._leaner = fallbacks(plan, self.recipe)
+
+    def step_down(self, reason: str) -> bool:
+        """Take the next leaner plan; False when there is none."""
+        if not self._leaner:
+            return False
+        plan = self._leaner.pop(0)
+        log.warning("%s with %s; going on with %s", reason, describe(self.plan), describe(plan))
+        self.plan, self.fallbacks = plan, self.fallbacks + 1
+        if self.predicted:
+            self.predicted = self._need()
+        return True
+
+    def _need(self) -> int:
+        return estimate(self.config, self.recipe, self.plan, RUNTIME, self.messages).total
+
+    def watch(self) -> bool:
+        """Step down until the plan fits what this machine has left now; whether it changed."""
+        changed = False
+        while self.live and self.predicted > this_machine().process_bytes:
+            if not self.step_down("memory has shrunk"):
+                break
+            changed = True
+        return changed
 
 
 class _Trained(NamedTuple):
@@ -108,13 +191,14 @@ class _Trained(NamedTuple):
 
 def _train(
     model: PretrainingModel,
-    plan: Plan,
+    ladder: _Ladder,
     task: Mapping[str, Any],
     share: Share,
     settings: FederationSettings,
 ) -> _Trained:
     """Take a round's updates."""
     _, recipe = settings.model_and_recipe()
+    plan = ladder.plan
     step = TrainingStep(
         model, recipe, plan, seed=settings.seed, total_updates=settings.total_updates
     )
@@ -124,6 +208,8 @@ def _train(
     numbers = range(first, first + int(task["updates"]))
     with contextlib.closing(ahead(crops.updates(numbers, plan.batch, plan.accumulation))) as read:
         for number, batches in read:
+            if ladder.watch():
+                step.change_plan(ladder.plan)
             for batch in batches:
                 trained.heard.update(batch.sequences)
                 trained.skips.update(batch.skips)

@@ -35,7 +35,12 @@ TRAIN_METRICS = (
     "gradient_norm",
     "train_seconds",
     "peak_bytes",
+    "predicted_bytes",  # of the plan's estimate; 0 where nothing was planned
+    "memory_bytes",  # that the process may take; 0 where nothing was planned
+    "length",  # seconds in a crop
+    "batch",
     "micro_batch",
+    "fallbacks",  # times that memory ran out or short and a leaner plan was taken
     *("skipped_" + reason.replace(" ", "_") for reason in SKIP_REASONS),
 )
 """The only numbers that leave a client with an update."""

@@ -33,6 +33,12 @@ class FederationSettings(StepSettings):
     """First moment's decay of fedavgm and fedadam."""
     min_clients: int = 1
     """Clients that must be connected, and must reply in a round, for the run to go on."""
+    fleet: str = ""
+    """Devices that simulated clients are, as in `rpi4:60,jetson-xavier-nx:30,rtx2080ti:10`: each
+    plans for its own memory; empty: all take the plan of these settings."""
+    time_limit: str = ""
+    """Longest time an update may take a device of the fleet, as in `60s`: slower ones train on
+    shorter crops, down to 1s, of the same sequences."""
     wait: float = 600.0
     """Seconds to wait for that many clients to connect."""
 

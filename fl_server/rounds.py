@@ -266,8 +266,8 @@ def _reason(reply: Message) -> str:
     return " ".join(str(error.reason).split()) if error.reason else f"error {error.code}"
 
 
-_SUMMED = {"samples", "crops", "updates", "applied"}
-_LARGEST = {"train_seconds", "peak_bytes"}
+_SUMMED = {"samples", "crops", "updates", "applied", "fallbacks"}
+_LARGEST = {"train_seconds", "peak_bytes", "predicted_bytes", "memory_bytes"}
 
 
 def _mean(clients: list[dict[str, float]]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from ssl_core.wav2vec2.model import PretrainingModel
 
 app = ServerApp()
 
+_OF_A_CLIENT = ("length", "batch", "micro_batch", "peak_bytes", "fallbacks")
 _FREE = {"output", "resume", "keep", "wait", "min_clients"}
 """Settings that may change when a run goes on; all others must stay."""
 
@@ -47,6 +48,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         settings = FederationSettings.from_run_config(context.run_config)
         check_paths(settings)
+        if settings.fleet or settings.time_limit:
+            raise UsageError("fleet and time-limit are for simulated devices; real ones plan here")
         if settings.eval_crops and settings.held_out:
             data = describe(Path(settings.data), not settings.data)
             print(f"evaluation on held-out speakers; {data}", flush=True)
@@ -252,7 +255,11 @@ def _row(
             "held_out_perplexity": held.perplexity,
         }
     row["clients"] = [
-        {"key": int(client["key"]), "seconds": client["samples"] / SAMPLE_RATE}
+        {
+            "key": int(client["key"]),
+            "seconds": client["samples"] / SAMPLE_RATE,
+            **{name: client[name] for name in _OF_A_CLIENT},
+        }
         for client in result.clients
     ]
     return row

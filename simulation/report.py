@@ -11,6 +11,8 @@ from partitions.figures import save_figure
 from partitions.manifest import Manifest
 from partitions.speakers import seconds_of
 from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
+from simulation.fleet import Fleet
+from simulation.fleet import table as fleet_table
 from ssl_core.checkpoint import latest
 from ssl_core.run_directory import CONFIG, METRICS, RunDirectory
 
@@ -21,6 +23,7 @@ def write_report(
     manifest: Manifest,
     parts: tuple[tuple[int, ...], ...],
     held_out: tuple[str, ...],
+    fleet: Fleet | None = None,
 ) -> Path:
     """Write `report.md`, `clients.png` and `data.png` into the run directory.
 
@@ -30,6 +33,7 @@ def write_report(
         manifest: the recut corpus.
         parts: the sequences of each client.
         held_out: speakers kept for evaluation.
+        fleet: devices that the clients are, if any.
 
     Returns:
         The report's path.
@@ -85,6 +89,7 @@ def write_report(
         f"| recutting | {', '.join(manifest.describe_skips()) or 'nothing left out'}; remainder "
         f"{format_seconds(manifest.remainder_seconds)} |",
         "",
+        *(["## Devices", "", *fleet_table(fleet, settings, rows), ""] if fleet else []),
         "## Audio of each client",
         "",
         "![Audio of each client, and how much of it was trained on](clients.png)",

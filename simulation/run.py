@@ -34,6 +34,7 @@ from partitions.settings import (  # noqa: E402
 )
 from partitions.speakers import partition  # noqa: E402
 from partitions.units import format_seconds  # noqa: E402
+from simulation.fleet import make_fleet  # noqa: E402
 from simulation.ray_grid import RUN_ID, SERVER_NODE, RayGrid, start_ray  # noqa: E402
 from simulation.report import write_report  # noqa: E402
 from ssl_core.checkpoint import latest  # noqa: E402
@@ -99,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--clients-per-round {settings.clients_per_round} is more than the "
             f"{settings.clients} clients"
         )
+    if settings.time_limit and not settings.fleet:
+        raise UsageError("--time-limit is for the devices of a --fleet")
+    fleet = make_fleet(settings) if settings.fleet else None
     run = open_run(settings)
     done = latest(run.checkpoints)
     file = run.path / "manifest.tsv"
@@ -114,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "num-partitions": settings.clients,
             "manifest": str(file),
             "simulated": True,
+            **(fleet.node(number) if fleet else {}),
         }
         for number in range(settings.clients)
     ]
@@ -138,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server_app(grid, context)
     finally:
         ray.shutdown()
-    report = write_report(run, settings, manifest, parts, excluded)
+    report = write_report(run, settings, manifest, parts, excluded, fleet)
     print(f"report: {report}")
     print(f"checkpoint: {latest(run.checkpoints)}")
     print(run.path)

@@ -4,7 +4,6 @@ Nothing is allocated: figures follow from shapes.
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     request = parser.add_argument_group("for --device, what is fixed; the rest is chosen")
     request.add_argument("--model", default="base", help="preset: base or tiny")
+    request.add_argument("--set", default="", help="settings of it, as in model.layerdrop=0")
     request.add_argument("--length", type=command.argument(parse_length), help="of crops, as in 5s")
     request.add_argument(
         "--batch", type=command.argument(command.positive), help="crops in an update"
@@ -125,11 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan_device(options: argparse.Namespace) -> int:
     """Choose for a device and print why; 1 when nothing fits."""
     request = Request(
-        **{
-            field.name: getattr(options, field.name)
-            for field in dataclasses.fields(Request)
-            if field.name != "federated"
-        },
+        model=options.model,
+        set=options.set,
+        length=options.length,
+        batch=options.batch,
+        precision=options.precision,
+        optimizer_state=options.optimizer_state,
+        task=options.task,
+        time_limit=options.time_limit,
         federated=not options.alone,
     )
     profile = find_profile(options.device, options.devices)

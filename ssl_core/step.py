@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from partitions.errors import UsageError
 from ssl_core import randomness, schedule
 from ssl_core.memory import allocator
 from ssl_core.memory.plan import Plan
@@ -129,6 +130,19 @@ class TrainingStep:
         model.train()
         self._arrange()
         self.reset()
+
+    def change_plan(self, plan: Plan) -> None:
+        """Take the updates to come by another plan, with the optimiser's moments as they are.
+
+        Raises:
+            UsageError: the plan keeps moments in other bits, is for another device or length.
+        """
+        plan.validate_for(self.model.config, self.recipe)
+        for name in ("length", "batch", "accumulation", "precision", "optimizer_state", "device"):
+            if getattr(plan, name) != getattr(self.plan, name):
+                raise UsageError(f"{name.replace('_', '-')} cannot change in the middle of a run")
+        self.plan = plan
+        self._arrange()
 
     def _arrange(self) -> None:
         """Set the model and the process up for the plan."""

@@ -13,7 +13,7 @@ from ssl_core.memory.plan import OptimizerState, Plan, Precision
 from ssl_core.memory.planner import Decision, Option, choose, describe, leanest
 from ssl_core.memory.rates import update_seconds
 from ssl_core.memory.trace import count_parameters
-from ssl_core.wav2vec2.config import RECIPES, preset
+from ssl_core.overrides import resolve
 
 LENGTHS = (15.0, 10.0, 5.0, 1.0)
 """The paper's, the longest first."""
@@ -37,8 +37,12 @@ class Request:
     """What the user fixes; None is left to the planner."""
 
     model: str = "base"
+    set: str = ""
+    """Single settings of model and recipe, as of `--set`."""
     length: float | None = None
     """Seconds in a crop."""
+    longest: float | None = None
+    """Where the length is free: seconds that it may be at most."""
     batch: int | None = None
     """Crops in an update, over which one loss is taken."""
     precision: Precision | Literal["auto"] = "auto"
@@ -95,7 +99,7 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
     Raises:
         UsageError: an unknown task, or a time limit on a device of which no times are known.
     """
-    config, recipe = preset(request.model), RECIPES[request.model]
+    config, recipe = resolve(request.model, request.set)
     held = messages_bytes(profile, count_parameters(config)) if request.federated else 0
     passed: list[str] = []
     advice = None
@@ -140,6 +144,9 @@ def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
         if request.task not in MATCHED:
             raise UsageError(f"no task '{request.task}': choose from {', '.join(MATCHED)}")
         lengths = [length for length in LENGTHS if length <= MATCHED[request.task]]
+    if request.length is None and request.longest is not None:
+        shorter = [length for length in lengths if length < request.longest]
+        lengths = [*([request.longest] if not request.task else []), *shorter]
     batches = BATCHES if request.batch is None else (request.batch,)
     states: Sequence[OptimizerState] = ("fp32", "bf16", "int8")
     if request.optimizer_state != "auto":
@@ -177,7 +184,7 @@ def _hopeless(
     profile: DeviceProfile, request: Request, candidates: list[Plan], held: int
 ) -> set[str]:
     """Kinds of optimiser state with which not even the smallest candidate fits."""
-    config, recipe = preset(request.model), RECIPES[request.model]
+    config, recipe = resolve(request.model, request.set)
     smallest = {plan.optimizer_state: plan for plan in candidates}
     return {
         kind
@@ -189,7 +196,7 @@ def _hopeless(
 
 def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str, ...]:
     """Changes of a request that fit, of those a person would think of."""
-    config, recipe = preset(request.model), RECIPES[request.model]
+    config, recipe = resolve(request.model, request.set)
     found = []
     *_, last = _candidates(profile, request)
     for words, changes in (
@@ -215,7 +222,9 @@ def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str
         if need <= profile.process_bytes and not slow:
             found.append(f"{words}: {format_bytes(need)}")
     if not found and request.model != "tiny":
-        found = list(_would_fit(profile, dataclasses.replace(request, model="tiny"), held // 48))
+        found = list(
+            _would_fit(profile, dataclasses.replace(request, model="tiny", set=""), held // 48)
+        )
         found = ["the model tiny"] if found else []
     return tuple(found)
 

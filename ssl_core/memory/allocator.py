@@ -20,7 +20,7 @@ from torch import nn
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
 """Bytes from which a tensor has pages of its own; larger ones leave gaps that others cannot use."""
-SPARE, SPARE_SHARE = 16 * 2**20, 0.09
+SPARE, SPARE_SHARE = 8 * 2**20, 0.09
 """Freed memory that may be kept: so many bytes, and this share of the most that was in use."""
 
 

@@ -23,7 +23,7 @@ LIBRARIES = {"fp32": 142 * MIB, "bf16": 194 * MIB, "fp16": 194 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps: 107 to 120 MiB (fp32) and 160 to 172 MiB (bf16) were measured for `tiny`, up to
 150 and 184 where freed memory is kept, of which `allocator.spare` is the larger part."""
-PACKED = 0.12
+PACKED = 0.15
 """Packed copies of weights, as a share of all parameters: 10 to 45 MiB measured for `base`."""
 IMPORTED = 112 * MIB
 """Of the imports, what the C library manages."""

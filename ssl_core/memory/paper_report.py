@@ -8,13 +8,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from partitions.errors import UsageError
 from partitions.figures import save_figure
 from partitions.progress import track
 from partitions.units import format_bytes, format_length
 from ssl_core.memory.devices import known_profiles
 from ssl_core.memory.plain import plain_operations, plain_step
 from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import choose, describe
+from ssl_core.memory.planner import choose, describe, fitting
 from ssl_core.memory.table2 import DEVICES, need, outcome, paper_cells
 from ssl_core.wav2vec2.config import RECIPES, preset
 
@@ -40,10 +41,11 @@ def table2_rows(progress: bool = False) -> Rows:
             precision="fp16" if cell.precision == "mixed" else "fp32",
             device=profile.accelerator,
         )
-        decision = choose(
-            preset("base"), RECIPES["base"], plan, profile.process_bytes, profile.clientapp
-        )
-        option = decision.chosen or decision.leanest
+        model, room = (preset("base"), RECIPES["base"]), profile.process_bytes
+        try:
+            option, planned = fitting(*model, plan, room, profile.clientapp), "fits"
+        except UsageError:
+            option, planned = choose(*model, plan, room, profile.clientapp).leanest, "oom"
         rows.append({
             "device": cell.device,
             "length": cell.length,
@@ -54,7 +56,7 @@ def table2_rows(progress: bool = False) -> Rows:
             "room": profile.training_bytes,
             "plain": outcome(cell, profile),
             "plain_bytes": need(cell, profile.accelerator),
-            "planned": "fits" if decision.chosen else "oom",
+            "planned": planned,
             "planned_bytes": option.estimate.total - profile.clientapp,
             "plan": describe(option.plan),
         })  # fmt: skip

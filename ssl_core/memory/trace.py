@@ -52,6 +52,7 @@ class LiveMemory(_Scalars):
         self._sizes: dict[int, tuple[int, str]] = {}
         self._parts: collections.Counter[str] = collections.Counter()
         self._label = "activations"
+        self._inside: dict[tuple[Any, ...], int] = {}
 
     def label(self, name: str) -> None:
         """Name what is made from here on."""
@@ -72,14 +73,40 @@ class LiveMemory(_Scalars):
         if key in self._sizes:
             return
         size = -(-storage.nbytes() // PAGE) * PAGE
-        in_backward = torch._C._current_graph_task_id() != -1
-        part = "made in the backward pass" if in_backward else self._label
+        part = self._part
         self._sizes[key] = (size, part)
         self._parts[part] += size
         self.live += size
         weakref.finalize(storage, self._forget, key)
         if self.live > self.peak:
             self.peak, self.peak_parts = self.live, dict(self._parts)
+
+    @property
+    def _part(self) -> str:
+        in_backward = torch._C._current_graph_task_id() != -1
+        return "made in the backward pass" if in_backward else self._label
+
+    def _run_inside(self, func: Any, body: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run one of the project's operations; its inside the first time for arguments like these.
+
+        What an operation takes beside its result depends on shapes alone.
+        """
+        key = (func._name, *(_likeness(argument) for argument in args))
+        entry = self.live
+        if key not in self._inside:
+            peak, parts = self.peak, self.peak_parts
+            self.peak = entry
+            with self:
+                result = body._init_fn(*args, **kwargs)
+            self._inside[key] = self.peak - entry
+            if peak >= self.peak:
+                self.peak, self.peak_parts = peak, parts
+            return result
+        taken = self._inside[key]
+        if entry + taken > self.peak:
+            self.peak, self.peak_parts = entry + taken, dict(self._parts)
+            self.peak_parts[self._part] = self.peak_parts.get(self._part, 0) + taken
+        return super().__torch_dispatch__(func, (), args, kwargs)
 
     def _forget(self, key: int) -> None:
         size, part = self._sizes.pop(key)
@@ -96,14 +123,20 @@ class LiveMemory(_Scalars):
         """Run an operation, and follow what it returns."""
         body = OPDEFS.get(func._name) if func.namespace == "shortwave" else None
         if body is not None and func._name != "shortwave::keep_mask":
-            with self:
-                result = body._init_fn(*args, **(kwargs or {}))
+            result = self._run_inside(func, body, args, kwargs or {})
         else:
             result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.follow(leaf)
         return result
+
+
+def _likeness(argument: Any) -> Any:
+    """Of a tensor, what its memory follows from; anything else itself."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.stride(), argument.dtype
+    return argument
 
 
 def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:

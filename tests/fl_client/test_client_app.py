@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client import protocol
+from fl_client import local_training, protocol
 from fl_client.client_app import app
 from fl_client.settings import FederationSettings
 from ssl_core.step import StepReport, TrainingStep
@@ -184,13 +185,14 @@ def distance(one: Message, other: Message) -> float:
 
 
 def test_a_client_plans_its_step_for_the_memory_it_is_given(
-    ask: Callable[..., Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Message],
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plenty = ask(MessageType.TRAIN, task(weights()), memory=4 * 2**30, simulated=True)
     plain = ask(MessageType.TRAIN, task(weights()), simulated=True)
     assert distance(plenty, plain) < 1e-3
-    assert len(list((tmp_path / "shortwave" / "plans").iterdir())) == 1
+    metrics = plenty.content[protocol.METRICS]
+    assert 0 < metrics["predicted_bytes"] < metrics["memory_bytes"] == 4 * 2**30
+    assert plain.content[protocol.METRICS]["predicted_bytes"] == 0
     little = ask(MessageType.TRAIN, task(weights()), memory=700 * 2**20, simulated=True)
     assert little.error.reason.startswith("UsageError: 2 crops of 1s: nothing fits: ")
 
@@ -213,3 +215,29 @@ def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
     assert reply.content[protocol.METRICS]["updates"] == 2
     assert "out of memory with 2 at once" in caplog.text
     assert distance(reply, usual) < 1e-3
+
+
+def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
+    ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = ask(MessageType.TRAIN, task(weights()))
+    room = iter([4 * 2**30, 4 * 2**30] + [810 * 2**20] * 20)
+    monkeypatch.setattr(
+        local_training, "this_machine", lambda: SimpleNamespace(process_bytes=next(room))
+    )
+    reply = ask(MessageType.TRAIN, task(weights()), device="auto")
+    metrics = reply.content[protocol.METRICS]
+    assert metrics["fallbacks"] >= 1
+    assert metrics["predicted_bytes"] <= 810 * 2**20
+    assert metrics["updates"] == 2
+    assert "memory has shrunk" in caplog.text
+    assert distance(reply, usual) < 1e-3
+
+
+def test_a_device_may_take_shorter_crops_but_no_longer_ones(ask: Callable[..., Message]) -> None:
+    reply = ask(MessageType.TRAIN, task(weights()), length=0.5)
+    metrics = reply.content[protocol.METRICS]
+    assert metrics["length"] == 0.5
+    assert metrics["samples"] % 8000 == 0
+    longer = ask(MessageType.TRAIN, task(weights()), length=2.0, simulated=True)
+    assert longer.error.reason.startswith("UsageError: --length 2s is longer than the run's 1s")

@@ -5,6 +5,7 @@ import csv
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from transformers.models.wav2vec2 import modeling_wav2vec2
 from partitions.errors import UsageError
 from ssl_core.memory import paper_report, table2
 from ssl_core.memory.devices import known_profiles
+from ssl_core.memory.parts import Estimate
 from ssl_core.memory.plain import (
     ALLOCATOR,
     Accelerator,
@@ -30,8 +32,10 @@ from ssl_core.memory.plain import (
     plain_step,
     position_weights,
 )
+from ssl_core.memory.plan import Plan
+from ssl_core.memory.planner import Option
 from ssl_core.plan import main
-from ssl_core.wav2vec2.config import ModelConfig, preset
+from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
 
 MIB = 2**20
 BASE, TINY = preset("base"), preset("tiny")
@@ -263,14 +267,25 @@ def test_the_parts_add_up_and_are_named() -> None:
 
 
 def test_the_command_writes_table_and_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def quick(config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int) -> Option:
+        if plan.batch == 12:
+            raise UsageError("too much")
+        return Option(plan, Estimate({"imports": runtime, "all": 7}), 1.0)
+
+    monkeypatch.setattr(paper_report, "fitting", quick)  # the real one is in test_advice
+    lean = SimpleNamespace(leanest=quick(BASE, RECIPES["base"], Plan(), 0, 10**10))
+    monkeypatch.setattr(paper_report, "choose", lambda *_: lean)
     assert main(["--table2", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "140 of 140" in printed
     assert printed.rstrip().endswith(str(tmp_path))
     result = json.loads((tmp_path / "table2.json").read_text())
     assert result["agree"] == len(result["cells"]) == 140
+    fits = [row["batch"] != 12 for row in result["cells"]]
+    assert [row["planned"] == "fits" for row in result["cells"]] == fits
+    assert all(row["planned_bytes"] == 7 for row in result["cells"] if row["batch"] != 12)
     assert (tmp_path / "table2.png").stat().st_size > 10_000
     assert main(["--figure2", "--json", "--output", str(tmp_path)]) == 0
     assert len(json.loads(capsys.readouterr().out)["cells"]) == 20
