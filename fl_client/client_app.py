@@ -6,6 +6,7 @@ The same app runs in a SuperNode, in Flower's simulation and in `simulation/`.
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -70,7 +71,9 @@ def train(message: Message, context: Context) -> Message:
     share = share_of(context.node_config, settings)
     weights = message.content.array_records[protocol.WEIGHTS]
     task: ConfigRecord = message.content.config_records[protocol.TASK]
-    result = train_round(weights, task, share, settings, budget_of(context.node_config))
+    node = context.node_config
+    state = Path(str(node["state"])) if "state" in node else None
+    result = train_round(weights, task, share, settings, budget_of(node), state)
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

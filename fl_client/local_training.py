@@ -7,15 +7,16 @@ import functools
 import json
 import logging
 import time
-import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from fl_client import protocol, updates
+from fl_client.exchange import exchange_of
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
 from partitions.errors import UsageError
@@ -82,6 +83,7 @@ def train_round(
     share: Share,
     settings: FederationSettings,
     budget: Budget = NO_BUDGET,
+    state: Path | None = None,
 ) -> RoundResult:
     """Train on a client's share from the global weights.
 
@@ -89,27 +91,29 @@ def train_round(
     out in the middle of one the round begins again with a leaner exact plan.
 
     Args:
-        weights: global weights by parameter name. Emptied as the update is made, so that a client
-            holds one copy of the model beside the one it trains.
-        task: `first_update` (global number of the first update) and `updates` (how many).
+        weights: global weights by parameter name, or what changed of them, encoded. Emptied as it
+            is used, so that a client holds no copy of the model beside the one it trains.
+        task: of the round, see `protocol.task`.
         share: the client's audio.
         settings: of the run.
         budget: what this device has.
+        state: folder for what is kept between rounds; None is `default_folder()`.
 
     Raises:
         ProtocolError: weights that do not fit the model.
+        StateLost: the message is a difference to weights that are not here.
         DataError: no usable audio.
         UsageError: nothing fits into the memory.
     """
     started = time.monotonic()
     config, _ = settings.model_and_recipe()
-    own = sum(value.nbytes for _, value in updates.unpack(weights))
-    ladder = _Ladder(settings, budget, own)
+    ladder = _Ladder(settings, budget, updates.size(weights))
     if ladder.plan.threads:
         torch.set_num_threads(ladder.plan.threads)
     model = _resident_model(config)
+    exchange = exchange_of(model, weights, task, share.key, settings.encoding, state)
     while True:
-        _load(model, weights)
+        exchange.load()
         try:
             trained = _train(model, ladder, task, share, settings)
             break
@@ -117,9 +121,10 @@ def train_round(
             if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
                 raise
     plan = ladder.plan
-    update = _difference(model, weights)
+    update = exchange.difference()
     metrics = _metrics(trained.reports)
     metrics |= {
+        "round": int(task["round"]),
         "samples": len(trained.heard) * plan.samples,
         "train_seconds": time.monotonic() - started,
         "peak_bytes": _peak_bytes(plan.device),
@@ -216,33 +221,6 @@ def _train(
             waveforms = [batch.waveforms for batch in batches]
             trained.reports.append(step.update(waveforms, number, share.key))
     return trained
-
-
-def _load(model: PretrainingModel, weights: ArrayRecord) -> None:
-    own = model.state_dict()
-    if own.keys() != set(weights):
-        wrong = sorted(own.keys() ^ set(weights))
-        raise protocol.ProtocolError(f"the weights do not fit the model: {wrong[0]} and others")
-    for name, value in updates.unpack(weights):
-        if tuple(value.shape) != tuple(own[name].shape):
-            raise protocol.ProtocolError(f"{name} is {value.shape}, not {tuple(own[name].shape)}")
-        own[name].copy_(_tensor(value))
-
-
-def _difference(model: PretrainingModel, weights: ArrayRecord) -> ArrayRecord:
-    result = ArrayRecord()
-    own = model.state_dict()
-    for name in list(weights):
-        start = _tensor(updates.view(weights.pop(name)))
-        result[name] = Array(own[name].cpu().sub(start).numpy())
-    return result
-
-
-def _tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor on memory that may be read-only and is only read here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(value)
 
 
 def _metrics(reports: list[StepReport]) -> dict[str, float]:

@@ -19,6 +19,7 @@ CLIENT_FAILED = 100
 SKIP_REASONS = ("missing", "unreadable", "truncated", "not finite", "silent", "empty")
 
 TRAIN_METRICS = (
+    "round",  # that was asked for
     "samples",  # different audio trained on, in samples at 16 kHz; the update's weight
     "crops",  # crops trained on, repeats included
     "updates",  # updates taken

@@ -33,6 +33,14 @@ class FederationSettings(StepSettings):
     """First moment's decay of fedavgm and fedadam."""
     min_clients: int = 1
     """Clients that must be connected, and must reply in a round, for the run to go on."""
+    encoding: Literal["fp32", "bf16", "int8", "int4", "topk"] = "fp32"
+    """How weights and updates travel; what an encoding leaves out is sent with the next update.
+    `fp32` is exact and keeps nothing on the devices."""
+    deadline: float = 0.0
+    """Seconds a round may take; who has not answered by then is left out. 0 waits for all."""
+    patience: float = 0.0
+    """Once half the cohort has answered, wait for the others this many times as long as the slowest
+    of them took. 0 waits for all."""
     fleet: str = ""
     """Devices that simulated clients are, as in `rpi4:60,jetson-xavier-nx:30,rtx2080ti:10`: each
     plans for its own memory; empty: all take the plan of these settings."""
@@ -62,6 +70,8 @@ class FederationSettings(StepSettings):
                 )
         if not 0 <= self.held_out < 1:
             raise UsageError(f"held-out is a share of speakers in [0, 1), not {self.held_out}")
+        if self.deadline < 0 or self.patience < 0:
+            raise UsageError("deadline and patience must not be below zero")
         if self.eval_crops < 0 or self.seed < 0:
             raise UsageError("eval-crops and seed must not be below zero")
         if self.server_rate < 0 or not 0 <= self.server_momentum < 1:

@@ -1,7 +1,7 @@
 """Weights and updates as Flower's arrays, read without copying."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,25 @@ def unpack(record: ArrayRecord) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Named tensors of an ArrayRecord, one at a time, without copying."""
     for name, array in record.items():
         yield name, view(array)
+
+
+class Views(Mapping[str, npt.NDArray[Any]]):
+    """Named tensors of an ArrayRecord, each read in place when it is asked for."""
+
+    def __init__(self, record: ArrayRecord) -> None:
+        self._record = record
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        """A tensor; `ProtocolError` when its data is not what it says it is."""
+        return view(self._record[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._record)
+
+    def __len__(self) -> int:
+        """How many tensors."""
+        return len(self._record)
 
 
 def size(record: ArrayRecord) -> int:

@@ -33,25 +33,30 @@ class Fold:
         self.count = 0
         self._largest = 0.0
 
-    def add(self, tensors: Iterable[tuple[str, npt.NDArray[np.float32]]], weight: int) -> None:
+    def add(
+        self, update: Mapping[str, npt.NDArray[np.float32]], weight: int, partial: bool = False
+    ) -> None:
         """Add one client's update, or nothing of it.
 
         Args:
-            tensors: local minus global weights, by parameter name; gone through twice.
+            update: local minus global weights, by parameter name; each is read twice.
             weight: samples of audio, above zero.
+            partial: whether tensors may be left out, which are zero then.
 
         Raises:
             RejectedUpdate: names or shapes that do not fit, values not finite or too large, no
                 audio.
         """
-        update = dict(tensors)
         if weight <= 0:
             raise RejectedUpdate("the update comes from no audio")
-        if update.keys() != self.sums.keys():
-            wrong = sorted(update.keys() ^ self.sums.keys())
+        wrong = sorted(
+            set(update) - set(self.sums) if partial else update.keys() ^ self.sums.keys()
+        )
+        if wrong:
             raise RejectedUpdate(f"{len(wrong)} tensors missing or unknown, such as {wrong[0]}")
         largest = 0.0
-        for name, value in update.items():
+        for name in update:
+            value = update[name]
             if value.shape != self.sums[name].shape or value.dtype != np.float32:
                 raise RejectedUpdate(
                     f"{name} is {value.dtype} {value.shape}, not float32 {self.sums[name].shape}"
@@ -66,7 +71,8 @@ class Fold:
         if (self._largest + largest * weight) >= _CAPACITY:
             raise RejectedUpdate("the sum of this round's updates would overflow")
         factor = float(weight) * 2.0**FRACTION_BITS
-        for name, value in update.items():
+        for name in update:
+            value = update[name]
             scaled = np.multiply(value, factor, out=np.empty(value.shape), dtype=np.float64)
             self.sums[name] += np.rint(scaled, out=scaled).astype(np.int64)
         self._largest += largest * weight

@@ -5,6 +5,7 @@ simulation and Ray.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +16,10 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fl_client import protocol, updates
+from fl_client.encoding import Decoded
 from fl_client.protocol import ProtocolError
 from fl_client.settings import FederationSettings
+from fl_server.broadcast import WHOLE, Broadcast
 from fl_server.fold import Fold, RejectedUpdate
 from fl_server.optimizer import ServerOptimizer
 from partitions.errors import ShortwaveError
@@ -54,9 +57,12 @@ class RoundResult:
 
 
 def _replies(
-    grid: Grid, messages: list[Message], limit: float | None
+    grid: Grid, messages: list[Message], limit: float = 0.0, patience: float = 0.0
 ) -> Iterator[tuple[int, Message]]:
     """Each reply with the node that was asked, as they come, so that no more than one is held here.
+
+    It ends after `limit` seconds (0: never), or, once half have answered, after `patience` times as
+    long as the slowest of them took.
 
     The node is not read from the reply: where a device has gone, the SuperLink answers in its
     place and under its own id. A message that could not be sent (Flower gives no id) has no reply.
@@ -67,13 +73,22 @@ def _replies(
     sent = zip(grid.push_messages(messages), nodes, strict=False)
     waiting = {identifier: node for identifier, node in sent if identifier is not None}
     messages.clear()
-    pause, end = 0.02, None if limit is None else time.monotonic() + limit
-    while waiting and (end is None or time.monotonic() < end):
+    started, pause, end = time.monotonic(), 0.02, math.inf
+    if limit:
+        end = started + limit
+    half = len(waiting) / 2
+    while waiting and time.monotonic() < end:
         found = False
         for identifier, node in list(waiting.items()):
             for reply in grid.pull_messages([identifier]):
                 waiting.pop(identifier, None)
                 found = True
+                now = time.monotonic()
+                if patience and len(waiting) <= half:
+                    end = min(
+                        started + limit if limit else math.inf,
+                        started + (now - started) * max(patience, 1.0),
+                    )
                 yield node, reply
                 del reply
         if found:
@@ -83,20 +98,61 @@ def _replies(
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
 
-def find_clients(
-    grid: Grid, settings: FederationSettings, say: Callable[[str], None]
-) -> list[Client]:
-    """Ask every connected node who it is, until enough have answered.
+class Roster:
+    """The clients that are there, as they come and go."""
 
-    Raises:
-        RoundFailed: too few after `settings.wait` seconds; their errors are listed.
-    """
-    end = time.monotonic() + settings.wait
-    known: dict[int, Client] = {}
-    problems: dict[int, str] = {}
-    told = False
-    while True:
-        new = [node for node in grid.get_node_ids() if node not in known and node not in problems]
+    def __init__(
+        self, grid: Grid, settings: FederationSettings, say: Callable[[str], None]
+    ) -> None:
+        """`say` is told of clients that cannot take part, that come late and that have gone."""
+        self.grid, self.settings, self.say = grid, settings, say
+        self._known: dict[int, Client] = {}
+        self._problems: dict[int, str] = {}
+
+    def gather(self) -> list[Client]:
+        """Ask every connected node who it is, until enough have answered; ordered by key.
+
+        Raises:
+            RoundFailed: too few after `settings.wait` seconds; their errors are listed.
+        """
+        end = time.monotonic() + self.settings.wait
+        needed, told = self.settings.min_clients, False
+        while True:
+            new = self._ask_new()
+            clients = self._without_doubles()
+            if len(clients) >= needed:
+                return clients
+            if time.monotonic() > end or (
+                self._problems and not new and len(self._problems) >= needed
+            ):
+                listed = "; ".join(sorted(set(self._problems.values()))) or "none has connected"
+                raise RoundFailed(
+                    f"{len(clients)} clients are ready, {needed} are needed: {listed}"
+                )
+            if not told:
+                self.say(f"waiting for clients: {len(clients)} of {needed} are ready")
+                told = True
+            time.sleep(1)
+
+    def refresh(self) -> list[Client]:
+        """Those there now: who has come is asked, who has gone is left out.
+
+        Raises:
+            RoundFailed: too few, as in `gather`.
+        """
+        there = set(self.grid.get_node_ids())
+        for node in [node for node in self._known if node not in there]:
+            self.say(f"client {self._known.pop(node).key} has gone")
+        self._problems = {node: text for node, text in self._problems.items() if node in there}
+        before = set(self._known)
+        clients = self.gather()
+        for node in self._known.keys() - before:
+            self.say(f"client {self._known[node].key} has come")
+        return clients
+
+    def _ask_new(self) -> list[int]:
+        known = self._known.keys() | self._problems.keys()
+        new = [node for node in self.grid.get_node_ids() if node not in known]
         messages = [
             Message(
                 RecordDict({protocol.TASK: protocol.task(ask="describe")}),
@@ -106,47 +162,31 @@ def find_clients(
             )
             for node in new
         ]
-        for node, reply in _replies(grid, messages, settings.wait) if messages else ():
+        for node, reply in _replies(self.grid, messages, self.settings.wait) if messages else ():
             try:
                 if reply.has_error():
                     raise ProtocolError(_reason(reply))
                 values = protocol.check_metrics(reply.content, protocol.INFO_METRICS)
             except ProtocolError as error:
-                problems[node] = str(error)
-                say(f"a client cannot take part: {error}")
+                self._problems[node] = str(error)
+                self.say(f"a client cannot take part: {error}")
                 continue
-            known[node] = Client(
+            self._known[node] = Client(
                 int(values["partition"]), node, int(values["crops"]), values["seconds"]
             )
-        clients = _without_doubles(known, problems, say)
-        if len(clients) >= settings.min_clients:
-            return clients
-        if time.monotonic() > end or (
-            problems and not new and len(problems) >= settings.min_clients
-        ):
-            listed = "; ".join(sorted(set(problems.values()))) or "none has connected"
-            raise RoundFailed(
-                f"{len(clients)} clients are ready, {settings.min_clients} are needed: {listed}"
-            )
-        if not told:
-            say(f"waiting for clients: {len(clients)} of {settings.min_clients} are ready")
-            told = True
-        time.sleep(1)
+        return new
 
-
-def _without_doubles(
-    known: dict[int, Client], problems: dict[int, str], say: Callable[[str], None]
-) -> list[Client]:
-    """Clients ordered by key; two with the same key would count the same audio twice."""
-    chosen: dict[int, Client] = {}
-    for client in sorted(known.values(), key=lambda client: client.node):
-        if client.key in chosen:
-            problems[client.node] = f"two clients say they are number {client.key}"
-            say(f"{problems[client.node]}; only one of them takes part")
-            known.pop(client.node)
-        else:
-            chosen[client.key] = client
-    return [chosen[key] for key in sorted(chosen)]
+    def _without_doubles(self) -> list[Client]:
+        """Clients ordered by key; two with the same key would count the same audio twice."""
+        chosen: dict[int, Client] = {}
+        for client in sorted(self._known.values(), key=lambda client: client.node):
+            if client.key in chosen:
+                self._problems[client.node] = f"two clients say they are number {client.key}"
+                self.say(f"{self._problems[client.node]}; only one of them takes part")
+                self._known.pop(client.node)
+            else:
+                chosen[client.key] = client
+        return [chosen[key] for key in sorted(chosen)]
 
 
 def choose_cohort(clients: list[Client], settings: FederationSettings, number: int) -> list[Client]:
@@ -161,10 +201,19 @@ class Federation:
     """The global model and how rounds change it."""
 
     def __init__(
-        self, weights: dict[str, Tensor], optimizer: ServerOptimizer, settings: FederationSettings
+        self,
+        weights: dict[str, Tensor],
+        optimizer: ServerOptimizer,
+        settings: FederationSettings,
+        run: str = "run",
     ) -> None:
         """`weights`: global weights by parameter name, changed in place by each round."""
         self.weights, self.optimizer, self.settings = weights, optimizer, settings
+        self.run = run
+        self.broadcast = Broadcast(settings.encoding)
+        self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        self.folded: dict[int, int] = {}
+        """Last round in which a client's update was folded, by key."""
 
     def round(
         self,
@@ -189,7 +238,7 @@ class Federation:
         cohort = choose_cohort(clients, settings, number)
         by_node = {client.node: client for client in cohort}
         first = number * settings.local_updates
-        record = updates.pack((name, value.numpy()) for name, value in self.weights.items())
+        record, base = self.broadcast.pack(self.weights, number, [client.key for client in cohort])
         sent = updates.size(record) * len(cohort)
         messages = [
             Message(
@@ -197,7 +246,13 @@ class Federation:
                     {
                         protocol.WEIGHTS: record,
                         protocol.TASK: protocol.task(
-                            round=number, first_update=first, updates=settings.local_updates
+                            run=self.run,
+                            round=number,
+                            first_update=first,
+                            updates=settings.local_updates,
+                            base_round=base,
+                            encoding=settings.encoding if base >= 0 else WHOLE[settings.encoding],
+                            folded_round=self.folded.get(client.key, -1),
                         ),
                     }
                 ),
@@ -208,21 +263,28 @@ class Federation:
             for client in cohort
         ]
         del record
-        fold = Fold({name: tuple(value.shape) for name, value in self.weights.items()})
+        fold = Fold(self.shapes)
         folded: dict[int, dict[str, float]] = {}
         failures: list[str] = []
         silent = {client.key for client in cohort}
         received = 0
-        for done, (node, reply) in enumerate(_replies(grid, messages, None), 1):
+        replies = _replies(grid, messages, settings.deadline, settings.patience)
+        for done, (node, reply) in enumerate(replies, 1):
             client = by_node[node]
             silent.discard(client.key)
             try:
-                received += self._fold(fold, reply, folded, client.key)
+                received += self._fold(fold, reply, folded, client.key, number)
+                self.folded[client.key] = self.broadcast.held[client.key] = number
             except (ProtocolError, RejectedUpdate) as error:
                 failures.append(f"client {client.key}: {error}")
+                self.broadcast.held.pop(client.key, None)
             del reply
             replied(done, len(cohort))
-        failures += [f"client {key}: the message could not be sent" for key in silent]
+        limited = settings.deadline or settings.patience
+        why = "no answer in time" if limited else "the message could not be sent"
+        failures += [f"client {key}: {why}" for key in silent]
+        for key in silent:
+            self.broadcast.held.pop(key, None)
         needed = min(settings.min_clients, len(cohort))
         if fold.count < needed:
             listed = "; ".join(sorted(failures)[:5])
@@ -244,8 +306,14 @@ class Federation:
         }
         return RoundResult(number, metrics, tuple(values), tuple(sorted(failures)))
 
-    @staticmethod
-    def _fold(fold: Fold, reply: Message, folded: dict[int, dict[str, float]], key: int) -> int:
+    def _fold(
+        self,
+        fold: Fold,
+        reply: Message,
+        folded: dict[int, dict[str, float]],
+        key: int,
+        number: int,
+    ) -> int:
         if reply.has_error():
             raise ProtocolError(_reason(reply))
         metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
@@ -254,9 +322,15 @@ class Federation:
             raise ProtocolError("the reply has no update")
         if key in folded:
             raise ProtocolError("a second update in the same round")
+        if metrics["round"] != number:
+            raise ProtocolError(f"an update of round {int(metrics['round']) + 1}")
         if not metrics["applied"]:
             raise RejectedUpdate("no update had a finite gradient")
-        fold.add(updates.unpack(record), int(metrics["samples"]))
+        samples, kind = int(metrics["samples"]), self.settings.encoding
+        if kind == "fp32":
+            fold.add(updates.Views(record), samples)
+        else:
+            fold.add(Decoded(record, self.shapes, kind), samples, partial=True)
         folded[key] = metrics
         return updates.size(record)
 
@@ -284,9 +358,14 @@ def _mean(clients: list[dict[str, float]]) -> dict[str, float]:
     return result
 
 
-def state_of(number: int, settings: FederationSettings) -> dict[str, Any]:
+def state_of(
+    number: int, settings: FederationSettings, federation: Federation | None = None
+) -> dict[str, Any]:
     """What a checkpoint after round `number` says; nothing in it depends on the clock."""
-    return {
+    exchange = {}
+    if federation is not None and settings.encoding != "fp32":
+        exchange = {"folded": federation.folded, "held": federation.broadcast.held}
+    return exchange | {
         "next_round": number + 1,
         "next_update": (number + 1) * settings.local_updates,
         "rounds": settings.rounds,

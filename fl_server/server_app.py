@@ -14,8 +14,9 @@ from rich.console import Console
 
 from fl_client.local_data import held_out, load_manifest
 from fl_client.settings import FederationSettings
+from fl_server.broadcast import PREFIX
 from fl_server.optimizer import ServerOptimizer
-from fl_server.rounds import Federation, RoundResult, find_clients, state_of
+from fl_server.rounds import Federation, Roster, RoundResult, state_of
 from partitions.command import describe_os_error
 from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
@@ -34,7 +35,7 @@ from ssl_core.wav2vec2.model import PretrainingModel
 app = ServerApp()
 
 _OF_A_CLIENT = ("length", "batch", "micro_batch", "peak_bytes", "fallbacks")
-_FREE = {"output", "resume", "keep", "wait", "min_clients"}
+_FREE = {"output", "resume", "keep", "wait", "min_clients", "deadline", "patience"}
 """Settings that may change when a run goes on; all others must stay."""
 
 
@@ -174,13 +175,18 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     run = open_run(settings)
     saved = checkpoint.latest(run.checkpoints)
     state: dict[str, Any] = {"next_round": 0}
+    sent: dict[str, torch.Tensor] = {}
     optimizer = ServerOptimizer(
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
     if saved is not None:
         loaded = checkpoint.load(saved)
         hf.load_into(model, loaded.weights, str(saved))
-        optimizer.moments, state = loaded.extra, loaded.state
+        state = loaded.state
+        sent = {name: value for name, value in loaded.extra.items() if name.startswith(PREFIX)}
+        optimizer.moments = {
+            name: value for name, value in loaded.extra.items() if name not in sent
+        }
     elif settings.checkpoint:
         path = Path(settings.checkpoint)
         hf.load_into(model, hf.load_weights(path), str(path))
@@ -191,14 +197,18 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     if settings.resume:
         run.rewind(first + 1)
     checkpoint.prune(run.checkpoints, settings.keep)
-    clients = find_clients(grid, settings, say)
-    federation = Federation(weights, optimizer, settings)
+    roster = Roster(grid, settings, say)
+    clients = roster.gather()
+    federation = Federation(weights, optimizer, settings, run.identity())
+    federation.broadcast.load(sent, state.get("held", {}))
+    federation.folded = {int(key): number for key, number in state.get("folded", {}).items()}
     alarm = CollapseAlarm(config)
     try:
         with bar_of(console) as progress:
             bar = progress.add_task("clients", total=(settings.rounds - first) * min(
                 settings.clients_per_round, len(clients)))  # fmt: skip
             for number in range(first, settings.rounds):
+                clients = clients if number == first else roster.refresh()
                 result = federation.round(
                     grid, clients, number, lambda done, of: progress.advance(bar)
                 )
@@ -211,8 +221,8 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                     run.checkpoints / f"round-{number + 1:05d}",
                     config,
                     weights,
-                    state=state_of(number, settings),
-                    extra=optimizer.moments,
+                    state=state_of(number, settings, federation),
+                    extra=optimizer.moments | federation.broadcast.state(),
                 )
                 checkpoint.prune(run.checkpoints, settings.keep)
                 say(_line(result, held, settings))

@@ -23,13 +23,23 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full or the directory cannot be written; the old file stays as it was.
     """
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of an empty file beside `path`; on success it takes that name, else it goes.
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; the old file stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield Path(name)
+        sync_path(Path(name))
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -41,7 +41,7 @@ from ssl_core.checkpoint import latest  # noqa: E402
 from ssl_core.crops import describe  # noqa: E402
 from ssl_core.wav2vec2.model import PretrainingModel  # noqa: E402
 
-_NOT_HERE = ("min_clients", "wait")
+_NOT_HERE = ("min_clients", "wait", "deadline", "patience")
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[FederationSettings, int, str]:
@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "num-partitions": settings.clients,
             "manifest": str(file),
             "simulated": True,
+            "state": str(run.path / "clients"),
             **(fleet.node(number) if fleet else {}),
         }
         for number in range(settings.clients)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise UsageError(f"--resume {path}: no run is there ({CONFIG} is missing)")
         return cls(path)
+
+    def identity(self) -> str:
+        """A name that no other run has; made at its first use."""
+        path = self.path / "identity"
+        if not path.exists():
+            atomic.write_text(path, uuid.uuid4().hex + "\n")
+        return path.read_text(encoding="utf-8").strip()
 
     def rewind(self, step: int) -> None:
         """Forget metrics of `step` and later, which a resumed run makes again."""

@@ -60,9 +60,9 @@ def weights() -> dict[str, torch.Tensor]:
     return PretrainingModel(config).state_dict()
 
 
-def task(tensors: dict[str, torch.Tensor]) -> RecordDict:
+def task(tensors: dict[str, torch.Tensor], **asked: Any) -> RecordDict:
     record = ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
-    instructions = ConfigRecord({"round": 1, "first_update": 2, "updates": 2})
+    instructions = ConfigRecord({"round": 1, "first_update": 2, "updates": 2, **asked})
     return RecordDict({protocol.WEIGHTS: record, protocol.TASK: instructions})
 
 

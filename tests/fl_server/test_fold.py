@@ -21,7 +21,7 @@ def mean(updates: list[tuple[Update, int]], order: list[int] | None = None) -> U
     fold = Fold({name: value.shape for name, value in updates[0][0].items()})
     for place in order or range(len(updates)):
         update, weight = updates[place]
-        fold.add(update.items(), weight)
+        fold.add(update, weight)
     return dict(fold.mean())
 
 
@@ -88,9 +88,9 @@ def test_any_order_gives_the_same_bits(data: st.DataObject) -> None:
 )
 def test_a_bad_update_is_refused_whole(update: Update, weight: int, reason: str) -> None:
     fold = Fold({"w": (2,)})
-    fold.add(single(3.0, 5.0).items(), 2)
+    fold.add(single(3.0, 5.0), 2)
     with pytest.raises(RejectedUpdate, match=reason):
-        fold.add(update.items(), weight)
+        fold.add(update, weight)
     assert (fold.count, fold.weight) == (1, 2)
     assert dict(fold.mean())["w"].tolist() == [3.0, 5.0]
 
@@ -99,16 +99,16 @@ def test_a_bad_last_tensor_leaves_nothing_of_the_first() -> None:
     fold = Fold({"a": (2,), "b": (1,)})
     bad = {"a": np.ones(2, np.float32), "b": np.array([np.nan], np.float32)}
     with pytest.raises(RejectedUpdate, match="b has values not finite"):
-        fold.add(bad.items(), 1)
+        fold.add(bad, 1)
     assert fold.sums["a"].tolist() == [0, 0]
 
 
 def test_updates_that_would_overflow_together_are_refused_before_they_do() -> None:
     fold = Fold({"w": (1,)})
     weight = 2**35  # 16 * 2**35 = 2**39, half of what the sum holds
-    fold.add(single(LARGEST_CHANGE).items(), weight)
+    fold.add(single(LARGEST_CHANGE), weight)
     with pytest.raises(RejectedUpdate, match="overflow"):
-        fold.add(single(LARGEST_CHANGE).items(), weight)
+        fold.add(single(LARGEST_CHANGE), weight)
     assert fold.sums["w"].tolist() == [2**61]
-    fold.add(single(LARGEST_CHANGE).items(), weight - 1)
+    fold.add(single(LARGEST_CHANGE), weight - 1)
     assert dict(fold.mean())["w"].tolist() == [LARGEST_CHANGE]

@@ -1,6 +1,7 @@
 """The round loop against a small Grid in this process."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,10 +20,10 @@ from fl_server.optimizer import ServerOptimizer
 from fl_server.rounds import (
     Client,
     Federation,
+    Roster,
     RoundFailed,
     RoundResult,
     choose_cohort,
-    find_clients,
 )
 
 Reply = Callable[[Message], Message]
@@ -45,6 +46,7 @@ class FakeGrid:
         self.answers, self.arrival = answers, arrival or list(answers)
         self.sent: list[Message] = []
         self.unsendable: set[int] = set()
+        self.silent: set[int] = set()
         self.waiting: dict[str, Message] = {}
 
     def get_node_ids(self) -> Iterable[int]:
@@ -65,7 +67,7 @@ class FakeGrid:
 
     def pull_messages(self, identifiers: Iterable[str]) -> list[Message]:
         there = {message.metadata.dst_node_id for message in self.waiting.values()}
-        first = next(node for node in self.arrival if node in there)
+        first = next((node for node in self.arrival if node in there - self.silent), None)
         replies = []
         for identifier in identifiers:
             node = self.waiting[identifier].metadata.dst_node_id
@@ -76,6 +78,7 @@ class FakeGrid:
 
     def wait(self, seconds: float) -> None:
         assert self.waiting, f"waits {seconds} s for nothing"
+        time.sleep(0.01)
 
 
 def update(
@@ -92,6 +95,8 @@ def update(
     arrays: dict[str, Any] = {name: np.array(values, dtype), "b": np.zeros((), dtype)}
 
     def answer(message: Message) -> Message:
+        asked = message.content.config_records[protocol.TASK]["round"]
+        numbers.update({"round": asked} if "round" not in (metrics or {}) else {})
         content = RecordDict(
             {
                 protocol.UPDATE: ArrayRecord({key: Array(a) for key, a in arrays.items()}),
@@ -284,7 +289,10 @@ def test_every_client_of_a_round_gets_the_weights_and_the_global_update_number()
         assert message.metadata.message_type == "train"
         assert set(message.content) == {protocol.WEIGHTS, protocol.TASK}
         task = message.content.config_records[protocol.TASK]
-        assert dict(task) == {"round": 4, "first_update": 12, "updates": 3}
+        assert dict(task) == {
+            "run": "run", "round": 4, "first_update": 12, "updates": 3, "base_round": -1,
+            "encoding": "fp32", "folded_round": -1,
+        }  # fmt: skip
         sent = message.content.array_records[protocol.WEIGHTS]
         assert sent["w"].numpy().shape == (2,)
 
@@ -309,7 +317,7 @@ def test_a_cohort_follows_from_seed_and_round_not_from_node_ids() -> None:
 def test_clients_are_found_and_ordered_by_their_number() -> None:
     answers = {55: [description(2)], 11: [description(0, 4.0)], 99: [description(1)]}
     settings = dataclasses.replace(SETTINGS, min_clients=3)
-    clients = find_clients(FakeGrid(answers), settings, lambda text: None)
+    clients = Roster(FakeGrid(answers), settings, lambda text: None).gather()
     assert [(client.key, client.node) for client in clients] == [(0, 11), (1, 99), (2, 55)]
     assert clients[0].seconds == 4.0
 
@@ -321,7 +329,7 @@ def test_a_client_that_cannot_take_part_is_named_and_left_out() -> None:
         12: [error("DataError [/bold]")],
         13: [gone],
     }
-    clients = find_clients(FakeGrid(answers), SETTINGS, said.append)
+    clients = Roster(FakeGrid(answers), SETTINGS, said.append).gather()
     assert [client.node for client in clients] == [11]
     assert sorted(said) == [
         "a client cannot take part: DataError [/bold]",
@@ -332,7 +340,7 @@ def test_a_client_that_cannot_take_part_is_named_and_left_out() -> None:
 def test_two_clients_with_one_number_take_part_once() -> None:
     said: list[str] = []
     answers = {12: [description(4)], 11: [description(4)], 13: [description(5)]}
-    clients = find_clients(FakeGrid(answers), SETTINGS, said.append)
+    clients = Roster(FakeGrid(answers), SETTINGS, said.append).gather()
     assert [(client.key, client.node) for client in clients] == [(4, 11), (5, 13)]
     assert said == ["two clients say they are number 4; only one of them takes part"]
 
@@ -341,6 +349,26 @@ def test_too_few_clients_end_the_wait_with_their_reasons() -> None:
     settings = dataclasses.replace(SETTINGS, min_clients=2, wait=0.2)
     answers = {11: [description(0)], 12: [error("DataError")]}
     with pytest.raises(RoundFailed, match="1 clients are ready, 2 are needed: DataError"):
-        find_clients(FakeGrid(answers), settings, lambda text: None)
+        Roster(FakeGrid(answers), settings, lambda text: None).gather()
     with pytest.raises(RoundFailed, match="0 clients are ready, 2 are needed: none has connected"):
-        find_clients(FakeGrid({}), settings, lambda text: None)
+        Roster(FakeGrid({}), settings, lambda text: None).gather()
+
+
+TWO = [Client(key, key, 5, 5.0) for key in (1, 2)]
+
+
+def test_an_update_of_another_round_is_refused() -> None:
+    grid = FakeGrid({1: [update([1.0, 2.0], 5)], 2: [update([9.0, 9.0], 5, metrics={"round": 3})]})
+    result = federation().round(grid, TWO, 0)
+    assert result.failures == ("client 2: an update of round 4",)
+    assert result.metrics["samples"] == 5
+
+
+@pytest.mark.parametrize("limit", ["deadline", "patience"])
+def test_who_does_not_answer_in_time_is_left_out(limit: str) -> None:
+    grid = FakeGrid({1: [update([1.0, 2.0], 5)], 2: [update([9.0, 9.0], 5)]})
+    grid.silent = {2}
+    settings = dataclasses.replace(SETTINGS, **{limit: 1.5})  # type: ignore[arg-type]
+    result = federation(settings).round(grid, TWO, 0)
+    assert result.failures == ("client 2: no answer in time",)
+    assert result.metrics["samples"] == 5

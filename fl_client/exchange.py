@@ -1,0 +1,141 @@
+"""From a message to the model, and from the trained model to the update that goes back."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor, nn
+
+from fl_client import encoding, protocol, updates
+from fl_client.encoding import Decoded, Encoding
+from fl_client.state import ClientState, StateLost, default_folder
+
+
+class Exchange(Protocol):
+    """One round's exchange of a client."""
+
+    def load(self) -> None:
+        """Give the model the weights that the round starts from."""
+
+    def difference(self) -> ArrayRecord:
+        """What has become of them; ends the exchange."""
+
+
+def exchange_of(
+    model: nn.Module,
+    weights: ArrayRecord,
+    task: Mapping[str, Any],
+    key: int,
+    kind: Encoding,
+    state: Path | None,
+) -> Exchange:
+    """The exchange of a round, by the run's encoding.
+
+    Raises:
+        ProtocolError: weights that do not fit the model.
+        StateLost: a difference to weights that are not here.
+    """
+    if kind == "fp32":
+        return _Plain(model, weights)
+    client = ClientState(state or default_folder(), str(task["run"]), key)
+    return _Encoded(model, weights, task, kind, client)
+
+
+class _Plain:
+    """fp32 both ways; nothing is kept."""
+
+    def __init__(self, model: nn.Module, weights: ArrayRecord) -> None:
+        self.own, self.weights = model.state_dict(), weights
+        if self.own.keys() != set(weights):
+            wrong = sorted(self.own.keys() ^ set(weights))
+            raise protocol.ProtocolError(f"the weights do not fit the model: {wrong[0]} and others")
+
+    def load(self) -> None:
+        for name, value in updates.unpack(self.weights):
+            own = self.own[name]
+            if tuple(value.shape) != tuple(own.shape):
+                raise protocol.ProtocolError(f"{name} is {value.shape}, not {tuple(own.shape)}")
+            own.copy_(_tensor(value))
+
+    def difference(self) -> ArrayRecord:
+        result = ArrayRecord()
+        for name in list(self.weights):
+            start = _tensor(updates.view(self.weights.pop(name)))
+            result[name] = Array(self.own[name].cpu().sub(start).numpy())
+        return result
+
+
+class _Encoded:
+    """Fewer bits both ways; the weights received, and what an update leaves out, are on disk."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: ArrayRecord,
+        task: Mapping[str, Any],
+        kind: Encoding,
+        client: ClientState,
+    ) -> None:
+        self.own, self.kind, self.client = model.state_dict(), kind, client
+        self.number, self.folded = int(task["round"]), int(task["folded_round"])
+        self._receive(weights, int(task["base_round"]), str(task["encoding"]))
+        self.start = client.load("weights", self.number)
+
+    def _receive(self, weights: ArrayRecord, base: int, how: str) -> None:
+        if how not in encoding.ENCODINGS:
+            raise protocol.ProtocolError(f"the weights come in an unknown encoding, '{how}'")
+        shapes = {name: tuple(value.shape) for name, value in self.own.items()}
+        received = Decoded(weights, shapes, how)
+        before = self.client.load("weights", base) if base >= 0 else {}
+        if base < 0 and set(received) != set(shapes):
+            wrong = sorted(set(shapes) ^ set(received))
+            raise protocol.ProtocolError(f"the weights do not fit the model: {wrong[0]} and others")
+        if base >= 0 and set(before) != set(shapes):
+            raise StateLost("the weights of the round before are those of another model")
+        for name, own in self.own.items():
+            if base >= 0:
+                own.copy_(before[name])
+            if name in received:
+                value = _tensor(np.ascontiguousarray(received[name]))
+                own.copy_(own.cpu().add_(value) if base >= 0 else value)
+                del weights[name]
+        self.client.save("weights", self.number, self.own)
+
+    def load(self) -> None:
+        for name, own in self.own.items():
+            own.copy_(self.start[name])
+
+    def difference(self) -> ArrayRecord:
+        left: Mapping[str, Tensor] = {}
+        if self.folded >= 0:
+            try:
+                left = self.client.load("residual", self.folded)
+            except StateLost:
+                left = {}  # a client that was set up anew: some of one update is lost
+        result, residual = ArrayRecord(), {}
+        for name, own in self.own.items():
+            value = own.cpu().sub(self.start[name])
+            if name in left:
+                value += left[name]
+            array = value.numpy()
+            if not array.any():
+                continue
+            data = encoding.encode(array, self.kind)
+            result[name] = Array(data)
+            value -= torch.from_numpy(
+                np.ascontiguousarray(encoding.decode(data, array.shape, self.kind))
+            )
+            residual[name] = value.to(torch.bfloat16)
+        self.client.save("residual", self.number, residual)
+        return result
+
+
+def _tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor on memory that may be read-only and is only read here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(value)
