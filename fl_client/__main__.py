@@ -1,5 +1,6 @@
 """A device: `python -m fl_client --device rpi4 --data DIR` starts a genuine Flower SuperNode."""
 
+import argparse
 import os
 import re
 import socket
@@ -7,6 +8,10 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fl_client.environment import be_quiet
 from partitions import command
@@ -51,6 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--root-certificates", type=Path, help="PEM file that the SuperLink is checked with"
     )
     parser.add_argument(
+        "--key",
+        type=Path,
+        help="private key of this node, ECDSA P-384, for a SuperLink that asks who it is; needs "
+        "--root-certificates",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        help="folder for what is kept between rounds (default: ~/.local/state/shortwave)",
+    )
+    parser.add_argument(
+        "--pause-temperature",
+        type=float,
+        default=0.0,
+        help="pause training while the device is hotter than so many degrees Celsius",
+    )
+    parser.add_argument(
+        "--pause-load",
+        type=float,
+        default=0.0,
+        help="pause training while the load average, training included, is above this",
+    )
+    parser.add_argument(
+        "--pause-memory",
+        type=command.argument(parse_size),
+        default=0,
+        help="pause training while less memory than this is available, as in 500MB",
+    )
+    parser.add_argument(
         "--insecure", action="store_true", help="do not encrypt, even off this machine"
     )
     parser.add_argument(
@@ -60,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     list_audio(options.data, tuple(filter(None, options.subset.split(","))))
-    security = _security(options.superlink, options.root_certificates, options.insecure)
-    node = _node_config(
-        options.device, options.data, options.subset, options.partition, options.speakers
+    security = _security(
+        options.superlink, options.root_certificates, options.insecure, options.key
     )
+    node = _node_config(options)
     memory = options.memory
     if options.device != AUTO:  # else read in every round, by the process that trains
         memory = memory or find_profile(options.device, options.devices).process_bytes
@@ -71,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         node += f" memory={memory}"
     if options.length:
         node += f" length={options.length}"
+    for name in ("pause_temperature", "pause_load", "pause_memory"):
+        value = getattr(options, name)
+        if value < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be below zero")
+        if value:
+            node += f" {name.replace('_', '-')}={value}"
     be_quiet()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
     here = str(Path(sys.executable).parent)
@@ -92,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _security(superlink: str, certificates: Path | None, insecure: bool) -> list[str]:
+def _security(
+    superlink: str, certificates: Path | None, insecure: bool, key: Path | None = None
+) -> list[str]:
     host, colon, port = superlink.rpartition(":")
     if not colon or not port.isdigit():
         raise UsageError(f"--superlink '{superlink}' is not HOST:PORT, as in 192.168.1.10:8000")
@@ -101,18 +143,43 @@ def _security(superlink: str, certificates: Path | None, insecure: bool) -> list
             raise UsageError("--insecure and --root-certificates exclude each other")
         if not certificates.is_file():
             raise UsageError(f"--root-certificates {certificates}: no such file")
-        return ["--root-certificates", str(certificates)]
+        security = ["--root-certificates", str(certificates)]
+        if key is not None:
+            _check_key(key)
+            security += ["--auth-supernode-private-key", str(key)]
+        return security
+    if key is not None:
+        raise UsageError(
+            "--key proves who this node is over an encrypted connection only: give "
+            "--root-certificates ca.crt of the SuperLink with it"
+        )
     if insecure or host in LOOPBACK:
         return ["--insecure"]
     raise UsageError(
         f"the connection to {superlink} leaves this machine and would not be encrypted: give "
-        "--root-certificates ca.crt of the SuperLink, or --insecure if the network is your own"
+        "--root-certificates ca.crt of the SuperLink (`python -m fl_server certificates` makes "
+        "one there), or --insecure if the network is your own"
     )
 
 
-def _node_config(device: str, data: Path, subset: str, partition: str | None, speakers: str) -> str:
-    folder = str(data.resolve())
-    values: dict[str, str | int] = {"device": device, "data": folder}
+def _check_key(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"--key {path}: no such file")
+    try:
+        key = load_ssh_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp384r1":
+        raise UsageError(
+            f"--key {path}: not an ECDSA P-384 private key in OpenSSH's format without a "
+            "passphrase; `python -m fl_server certificates` makes one"
+        )
+
+
+def _node_config(options: argparse.Namespace) -> str:
+    partition, speakers, subset = options.partition, options.speakers, options.subset
+    folder = str(options.data.resolve())
+    values: dict[str, str | int] = {"device": options.device, "data": folder}
     if subset:
         values["subset"] = subset
     if partition and speakers:
@@ -127,6 +194,8 @@ def _node_config(device: str, data: Path, subset: str, partition: str | None, sp
         values["client-key"] = 1_000_000 + zlib.crc32(identity.encode()) % 1_000_000_000
     if speakers:
         values["speakers"] = speakers
+    if options.state:
+        values["state"] = str(options.state.resolve())
     if any(mark in str(value) for value in values.values() for mark in '"\\\n'):
         raise UsageError(
             'a " or \\ in --data, --subset, --speakers or --device cannot be passed on'

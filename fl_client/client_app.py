@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 
 from fl_client import protocol
+from fl_client.limits import Limits
 from fl_client.local_data import share_of
 from fl_client.local_training import budget_of, train_round
 from fl_client.settings import FederationSettings
@@ -73,7 +74,9 @@ def train(message: Message, context: Context) -> Message:
     task: ConfigRecord = message.content.config_records[protocol.TASK]
     node = context.node_config
     state = Path(str(node["state"])) if "state" in node else None
-    result = train_round(weights, task, share, settings, budget_of(node), state)
+    result = train_round(
+        weights, task, share, settings, budget_of(node), state, Limits.of_node(node)
+    )
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord
 
 from fl_client import protocol, updates
 from fl_client.exchange import exchange_of
+from fl_client.limits import Limits
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
 from partitions.errors import UsageError
@@ -57,6 +58,7 @@ class Budget(NamedTuple):
 
 
 NO_BUDGET = Budget()
+NO_LIMITS = Limits()
 
 
 def budget_of(node: Mapping[str, Any]) -> Budget:
@@ -84,6 +86,7 @@ def train_round(
     settings: FederationSettings,
     budget: Budget = NO_BUDGET,
     state: Path | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> RoundResult:
     """Train on a client's share from the global weights.
 
@@ -98,6 +101,7 @@ def train_round(
         settings: of the run.
         budget: what this device has.
         state: folder for what is kept between rounds; None is `default_folder()`.
+        limits: of the device's owner; training waits while one is passed.
 
     Raises:
         ProtocolError: weights that do not fit the model.
@@ -115,7 +119,7 @@ def train_round(
     while True:
         exchange.load()
         try:
-            trained = _train(model, ladder, task, share, settings)
+            trained = _train(model, ladder, task, share, settings, limits)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
@@ -127,6 +131,7 @@ def train_round(
         "round": int(task["round"]),
         "samples": len(trained.heard) * plan.samples,
         "train_seconds": time.monotonic() - started,
+        "paused_seconds": sum(trained.paused),
         "peak_bytes": _peak_bytes(plan.device),
         "predicted_bytes": ladder.predicted,
         "memory_bytes": budget.memory,
@@ -192,6 +197,7 @@ class _Trained(NamedTuple):
     reports: list[StepReport]
     heard: set[int]
     skips: collections.Counter[str]
+    paused: list[float]
 
 
 def _train(
@@ -200,6 +206,7 @@ def _train(
     task: Mapping[str, Any],
     share: Share,
     settings: FederationSettings,
+    limits: Limits,
 ) -> _Trained:
     """Take a round's updates."""
     _, recipe = settings.model_and_recipe()
@@ -208,11 +215,12 @@ def _train(
         model, recipe, plan, seed=settings.seed, total_updates=settings.total_updates
     )
     crops = Crops(share.manifest, share.indices, plan.samples, settings.seed, share.key)
-    trained = _Trained([], set(), collections.Counter())
+    trained = _Trained([], set(), collections.Counter(), [])
     first = int(task["first_update"])
     numbers = range(first, first + int(task["updates"]))
     with contextlib.closing(ahead(crops.updates(numbers, plan.batch, plan.accumulation))) as read:
         for number, batches in read:
+            trained.paused.append(limits.wait())
             if ladder.watch():
                 step.change_plan(ladder.plan)
             for batch in batches:

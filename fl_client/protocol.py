@@ -35,6 +35,7 @@ TRAIN_METRICS = (
     "distinct_negatives",
     "gradient_norm",
     "train_seconds",
+    "paused_seconds",  # of them, waited while a limit of the device's owner was passed
     "peak_bytes",
     "predicted_bytes",  # of the plan's estimate; 0 where nothing was planned
     "memory_bytes",  # that the process may take; 0 where nothing was planned

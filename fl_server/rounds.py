@@ -341,7 +341,7 @@ def _reason(reply: Message) -> str:
 
 
 _SUMMED = {"samples", "crops", "updates", "applied", "fallbacks"}
-_LARGEST = {"train_seconds", "peak_bytes", "predicted_bytes", "memory_bytes"}
+_LARGEST = {"train_seconds", "paused_seconds", "peak_bytes", "predicted_bytes", "memory_bytes"}
 
 
 def _mean(clients: list[dict[str, float]]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """`python -m fl_client`: bad arguments, what is handed to Flower, and a clean end."""
 
+import argparse
+import base64
 import contextlib
 import os
 import signal
@@ -13,6 +15,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Writer
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from fl_client.__main__ import _node_config, _security
 from fl_client.environment import QUIET
@@ -57,6 +66,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         (["--data", "{corpus}", "--superlink", "here"], 2, "'here' is not HOST:PORT"),
         (["--data", "{corpus}", "--superlink", "10.0.0.9:8000"], 2, "would not be encrypted"),
         (["--data", "{corpus}", "--root-certificates", "no.crt"], 2, "no.crt: no such file"),
+        (["--data", "{corpus}", "--key", "n.key"], 2, "--key proves who this node is over an encr"),
+        (["--data", "{corpus}", "--insecure", "--key", "n.key"], 2, "--root-certificates ca.crt"),
         (["--data", "{corpus}/none"], 1, "no such folder"),
         (["--data", "{corpus}/train-a/1/1"], 1, "not in LibriSpeech's layout"),
         (["--data", "{corpus}", "--subset", "train-b"], 2, "train-b"),
@@ -115,11 +126,70 @@ def test_connections_off_this_machine_are_encrypted_or_said_to_be_open(tmp_path:
         _security("pi.lan:8000", certificate, True)
 
 
+def test_a_key_goes_to_flower_with_the_certificate(tmp_path: Path) -> None:
+    make_keys(tmp_path)
+    certificate, key = tmp_path / "ca.crt", tmp_path / "good.key"
+    assert _security("pi.lan:8000", certificate, False, key) == [
+        "--root-certificates", str(certificate), "--auth-supernode-private-key", str(key),
+    ]  # fmt: skip
+    for host in ("127.0.0.1", "pi.lan"):
+        for insecure in (False, True):
+            with pytest.raises(UsageError, match="--key proves who this node is"):
+                _security(f"{host}:8000", None, insecure, key)
+
+
+@pytest.mark.parametrize("name", ["good.pub", "curve", "rsa", "locked", "pkcs8", "ca.crt"])
+def test_a_key_that_flower_cannot_use_is_refused(tmp_path: Path, name: str) -> None:
+    make_keys(tmp_path)
+    with pytest.raises(UsageError, match="not an ECDSA P-384 private key in OpenSSH's format"):
+        _security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / name)
+    with pytest.raises(UsageError, match=r"none\.key: no such file"):
+        _security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / "none.key")
+
+
+def make_keys(folder: Path) -> None:
+    """A key as Flower wants it, and others."""
+    good, other = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP256R1())
+    ssh, plain = PrivateFormat.OpenSSH, NoEncryption()
+    public = good.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    # What `ssh-keygen` writes when it is given a passphrase; the encrypted part is not looked at.
+    parts = (b"aes256-ctr", b"bcrypt", string(bytes(16)) + bytes((0, 0, 0, 16)))
+    locked = b"openssh-key-v1\0" + b"".join(map(string, parts)) + bytes((0, 0, 0, 1))
+    locked += string(base64.b64decode(public.split()[1])) + string(bytes(208))
+    mark = b"-----%s OPENSSH PRIVATE KEY-----\n"
+    contents = {
+        "ca.crt": b"x",
+        "good.pub": public,
+        "good.key": good.private_bytes(Encoding.PEM, ssh, plain),
+        "curve": other.private_bytes(Encoding.PEM, ssh, plain),
+        "rsa": rsa.generate_private_key(65_537, 2_048).private_bytes(Encoding.PEM, ssh, plain),
+        "pkcs8": good.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, plain),
+        "locked": mark % b"BEGIN" + base64.encodebytes(locked) + mark % b"END",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+def string(value: bytes) -> bytes:
+    """As SSH writes it: the length first (RFC 4251, section 5)."""
+    return len(value).to_bytes(4, "big") + value
+
+
+def test_off_this_machine_without_certificates_it_says_how_to_make_them() -> None:
+    with pytest.raises(UsageError, match="`python -m fl_server certificates` makes one there"):
+        _security("pi.lan:8000", None, False)
+
+
+def node(data: Path, **changes: str) -> argparse.Namespace:
+    values = {"device": "rpi4", "subset": "", "partition": None, "speakers": "", "state": None}
+    return argparse.Namespace(data=data, **(values | changes))
+
+
 def test_a_nodes_config_is_read_by_flower_as_it_was_given(tmp_path: Path) -> None:
     from flwr.common.config import parse_config_args
 
     folder = tmp_path / "o'brien's = #1 ü"
-    given = _node_config("rpi4", folder, "train-a, train-b", "1/2", "")
+    given = _node_config(node(folder, subset="train-a, train-b", partition="1/2"))
     assert parse_config_args([given]) == {
         "device": "rpi4",
         "data": str(folder),
@@ -128,13 +198,13 @@ def test_a_nodes_config_is_read_by_flower_as_it_was_given(tmp_path: Path) -> Non
         "num-partitions": 2,
     }
     with pytest.raises(UsageError, match="cannot be passed on"):
-        _node_config("rpi4", tmp_path / 'a"b', "", None, "")
+        _node_config(node(tmp_path / 'a"b'))
 
 
 def test_a_device_has_the_same_number_after_a_restart_and_others_have_another(
     tmp_path: Path,
 ) -> None:
-    configs = [_node_config("rpi4", tmp_path, "", None, name) for name in ("", "", "84")]
+    configs = [_node_config(node(tmp_path, speakers=name)) for name in ("", "", "84")]
     assert configs[0] == configs[1]
     assert configs[0].split("client-key=")[1] != configs[2].split("client-key=")[1].split()[0]
 

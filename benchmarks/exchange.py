@@ -1,0 +1,393 @@
+"""What travels, how long it takes and what it weighs: `python -m benchmarks.exchange`.
+
+A real SuperLink, K SuperNodes and as many ClientApps on loopback exchange weights of base's size,
+with plain Flower (its FedAvg strategy, fp32) and with this project in its encodings, one after the
+other in one process tree. Clients do not train, they add noise: only the exchange is measured. The
+held-out loss after some rounds of `tiny` on real speech is that of the Ray simulation, for each
+encoding. The last line is one JSON object.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import soundfile
+from rich.console import Console
+
+from fl_client.environment import QUIET
+from partitions import command
+from partitions.errors import ShortwaveError
+from partitions.units import format_bytes
+from ssl_core.wav2vec2.config import preset
+from ssl_core.wav2vec2.model import PretrainingModel
+
+ROOT = Path(__file__).parents[1]
+ENCODINGS = ("int8", "int4")
+KINDS = ("superlink", "serverapp", "supernode", "clientapp")
+CONNECTION = "exchange"
+PLAIN_APP = """
+import json, time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+client, server = ClientApp(), ServerApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    arrays = message.content["arrays"]
+    state = {name: value.numpy() for name, value in arrays.items()}
+    rng = np.random.default_rng(0)
+    for name, value in state.items():
+        state[name] = value + 1e-4 * rng.standard_normal(value.shape, dtype=np.float32)
+    content = {
+        "arrays": ArrayRecord({name: Array(value) for name, value in state.items()}),
+        "metrics": MetricRecord({"num-examples": 1}),
+    }
+    return Message(RecordDict(content), reply_to=message)
+
+
+class Timed(FedAvg):
+    def aggregate_train(self, server_round, replies):
+        found = super().aggregate_train(server_round, replies)
+        with open(self.times, "a") as stream:
+            stream.write(f"{time.time()}\\n")
+        return found
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    shapes = json.loads(Path(context.run_config["shapes"]).read_text())
+    rng = np.random.default_rng(0)
+    arrays = {n: Array(0.02 * rng.standard_normal(s, dtype=np.float32)) for n, s in shapes.items()}
+    clients = int(context.run_config["clients"])
+    strategy = Timed(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=clients,
+                     min_available_nodes=clients)
+    strategy.times = context.run_config["times"]
+    Path(strategy.times).write_text(f"{time.time()}\\n")
+    strategy.start(grid, ArrayRecord(arrays), num_rounds=int(context.run_config["rounds"]))
+"""
+PLAIN_PROJECT = """
+[project]
+name = "plain"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "benchmark"
+[tool.flwr.app.components]
+serverapp = "plain:server"
+clientapp = "plain:client"
+[tool.flwr.app.config]
+shapes = ""
+times = ""
+clients = 4
+rounds = 2
+"""
+NOISE_CLIENT = '''
+"""The project's ClientApp, with noise in place of training."""
+
+import collections
+
+import torch
+
+from fl_client import local_training
+from fl_client.client_app import app  # noqa: F401
+from ssl_core.step import StepReport
+
+
+def _noise(model, ladder, task, share, settings, limits):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=1e-4)
+    fields = dict.fromkeys(StepReport.__dataclass_fields__, 1.0)
+    report = StepReport(**(fields | {"applied": True, "crops": 1}))
+    return local_training._Trained([report], {0}, collections.Counter(), [])
+
+
+local_training._train = _noise
+'''
+
+
+class Lab:
+    """A SuperLink with K devices in processes of their own, and what they weigh together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        clients: int,
+        data: Path,
+        plain: bool,
+        cgroup: str = "",
+        options: Sequence[str] = ("--device", "auto", "--memory", "8GB"),
+    ) -> None:
+        """`cgroup` is entered by every device; `options` are those of ours."""
+        self.folder, self.clients, self.data, self.plain = folder, clients, data, plain
+        self.cgroup, self.options = cgroup, options
+        self.home = folder / "home"
+        self.home.mkdir(parents=True)
+        binaries = str(Path(sys.executable).parent)
+        self.environment = {
+            **os.environ,
+            **QUIET,
+            "FLWR_HOME": str(self.home),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
+            "OMP_WAIT_POLICY": "passive",
+        }
+        self.peaks: dict[str, int] = {}
+        self._stop = threading.Event()
+
+    def _start(self, *words: str) -> None:
+        with (self.folder / "log").open("ab") as stream:
+            subprocess.Popen(
+                words, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Lab":
+        port = _free_port()
+        address = f"127.0.0.1:{port}"
+        (self.home / "config.toml").write_text(
+            f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
+        )
+        self._start("flower-superlink", "--insecure", "--port", str(port))
+        self._wait("Uvicorn running", 1)
+        for number in range(self.clients):
+            if self.plain:
+                self._start(
+                    "flower-supernode", "--insecure", "--superlink", address, "--port",
+                    str(_free_port()),
+                )  # fmt: skip
+            else:
+                enter = f"echo $$ > {self.cgroup}/cgroup.procs; " if self.cgroup else ""
+                self._start(
+                    "sh", "-c", enter + 'exec "$@"', "sh",
+                    sys.executable, "-m", "fl_client", *self.options,
+                    "--data", str(self.data), "--superlink", address,
+                    "--partition", f"{number}/{self.clients}",
+                )  # fmt: skip
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for wait in (15, 5):
+            processes = [process for process, _ in self._mine()]
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.terminate() if wait == 15 else process.kill()
+            psutil.wait_procs(processes, timeout=wait)
+
+    def _wait(self, text: str, count: int) -> None:
+        end = time.monotonic() + 120
+        while (self.folder / "log").read_text(errors="replace").count(text) < count:
+            if time.monotonic() > end:
+                raise ShortwaveError(f"not within 120 s: {text}; see {self.folder / 'log'}")
+            time.sleep(0.3)
+
+    def _mine(self) -> Iterator[tuple[psutil.Process, str]]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FLWR_HOME") == str(self.home):
+                    yield process, " ".join(process.cmdline())
+
+    def _watch(self) -> None:
+        """Largest proportional set size of all processes together, and of each kind."""
+        while not self._stop.wait(0.5):
+            sizes = dict.fromkeys(KINDS, 0)
+            for process, words in self._mine():
+                kind = next((k for k in KINDS if k in words or (k == "supernode" and
+                             "fl_client" in words)), None)  # fmt: skip
+                if kind is None:
+                    continue
+                with contextlib.suppress(OSError):
+                    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                    sizes[kind] += 1024 * int(text.split("Pss:")[1].split()[0])
+            for kind, size in (sizes | {"together": sum(sizes.values())}).items():
+                self.peaks[kind] = max(self.peaks.get(kind, 0), size)
+
+    def run(self, app: Path, config: str) -> str:
+        """`flwr run`, to its end."""
+        done = subprocess.run(
+            ["flwr", "run", str(app), CONNECTION, "--stream", "-c", config],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=1500,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _corpus(folder: Path) -> Path:
+    """Six speakers with a few seconds of noise: clients must have something."""
+    rng = np.random.default_rng(0)
+    for speaker in range(1, 9):
+        path = folder / "train-noise" / str(speaker) / "1"
+        path.mkdir(parents=True)
+        sound = 0.1 * rng.standard_normal(80_000)
+        soundfile.write(path / f"{speaker}-1-0000.flac", sound, 16_000)
+    return folder
+
+
+def run_plain(folder: Path, clients: int, rounds: int) -> dict[str, Any]:
+    """Plain Flower's FedAvg."""
+    shapes = {n: list(v.shape) for n, v in PretrainingModel(preset("base")).state_dict().items()}
+    app = folder / "app"
+    app.mkdir(parents=True)
+    (app / "plain.py").write_text(PLAIN_APP)
+    (app / "pyproject.toml").write_text(PLAIN_PROJECT)
+    (folder / "shapes.json").write_text(json.dumps(shapes))
+    times = folder / "times"
+    with Lab(folder / "lab", clients, folder, plain=True) as lab:
+        text = lab.run(
+            app, f"shapes='{folder}/shapes.json' times='{times}' clients={clients} rounds={rounds}"
+        )
+        if not times.exists() or len(times.read_text().split()) <= rounds:
+            raise ShortwaveError(f"plain Flower did not finish: {text[-2000:]}")
+        stamps = [float(line) for line in times.read_text().split()]
+    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    seconds = (stamps[-1] - stamps[0]) / rounds
+    return {"bytes": 2 * clients * size, "seconds": seconds, "peaks": lab.peaks}
+
+
+def run_ours(folder: Path, clients: int, rounds: int, encoding: str) -> dict[str, Any]:
+    """Our own exchange, with clients that add noise."""
+    app, data = folder / "app", _corpus(folder / "data")
+    app.mkdir()
+    for name in ("partitions", "ssl_core", "fl_client", "fl_server"):
+        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (app / "noise_client.py").write_text(NOISE_CLIENT)
+    project = (ROOT / "pyproject.toml").read_text()
+    project = project.replace("fl_client.client_app:app", "noise_client:app")
+    project = project.replace('    "partitions/**/*.py",', '    "*.py",\n    "partitions/**/*.py",')
+    (app / "pyproject.toml").write_text(project)
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(ROOT / name, app / name)
+    run = folder / "run"
+    with Lab(folder / "lab", clients, data, plain=False) as lab:
+        text = lab.run(
+            app,
+            f"model='base' length='1s' batch=1 local-updates=1 rounds={rounds} "
+            f"clients-per-round={clients} min-clients={clients} held-out=0.0 "
+            f"encoding='{encoding}' output='{run}' data='{data}'",
+        )
+        path = run / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if len(rows) < rounds:
+            raise ShortwaveError(f"{encoding} did not finish: {text[-2000:]}")
+    if any(row["failures"] for row in rows):
+        raise ShortwaveError(f"{encoding}: a client failed: {text[-2000:]}")
+    return {
+        "bytes": sum(row["bytes_sent"] + row["bytes_received"] for row in rows) / rounds,
+        "seconds": sum(row["round_seconds"] for row in rows) / rounds,
+        "peaks": lab.peaks,
+    }
+
+
+def run_exchange(clients: int, rounds: int, say: Console) -> dict[str, Any]:
+    """Plain Flower, then each encoding; ratios to plain Flower."""
+    result: dict[str, Any] = {"clients": clients, "rounds": rounds}
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="exchange-") as folder:
+        for name in ("flower", *ENCODINGS):
+            own = Path(folder) / name
+            own.mkdir()
+            if name == "flower":
+                found[name] = run_plain(own, clients, rounds)
+            else:
+                found[name] = run_ours(own, clients, rounds, name)
+            peaks = ", ".join(f"{k} {format_bytes(v)}" for k, v in found[name]["peaks"].items())
+            say.print(
+                f"{name}: {format_bytes(found[name]['bytes'])} and "
+                f"{found[name]['seconds']:.1f} s a round; {peaks}",
+                highlight=False,
+            )
+    flower = found["flower"]
+    for name in ENCODINGS:
+        own_run = found[name]
+        result[f"bytes_ratio_{name}"] = own_run["bytes"] / flower["bytes"]
+        result[f"seconds_ratio_vs_flower_{name}"] = own_run["seconds"] / flower["seconds"]
+        peak = own_run["peaks"]["together"] / flower["peaks"]["together"]
+        result[f"peak_ratio_vs_flower_{name}"] = peak
+    result["seconds_ratio_vs_flower"] = result["seconds_ratio_vs_flower_int8"]
+    result["peak_ratio_vs_flower"] = result["peak_ratio_vs_flower_int8"]
+    result["runs"] = found
+    return result
+
+
+def run_accuracy(data: Path, rounds: int, say: Console) -> dict[str, Any]:
+    """Held-out loss of tiny after some rounds, by encoding, and relative to fp32."""
+    losses: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="exchange-") as folder:
+        for encoding in ("fp32", "bf16", *ENCODINGS, "topk"):
+            run = Path(folder) / encoding
+            subprocess.run(
+                [
+                    sys.executable, str(ROOT / "simulation" / "run.py"), "--model", "tiny",
+                    "--clients", "20", "--clients-per-round", "8", "--length", "5s", "--rounds",
+                    str(rounds), "--encoding", encoding, "--data", str(data), "--output", str(run),
+                    "--eval-crops", "64",
+                ],
+                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+            )  # fmt: skip
+            row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+            losses[encoding] = row["held_out_loss"]
+            say.print(
+                f"{encoding}: held-out loss {row['held_out_loss']:.4f}, accuracy "
+                f"{row['held_out_accuracy']:.3f} after {rounds} rounds",
+                highlight=False,
+            )
+    return {
+        "held_out_loss": losses,
+        "held_out_loss_relative": {k: v / losses["fp32"] - 1 for k, v in losses.items()},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    parser = command.Parser(
+        prog="python -m benchmarks.exchange",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    positive = command.argument(command.positive)
+    parser.add_argument("--clients", type=positive, default=4, help="K, devices in every round")
+    parser.add_argument("--rounds", type=positive, default=3, help="of the exchange")
+    parser.add_argument("--data", type=Path, help="speech for the held-out loss; else it is left")
+    parser.add_argument("--accuracy-rounds", type=positive, default=20, help="of the simulation")
+    parser.add_argument("--accuracy", action="store_true", help="the held-out loss alone")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    result: dict[str, Any] = {}
+    if not options.accuracy:
+        result |= run_exchange(options.clients, options.rounds, console)
+    if options.data is not None:
+        result |= run_accuracy(options.data.resolve(), options.accuracy_rounds, console)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
