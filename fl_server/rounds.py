@@ -7,8 +7,8 @@ simulation and Ray.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -54,6 +54,16 @@ class RoundResult:
     """Metrics of each client that was folded, with its `key`, ordered by key."""
     failures: tuple[str, ...]
     """One line for each client that was not."""
+
+
+class Observer(Protocol):
+    """Is told what happens in a round."""
+
+    def began(self, number: int, cohort: Sequence[Client]) -> None:
+        """Round `number` was sent to its cohort."""
+
+    def replied(self, key: int, metrics: dict[str, float] | None, error: str = "") -> None:
+        """A client's update was folded (`metrics`), or was not (`error`)."""
 
 
 def _replies(
@@ -220,7 +230,7 @@ class Federation:
         grid: Grid,
         clients: list[Client],
         number: int,
-        replied: Callable[[int, int], None] = lambda done, of: None,
+        observer: "Observer | None" = None,
     ) -> RoundResult:
         """One round.
 
@@ -228,7 +238,7 @@ class Federation:
             grid: how clients are reached.
             clients: those connected.
             number: of the round, from 0.
-            replied: called with (replies so far, size of the cohort).
+            observer: is told what happens.
 
         Raises:
             RoundFailed: fewer than `min_clients` updates could be folded.
@@ -269,22 +279,29 @@ class Federation:
         silent = {client.key for client in cohort}
         received = 0
         replies = _replies(grid, messages, settings.deadline, settings.patience)
-        for done, (node, reply) in enumerate(replies, 1):
+        if observer is not None:
+            observer.began(number, cohort)
+        for node, reply in replies:
             client = by_node[node]
             silent.discard(client.key)
             try:
                 received += self._fold(fold, reply, folded, client.key, number)
                 self.folded[client.key] = self.broadcast.held[client.key] = number
+                if observer is not None:
+                    observer.replied(client.key, folded[client.key])
             except (ProtocolError, RejectedUpdate) as error:
                 failures.append(f"client {client.key}: {error}")
                 self.broadcast.held.pop(client.key, None)
+                if observer is not None:
+                    observer.replied(client.key, None, str(error))
             del reply
-            replied(done, len(cohort))
         limited = settings.deadline or settings.patience
         why = "no answer in time" if limited else "the message could not be sent"
         failures += [f"client {key}: {why}" for key in silent]
         for key in silent:
             self.broadcast.held.pop(key, None)
+            if observer is not None:
+                observer.replied(key, None, why)
         needed = min(settings.min_clients, len(cohort))
         if fold.count < needed:
             listed = "; ".join(sorted(failures)[:5])

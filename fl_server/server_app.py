@@ -1,6 +1,7 @@
 """Flower's ServerApp: opens the run directory, runs the rounds, evaluates and saves after each."""
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from fl_client.settings import FederationSettings
 from fl_server.broadcast import PREFIX
 from fl_server.optimizer import ServerOptimizer
 from fl_server.rounds import Federation, Roster, RoundResult, state_of
+from fl_server.status import Status
 from partitions.command import describe_os_error
 from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
@@ -199,6 +201,7 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     checkpoint.prune(run.checkpoints, settings.keep)
     roster = Roster(grid, settings, say)
     clients = roster.gather()
+    status = Status(run.path, settings.rounds)
     federation = Federation(weights, optimizer, settings, run.identity())
     federation.broadcast.load(sent, state.get("held", {}))
     federation.folded = {int(key): number for key, number in state.get("folded", {}).items()}
@@ -207,11 +210,10 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         with bar_of(console) as progress:
             bar = progress.add_task("clients", total=(settings.rounds - first) * min(
                 settings.clients_per_round, len(clients)))  # fmt: skip
+            status.advance = functools.partial(progress.advance, bar)
             for number in range(first, settings.rounds):
                 clients = clients if number == first else roster.refresh()
-                result = federation.round(
-                    grid, clients, number, lambda done, of: progress.advance(bar)
-                )
+                result = federation.round(grid, clients, number, status)
                 started = time.monotonic()
                 held = evaluator(weights)
                 # Metrics first: a round that is logged and not saved is taken and logged again.

@@ -55,7 +55,7 @@ class RunDirectory:
             UsageError: there is no run in this directory.
         """
         if not (path / CONFIG).is_file():
-            raise UsageError(f"--resume {path}: no run is there ({CONFIG} is missing)")
+            raise UsageError(f"{path}: no run is there ({CONFIG} is missing)")
         return cls(path)
 
     def identity(self) -> str:

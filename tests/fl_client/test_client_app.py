@@ -15,7 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_client import local_training, protocol
 from fl_client.client_app import app
+from fl_client.encoding import Encoding
 from fl_client.settings import FederationSettings
+from fl_server.broadcast import Broadcast
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.model import PretrainingModel
 
@@ -104,11 +106,25 @@ def test_the_same_task_gives_the_same_update(ask: Callable[..., Message]) -> Non
     assert any(first[name].data != other[name].data for name in first)
 
 
+@pytest.mark.parametrize("encoding", ["fp32", "int8"])
 @pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
 def test_no_path_transcript_or_speaker_leaves_the_device(
-    ask: Callable[..., Message], corpus: Path, kind: str
+    ask: Callable[..., Message],
+    corpus: Path,
+    kind: str,
+    encoding: Encoding,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sent = wire(ask(kind, task(weights())))
+    monkeypatch.setitem(RUN, "encoding", encoding)
+    content = task(weights(), run="secretless", base_round=-1, encoding=encoding, folded_round=-1)
+    record, _ = Broadcast(encoding).pack(weights(), 0, [])
+    content[protocol.WEIGHTS] = record
+    reply = ask(kind, content, state=str(tmp_path / "kept"))
+    assert set(reply.content) <= {protocol.METRICS, protocol.UPDATE}
+    names = protocol.TRAIN_METRICS if kind == MessageType.TRAIN else protocol.INFO_METRICS
+    assert set(reply.content[protocol.METRICS]) == set(names)
+    sent = wire(reply)
     assert b"partition" in sent or b"samples" in sent
     for secret in (
         str(corpus),

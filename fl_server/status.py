@@ -1,0 +1,127 @@
+"""What a federation is doing right now: a file in the run directory, and a view of it."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fl_server.rounds import Client
+from partitions import atomic
+from partitions.units import format_bytes, format_length, format_seconds
+from ssl_core.run_directory import RunDirectory
+
+STATUS = "status.json"
+_KEPT = (
+    "length", "batch", "micro_batch", "peak_bytes", "predicted_bytes", "memory_bytes",
+    "train_seconds", "paused_seconds", "fallbacks",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Status:
+    """Written after every change, so that anyone can look on: `python -m fl_server watch DIR`."""
+
+    path: Path
+    """The run directory."""
+    rounds: int
+    """Of the whole run."""
+    advance: Callable[[], None] = lambda: None
+    """Called for every reply."""
+
+    def __post_init__(self) -> None:
+        """Nothing is known before the first round."""
+        self.clients: dict[int, dict[str, Any]] = {}
+        self.round = 0
+
+    def began(self, number: int, cohort: Sequence[Client]) -> None:
+        """A round was sent to its cohort."""
+        self.round = number
+        for client in cohort:
+            row = self.clients.setdefault(client.key, {"replies": 0, "failures": 0})
+            row |= {"state": "training", "since": time.time(), "error": ""}
+        self._write()
+
+    def replied(self, key: int, metrics: dict[str, float] | None, error: str = "") -> None:
+        """A client's update was folded (`metrics`), or was not (`error`)."""
+        row = self.clients[key]
+        if metrics is None:
+            row |= {"state": "failed", "error": error, "since": time.time()}
+            row["failures"] += 1
+        else:
+            row |= {"state": "done", "since": time.time()}
+            row |= {name: metrics[name] for name in _KEPT}
+            row["replies"] += 1
+        self._write()
+        self.advance()
+
+    def _write(self) -> None:
+        values = {
+            "round": self.round + 1,
+            "rounds": self.rounds,
+            "updated": time.time(),
+            "clients": {str(key): row for key, row in sorted(self.clients.items())},
+        }
+        atomic.write_text(self.path / STATUS, json.dumps(values) + "\n")
+
+
+def is_done(path: Path) -> bool:
+    """Whether all rounds of a run are done."""
+    try:
+        rounds = json.loads((path / STATUS).read_text(encoding="utf-8"))["rounds"]
+    except (OSError, ValueError):
+        return False
+    return len(RunDirectory.reopen(path).metrics()) >= rounds
+
+
+def view(path: Path, now: float | None = None) -> Group:
+    """The federation for people.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    run = RunDirectory.reopen(path)
+    now = time.time() if now is None else now
+    try:
+        status: dict[str, Any] = json.loads((path / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Group(Text(f"{path}: waiting for the first round"))
+    table = Table()
+    for head in ("client", "now", "for", "crops", "at a time", "peak", "predicted", "may take",
+                 "trained", "updates", "error"):  # fmt: skip
+        table.add_column(head, justify="left" if head in ("now", "error") else "right")
+    for key, row in status["clients"].items():
+        known = "length" in row
+        table.add_row(
+            key,
+            row["state"],
+            format_seconds(max(0.0, now - row["since"])),
+            f"{int(row['batch'])} x {format_length(row['length'])}" if known else "",
+            str(int(row["micro_batch"])) if known else "",
+            format_bytes(row["peak_bytes"]) if known else "",
+            format_bytes(row["predicted_bytes"]) if known and row["predicted_bytes"] else "",
+            format_bytes(row["memory_bytes"]) if known and row["memory_bytes"] else "",
+            format_seconds(row["train_seconds"]) if known else "",
+            str(row["replies"]),
+            row["error"][:60],
+            style={"failed": "red", "training": "yellow"}.get(row["state"]),
+        )
+    rows = run.metrics()
+    lines = [f"round {status['round']} of {status['rounds']}, {len(rows)} done; {path}"]
+    if rows:
+        last = rows[-1]
+        text = f"loss {last['contrastive']:.3f}, accuracy {last['accuracy']:.3f}"
+        if "held_out_loss" in last:
+            text += (
+                f"; held out: loss {last['held_out_loss']:.3f}, "
+                f"accuracy {last['held_out_accuracy']:.3f}"
+            )
+        seconds = sum(row["round_seconds"] for row in rows) / len(rows)
+        left = seconds * (status["rounds"] - len(rows))
+        lines.append(f"{text}; about {format_seconds(left)} left")
+    return Group(*(Text(line) for line in lines), table)
