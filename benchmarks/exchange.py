@@ -111,7 +111,7 @@ from fl_client.client_app import app  # noqa: F401
 from ssl_core.step import StepReport
 
 
-def _noise(model, ladder, task, share, settings, limits):
+def _noise(model, ladder, *_):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():

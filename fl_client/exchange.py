@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fl_client import encoding, protocol, updates
 from fl_client.encoding import Decoded, Encoding
-from fl_client.state import ClientState, StateLost, default_folder
+from fl_client.state import ClientState, StateLost
 
 
 class Exchange(Protocol):
@@ -29,9 +28,8 @@ def exchange_of(
     model: nn.Module,
     weights: ArrayRecord,
     task: Mapping[str, Any],
-    key: int,
+    client: ClientState,
     kind: Encoding,
-    state: Path | None,
 ) -> Exchange:
     """The exchange of a round, by the run's encoding.
 
@@ -41,7 +39,6 @@ def exchange_of(
     """
     if kind == "fp32":
         return _Plain(model, weights)
-    client = ClientState(state or default_folder(), str(task["run"]), key)
     return _Encoded(model, weights, task, kind, client)
 
 

@@ -20,6 +20,7 @@ from fl_client.exchange import exchange_of
 from fl_client.limits import Limits
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
+from fl_client.state import ClientState, StateLost, default_folder
 from partitions.errors import UsageError
 from partitions.units import format_length
 from ssl_core.crops import Crops, ahead
@@ -115,11 +116,12 @@ def train_round(
     if ladder.plan.threads:
         torch.set_num_threads(ladder.plan.threads)
     model = _resident_model(config)
-    exchange = exchange_of(model, weights, task, share.key, settings.encoding, state)
+    client = ClientState(state or default_folder(), str(task["run"]), share.key)
+    exchange = exchange_of(model, weights, task, client, settings.encoding)
     while True:
         exchange.load()
         try:
-            trained = _train(model, ladder, task, share, settings, limits)
+            trained = _train(model, ladder, task, share, settings, limits, client)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
@@ -207,6 +209,7 @@ def _train(
     share: Share,
     settings: FederationSettings,
     limits: Limits,
+    client: ClientState,
 ) -> _Trained:
     """Take a round's updates."""
     _, recipe = settings.model_and_recipe()
@@ -214,6 +217,10 @@ def _train(
     step = TrainingStep(
         model, recipe, plan, seed=settings.seed, total_updates=settings.total_updates
     )
+    folded = int(task["folded_round"])
+    if settings.keep_moments and folded >= 0:
+        with contextlib.suppress(StateLost):  # a client that was set up anew begins with none
+            step.load_moments(dict(client.load("moments", folded)))
     crops = Crops(share.manifest, share.indices, plan.samples, settings.seed, share.key)
     trained = _Trained([], set(), collections.Counter(), [])
     first = int(task["first_update"])
@@ -228,6 +235,8 @@ def _train(
                 trained.skips.update(batch.skips)
             waveforms = [batch.waveforms for batch in batches]
             trained.reports.append(step.update(waveforms, number, share.key))
+    if settings.keep_moments:
+        client.save("moments", int(task["round"]), step.moments())
     return trained
 
 

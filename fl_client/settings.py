@@ -36,6 +36,9 @@ class FederationSettings(StepSettings):
     encoding: Literal["fp32", "bf16", "int8", "int4", "topk"] = "fp32"
     """How weights and updates travel; what an encoding leaves out is sent with the next update.
     `fp32` is exact and keeps nothing on the devices."""
+    keep_moments: bool = False
+    """Whether a client goes on with the optimiser's moments of its last round that counted, which
+    it keeps on its disk (two models in fp32). Else every round begins with moments of zero."""
     deadline: float = 0.0
     """Seconds a round may take; who has not answered by then is left out. 0 waits for all."""
     patience: float = 0.0

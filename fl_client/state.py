@@ -2,16 +2,17 @@
 
 A folder for each run and client holds files named by round, `weights-00003.safetensors`: the global
 weights as they were received, to which the next round's difference is added, and
-`residual-00003.safetensors`, what the encoding of that round's update left out. Each is written
-under another name and renamed; a client that is killed finds the round before.
+`residual-00003.safetensors`, what the encoding of that round's update left out, and
+`moments-00003.safetensors`, the optimiser's state where it is kept. Each is written under another
+name and renamed; a client that is killed finds the round before. Where a client is in its data
+follows from the global update number, so that is kept nowhere.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,11 +84,11 @@ class Stored(Mapping[str, Tensor]):
         self._names = tuple(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor, as fp32."""
+        """Read a tensor."""
         if name not in self._names:
             raise KeyError(name)
         value: Tensor = self._file.get_tensor(name)
-        return value.to(torch.float32)
+        return value
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
@@ -96,8 +97,3 @@ class Stored(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """How many tensors."""
         return len(self._names)
-
-
-def as_tensors(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Contiguous tensors by name, as safetensors wants them."""
-    return {name: value.contiguous() for name, value in pairs}

@@ -62,9 +62,15 @@ def weights() -> dict[str, torch.Tensor]:
     return PretrainingModel(config).state_dict()
 
 
+TASK = {
+    "run": "secretless", "round": 1, "first_update": 2, "updates": 2, "base_round": -1,
+    "encoding": "fp32", "folded_round": -1,
+}  # fmt: skip
+
+
 def task(tensors: dict[str, torch.Tensor], **asked: Any) -> RecordDict:
     record = ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
-    instructions = ConfigRecord({"round": 1, "first_update": 2, "updates": 2, **asked})
+    instructions = ConfigRecord(TASK | asked)
     return RecordDict({protocol.WEIGHTS: record, protocol.TASK: instructions})
 
 
@@ -257,3 +263,18 @@ def test_a_device_may_take_shorter_crops_but_no_longer_ones(ask: Callable[..., M
     assert metrics["samples"] % 8000 == 0
     longer = ask(MessageType.TRAIN, task(weights()), length=2.0, simulated=True)
     assert longer.error.reason.startswith("UsageError: --length 2s is longer than the run's 1s")
+
+
+def test_kept_moments_go_on_after_a_round_that_counted(
+    ask: Callable[..., Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUN, "keep-moments", True)
+    state = str(tmp_path / "kept")
+    ask(MessageType.TRAIN, task(weights()), state=state)
+    again = task(weights(), round=2, first_update=4, folded_round=1)
+    went_on = ask(MessageType.TRAIN, again, state=state)
+    again = task(weights(), round=2, first_update=4, folded_round=0)  # round 1 did not count
+    anew = ask(MessageType.TRAIN, again, state=state)
+    assert distance(went_on, anew) > 0.05
+    files = sorted(path.name for path in (tmp_path / "kept" / "secretless" / "1").iterdir())
+    assert files == ["moments-00001.safetensors", "moments-00002.safetensors"]

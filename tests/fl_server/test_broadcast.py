@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fl_client import updates
 from fl_client.encoding import Decoded, Encoding
 from fl_client.exchange import exchange_of
-from fl_client.state import StateLost
+from fl_client.state import ClientState, StateLost
 from fl_server.broadcast import WHOLE, Broadcast
 
 KEYS = (3, 8)
@@ -29,6 +29,10 @@ def asked(number: int, base: int, kind: Encoding, folded: int = -1) -> dict[str,
     return {
         "run": "abc", "round": number, "base_round": base, "encoding": how, "folded_round": folded
     }  # fmt: skip
+
+
+def state(root: Path, key: int = 3) -> ClientState:
+    return ClientState(root, "abc", key)
 
 
 def copy(record: ArrayRecord) -> ArrayRecord:
@@ -54,7 +58,7 @@ def test_clients_follow_the_weights_and_the_server_their_updates(
         for key in KEYS:
             model = Model()
             task = asked(number, base, kind, number - 1)
-            exchange = exchange_of(model, copy(record), task, key, kind, tmp_path)
+            exchange = exchange_of(model, copy(record), task, state(tmp_path, key), kind)
             exchange.load()
             start = {name: value.clone() for name, value in model.state_dict().items()}
             assert worst(start, broadcast.sent) == 0
@@ -105,16 +109,18 @@ def test_a_client_without_its_state_says_so(tmp_path: Path) -> None:
     broadcast.held = dict.fromkeys(KEYS, 0)
     record, base = broadcast.pack(Model().state_dict(), 1, KEYS)
     with pytest.raises(StateLost, match="weights of round 1 cannot be read"):
-        exchange_of(Model(), record, asked(1, base, "int8"), 3, "int8", tmp_path)
+        exchange_of(Model(), record, asked(1, base, "int8"), state(tmp_path), "int8")
     with pytest.raises(StateLost, match="is not the name of a run"):
-        exchange_of(Model(), record, asked(1, -1, "int8") | {"run": "../x"}, 3, "int8", tmp_path)
+        ClientState(tmp_path, "../x", 3)
 
 
 def test_only_two_rounds_are_kept(tmp_path: Path) -> None:
     broadcast = Broadcast("int8")
     for number in range(4):
         record, base = broadcast.pack(Model().state_dict(), number, [3])
-        exchange = exchange_of(Model(), record, asked(number, base, "int8"), 3, "int8", tmp_path)
+        exchange = exchange_of(
+            Model(), record, asked(number, base, "int8"), state(tmp_path), "int8"
+        )
         exchange.load()
         exchange.difference()
         broadcast.held[3] = number
