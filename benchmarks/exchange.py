@@ -2,7 +2,8 @@
 
 A real SuperLink, K SuperNodes and as many ClientApps on loopback exchange weights of base's size,
 with plain Flower (its FedAvg strategy, fp32) and with this project in its encodings, one after the
-other in one process tree. Clients do not train, they add noise: only the exchange is measured. The
+other in one process tree. Plain Flower's client and server hold transformers' model, as its users'
+do. Clients do not train, they add noise: only the exchange is measured. The
 held-out loss after some rounds of `tiny` on real speech is that of the Ray simulation, for each
 encoding. The last line is one JSON object.
 """
@@ -30,35 +31,43 @@ from fl_client.environment import QUIET
 from partitions import command
 from partitions.errors import ShortwaveError
 from partitions.units import format_bytes
+from ssl_core.memory.trace import count_parameters
 from ssl_core.wav2vec2.config import preset
-from ssl_core.wav2vec2.model import PretrainingModel
 
 ROOT = Path(__file__).parents[1]
 ENCODINGS = ("int8", "int4")
-KINDS = ("superlink", "serverapp", "supernode", "clientapp")
+KINDS = {
+    "superlink": ("flower-superlink",),
+    "serverapp": ("flwr-serverapp",),
+    "clientapp": ("flwr-clientapp",),
+    "supernode": ("flower-supernode", "fl_client"),
+}
+"""Words in the command line of each kind of process; Flower's starters are left out."""
 CONNECTION = "exchange"
 PLAIN_APP = """
-import json, time
-from pathlib import Path
+import time
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    arrays = message.content["arrays"]
-    state = {name: value.numpy() for name, value in arrays.items()}
-    rng = np.random.default_rng(0)
-    for name, value in state.items():
-        state[name] = value + 1e-4 * rng.standard_normal(value.shape, dtype=np.float32)
+    model = Wav2Vec2ForPreTraining(Wav2Vec2Config())
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=1e-4)
     content = {
-        "arrays": ArrayRecord({name: Array(value) for name, value in state.items()}),
+        "arrays": ArrayRecord(model.state_dict()),
         "metrics": MetricRecord({"num-examples": 1}),
     }
     return Message(RecordDict(content), reply_to=message)
@@ -74,15 +83,14 @@ class Timed(FedAvg):
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    shapes = json.loads(Path(context.run_config["shapes"]).read_text())
-    rng = np.random.default_rng(0)
-    arrays = {n: Array(0.02 * rng.standard_normal(s, dtype=np.float32)) for n, s in shapes.items()}
+    arrays = ArrayRecord(Wav2Vec2ForPreTraining(Wav2Vec2Config()).state_dict())
     clients = int(context.run_config["clients"])
     strategy = Timed(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=clients,
                      min_available_nodes=clients)
     strategy.times = context.run_config["times"]
-    Path(strategy.times).write_text(f"{time.time()}\\n")
-    strategy.start(grid, ArrayRecord(arrays), num_rounds=int(context.run_config["rounds"]))
+    with open(strategy.times, "w") as stream:
+        stream.write(f"{time.time()}\\n")
+    strategy.start(grid, arrays, num_rounds=int(context.run_config["rounds"]))
 """
 PLAIN_PROJECT = """
 [project]
@@ -94,7 +102,6 @@ publisher = "benchmark"
 serverapp = "plain:server"
 clientapp = "plain:client"
 [tool.flwr.app.config]
-shapes = ""
 times = ""
 clients = 4
 rounds = 2
@@ -106,8 +113,7 @@ import collections
 
 import torch
 
-from fl_client import local_training
-from fl_client.client_app import app  # noqa: F401
+from fl_client import client_app, local_training
 from ssl_core.step import StepReport
 
 
@@ -122,6 +128,7 @@ def _noise(model, ladder, *_):
 
 
 local_training._train = _noise
+app = client_app.app
 '''
 
 
@@ -213,9 +220,8 @@ class Lab:
         while not self._stop.wait(0.5):
             sizes = dict.fromkeys(KINDS, 0)
             for process, words in self._mine():
-                kind = next((k for k in KINDS if k in words or (k == "supernode" and
-                             "fl_client" in words)), None)  # fmt: skip
-                if kind is None:
+                kind = next((k for k, names in KINDS.items() if any(n in words for n in names)), "")
+                if not kind:
                     continue
                 with contextlib.suppress(OSError):
                     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
@@ -253,21 +259,17 @@ def _corpus(folder: Path) -> Path:
 
 def run_plain(folder: Path, clients: int, rounds: int) -> dict[str, Any]:
     """Plain Flower's FedAvg."""
-    shapes = {n: list(v.shape) for n, v in PretrainingModel(preset("base")).state_dict().items()}
     app = folder / "app"
     app.mkdir(parents=True)
     (app / "plain.py").write_text(PLAIN_APP)
     (app / "pyproject.toml").write_text(PLAIN_PROJECT)
-    (folder / "shapes.json").write_text(json.dumps(shapes))
     times = folder / "times"
     with Lab(folder / "lab", clients, folder, plain=True) as lab:
-        text = lab.run(
-            app, f"shapes='{folder}/shapes.json' times='{times}' clients={clients} rounds={rounds}"
-        )
+        text = lab.run(app, f"times='{times}' clients={clients} rounds={rounds}")
         if not times.exists() or len(times.read_text().split()) <= rounds:
             raise ShortwaveError(f"plain Flower did not finish: {text[-2000:]}")
         stamps = [float(line) for line in times.read_text().split()]
-    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    size = 4 * count_parameters(preset("base"))
     seconds = (stamps[-1] - stamps[0]) / rounds
     return {"bytes": 2 * clients * size, "seconds": seconds, "peaks": lab.peaks}
 

@@ -54,6 +54,12 @@ def _scaled(value: Floats, levels: int) -> tuple[Floats, Floats]:
     return scales, np.rint(rows / safe[:, None])
 
 
+def _times(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
+    """A forged scale may overflow; who folds the result sees that it is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.multiply(codes, scales[:, None], dtype=np.float32)
+
+
 def _encode_int8(value: Floats) -> Bytes:
     scales, codes = _scaled(value, 127)
     return np.concatenate([scales.view(np.uint8), codes.astype(np.int8).reshape(-1).view(np.uint8)])
@@ -63,7 +69,7 @@ def _decode_int8(data: Bytes, shape: tuple[int, ...]) -> Floats:
     rows = _rows(shape)
     scales = data[: 4 * rows].copy().view(np.float32)
     codes = data[4 * rows :].view(np.int8).reshape(rows, -1)
-    return (codes * scales[:, None]).reshape(shape)
+    return _times(codes, scales).reshape(shape)
 
 
 def _encode_int4(value: Floats) -> Bytes:
@@ -83,7 +89,7 @@ def _decode_int4(data: Bytes, shape: tuple[int, ...]) -> Floats:
     codes[1::2] = packed >> 4
     codes -= 8
     count = _count(shape)
-    return (codes[:count].reshape(rows, -1) * scales[:, None]).reshape(shape)
+    return _times(codes[:count].reshape(rows, -1), scales).reshape(shape)
 
 
 def _kept(shape: tuple[int, ...]) -> int:

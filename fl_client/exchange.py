@@ -127,7 +127,7 @@ class _Encoded:
                 np.ascontiguousarray(encoding.decode(data, array.shape, self.kind))
             )
             residual[name] = value.to(torch.bfloat16)
-        self.client.save("residual", self.number, residual)
+        self.client.save("residual", self.number, residual, self.folded)
         return result
 
 

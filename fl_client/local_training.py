@@ -236,7 +236,7 @@ def _train(
             waveforms = [batch.waveforms for batch in batches]
             trained.reports.append(step.update(waveforms, number, share.key))
     if settings.keep_moments:
-        client.save("moments", int(task["round"]), step.moments())
+        client.save("moments", int(task["round"]), step.moments(), folded)
     return trained
 
 

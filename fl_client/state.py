@@ -10,15 +10,14 @@ follows from the global update number, so that is kept nowhere.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from partitions.atomic import replacing
-from partitions.errors import ShortwaveError
+from partitions.errors import DataError, ShortwaveError
+from ssl_core.tensor_file import TensorFile, write_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -45,7 +44,7 @@ class ClientState:
     def _path(self, kind: str, number: int) -> Path:
         return self.folder / f"{kind}-{number:05d}.safetensors"
 
-    def load(self, kind: str, number: int) -> "Stored":
+    def load(self, kind: str, number: int) -> TensorFile:
         """Tensors of a round, read when they are asked for.
 
         Raises:
@@ -53,47 +52,24 @@ class ClientState:
         """
         path = self._path(kind, number)
         try:
-            return Stored(path)
-        except (OSError, SafetensorError) as error:
+            return TensorFile(path)
+        except (OSError, DataError) as error:
             raise StateLost(f"{kind} of round {number + 1} cannot be read: {error}") from None
 
-    def save(self, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of a round, and remove all rounds before the last one.
+    def save(self, kind: str, number: int, tensors: Mapping[str, Tensor], needed: int = -1) -> None:
+        """Write tensors of a round; of earlier ones only the last and round `needed` stay.
 
         Raises:
             OSError: such as a full disk; what was there stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._path(kind, number)) as path:
-            save_file(dict(tensors), path)
+            write_tensors(path, tensors)
         for old in self.rounds(kind)[:-2]:
-            self._path(kind, old).unlink(missing_ok=True)
+            if old != needed:
+                self._path(kind, old).unlink(missing_ok=True)
 
     def rounds(self, kind: str) -> list[int]:
         """Rounds of which there are tensors, in order."""
         found = self.folder.glob(f"{kind}-*.safetensors")
         return sorted(int(path.stem.rpartition("-")[2]) for path in found)
-
-
-class Stored(Mapping[str, Tensor]):
-    """Tensors in a file, mapped into memory and not read before they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        """Open a file of safetensors."""
-        self._file = safe_open(path, framework="pt")
-        self._names = tuple(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor."""
-        if name not in self._names:
-            raise KeyError(name)
-        value: Tensor = self._file.get_tensor(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """How many tensors."""
-        return len(self._names)

@@ -27,6 +27,7 @@ from ssl_core.randomness import generator
 from ssl_core.schedule import gumbel_temperature, learning_rate
 
 _LONGEST_PAUSE = 1.0
+_DOUBLE = "two clients say they are number"
 
 
 class RoundFailed(ShortwaveError):
@@ -153,7 +154,12 @@ class Roster:
         there = set(self.grid.get_node_ids())
         for node in [node for node in self._known if node not in there]:
             self.say(f"client {self._known.pop(node).key} has gone")
-        self._problems = {node: text for node, text in self._problems.items() if node in there}
+        # A device that was started again comes under a new id while the old one is still listed.
+        self._problems = {
+            node: text
+            for node, text in self._problems.items()
+            if node in there and not text.startswith(_DOUBLE)
+        }
         before = set(self._known)
         clients = self.gather()
         for node in self._known.keys() - before:
@@ -191,7 +197,7 @@ class Roster:
         chosen: dict[int, Client] = {}
         for client in sorted(self._known.values(), key=lambda client: client.node):
             if client.key in chosen:
-                self._problems[client.node] = f"two clients say they are number {client.key}"
+                self._problems[client.node] = f"{_DOUBLE} {client.key}"
                 self.say(f"{self._problems[client.node]}; only one of them takes part")
                 self._known.pop(client.node)
             else:

@@ -175,6 +175,7 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         model = PretrainingModel(config)
     evaluator = Evaluator(model, settings, manifest)  # before there is a run, as data may be wrong
     run = open_run(settings)
+    run.lock()
     saved = checkpoint.latest(run.checkpoints)
     state: dict[str, Any] = {"next_round": 0}
     sent: dict[str, torch.Tensor] = {}

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from partitions import atomic
 from partitions.errors import DataError
+from ssl_core.tensor_file import write_tensors
 from ssl_core.wav2vec2 import hf
 from ssl_core.wav2vec2.config import ModelConfig
 
@@ -49,20 +50,11 @@ def save(
         OSError: no space, or the place cannot be written; nothing half-written stays.
     """
     with atomic.directory(directory) as partial:
-        try:
-            hf.save_model(partial, config, weights)
-            if extra:
-                tensors = {name: value.detach().cpu().contiguous() for name, value in extra.items()}
-                save_file(tensors, partial / EXTRA)
-        except SafetensorError as error:
-            raise OSError(_errno(str(error)), str(error), str(directory)) from None
+        hf.save_model(partial, config, weights)
+        if extra:
+            write_tensors(partial / EXTRA, extra)
         text = json.dumps(dict(state), indent=2, sort_keys=True)
         (partial / STATE).write_text(text + "\n", encoding="utf-8")
-
-
-def _errno(message: str) -> int:
-    found = re.search(r"os error (\d+)", message)
-    return int(found[1]) if found else 5
 
 
 def load(directory: Path) -> Checkpoint:
@@ -99,5 +91,5 @@ def prune(parent: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what a killed process left half-written."""
     for _, path in numbered(parent)[:-keep]:
         shutil.rmtree(path)
-    for stale in parent.glob(".*.partial"):
+    for stale in (*parent.glob(".*.partial"), *parent.glob(".*.old")):
         shutil.rmtree(stale, ignore_errors=True)

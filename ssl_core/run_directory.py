@@ -2,12 +2,18 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from partitions import atomic
 from partitions.errors import DataError, UsageError
@@ -15,6 +21,8 @@ from partitions.errors import DataError, UsageError
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+LOCK_WAIT = 60.0
+"""Seconds to wait for another process to let go of a run."""
 
 
 class RunDirectory:
@@ -25,6 +33,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self._board: SummaryWriter | None = None
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, path: Path, config: str) -> "RunDirectory":
@@ -57,6 +66,30 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise UsageError(f"{path}: no run is there ({CONFIG} is missing)")
         return cls(path)
+
+    def lock(self) -> None:
+        """Let no other process write into this run while this one lives.
+
+        Raises:
+            UsageError: another one does.
+        """
+        if fcntl is None:
+            return
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until close
+        end = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() < end:  # a server that was killed may leave a child behind
+                    time.sleep(0.5)
+                    continue
+                raise UsageError(
+                    f"{self.path}: another process still writes into this run; end it first"
+                ) from None
+            except OSError:
+                return  # a file system without locks
 
     def identity(self) -> str:
         """A name that no other run has; made at its first use."""
@@ -113,6 +146,9 @@ class RunDirectory:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         output = settings.output or f"runs/{stamp}-central-{settings.model}-{settings.length}"
         run = RunDirectory.create(Path(output).resolve(), settings.as_config())
+    run.lock()
     print(
         f"{settings.updates} updates of {plan.crops} crops, "
         f"{format_seconds(plan.crops * plan.length)} of audio each ({plan.precision}, "

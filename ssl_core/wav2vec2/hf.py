@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from partitions.errors import DataError
+from ssl_core.tensor_file import write_tensors
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 
@@ -24,8 +25,7 @@ def save_model(directory: Path, config: ModelConfig, weights: dict[str, Tensor])
     """Write `config.json` and `model.safetensors` into an existing directory."""
     text = json.dumps(config.to_hf(), indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS, weights, metadata={"format": "pt"})
 
 
 def load_config(directory: Path) -> ModelConfig:

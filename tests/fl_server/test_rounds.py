@@ -372,3 +372,20 @@ def test_who_does_not_answer_in_time_is_left_out(limit: str) -> None:
     result = federation(settings).round(grid, TWO, 0)
     assert result.failures == ("client 2: no answer in time",)
     assert result.metrics["samples"] == 5
+
+
+def test_a_device_that_was_started_again_is_not_lost() -> None:
+    def who(key: int) -> Reply:
+        numbers = {"partition": float(key), "crops": 5.0, "seconds": 5.0}
+        return lambda message: Message(
+            RecordDict({protocol.METRICS: MetricRecord(numbers)}), reply_to=message
+        )
+
+    grid = FakeGrid({1: [who(4)], 2: [who(5)]})
+    roster = Roster(grid, SETTINGS, lambda text: None)
+    assert [client.node for client in roster.gather()] == [1, 2]
+    grid.answers[3] = [who(4)]  # the same device under a new id, the old one still listed
+    grid.arrival.append(3)
+    assert [client.node for client in roster.refresh()] == [1, 2]
+    del grid.answers[1]
+    assert sorted(client.node for client in roster.refresh()) == [2, 3]
