@@ -118,7 +118,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(hf, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path / "round-00002", config, weights, state={"next_round": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["round-00001"]
