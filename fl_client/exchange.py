@@ -1,7 +1,7 @@
 """From a message to the model, and from the trained model to the update that goes back."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,22 +113,40 @@ class _Encoded:
                 left = self.client.load("residual", self.folded)
             except StateLost:
                 left = {}  # a client that was set up anew: some of one update is lost
-        result, residual = ArrayRecord(), {}
+        result = ArrayRecord()
         for name, own in self.own.items():
-            value = own.cpu().sub(self.start[name])
+            # What is left out replaces the weights, which nobody needs any more.
+            own.sub_(self.start[name].to(own.device))
             if name in left:
-                value += left[name]
-            array = value.numpy()
+                own.add_(left[name].to(own.device))
+            array = own.cpu().numpy()
             if not array.any():
                 continue
             data = encoding.encode(array, self.kind)
             result[name] = Array(data)
-            value -= torch.from_numpy(
-                np.ascontiguousarray(encoding.decode(data, array.shape, self.kind))
+            own.sub_(
+                torch.from_numpy(
+                    np.ascontiguousarray(encoding.decode(data, array.shape, self.kind))
+                ).to(own.device)
             )
-            residual[name] = value.to(torch.bfloat16)
-        self.client.save("residual", self.number, residual, self.folded)
+        self.client.save("residual", self.number, _Halved(self.own, tuple(result)), self.folded)
         return result
+
+
+class _Halved(Mapping[str, Tensor]):
+    """Some of the tensors, each in bf16 when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(torch.bfloat16)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -63,7 +63,8 @@ class ClientState:
             OSError: such as a full disk; what was there stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path(kind, number)) as path:
+        # Cut short by a loss of power, it is found to be broken, and the server sends all again.
+        with replacing(self._path(kind, number), sync=False) as path:
             write_tensors(path, tensors)
         for old in self.rounds(kind)[:-2]:
             if old != needed:

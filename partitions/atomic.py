@@ -28,8 +28,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield the name of an empty file beside `path`; on success it takes that name, else it goes.
+
+    Without `sync` a loss of power, not of the process, may leave a file that is cut short.
 
     Raises:
         OSError: the disk is full or the directory cannot be written; the old file stays as it was.
@@ -39,14 +41,16 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        sync_path(Path(name))
+        if sync:
+            sync_path(Path(name))
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    sync_path(path.parent)
+    if sync:
+        sync_path(path.parent)
 
 
 @contextlib.contextmanager
