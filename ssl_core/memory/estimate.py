@@ -23,8 +23,11 @@ LIBRARIES = {"fp32": 142 * MIB, "bf16": 194 * MIB, "fp16": 194 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps: 107 to 120 MiB (fp32) and 160 to 172 MiB (bf16) were measured for `tiny`, up to
 150 and 184 where freed memory is kept, of which `allocator.spare` is the larger part."""
-PACKED = 0.15
+PACKED = 0.18
 """Packed copies of weights, as a share of all parameters: 10 to 45 MiB measured for `base`."""
+SPLIT = 0.03
+"""Of what is in use: freed memory that a batch in micro-batches may keep above `allocator.spare`,
+between two looks at it. The same cell of `base` differed by 60 MiB between two measurements."""
 IMPORTED = 112 * MIB
 """Of the imports, what the C library manages."""
 _STAYING = ("parameters", "optimizer state")
@@ -54,7 +57,9 @@ def estimate(
         return Estimate(parts | {"CUDA allocator": int(plain.ALLOCATOR * moving)})
     parts["libraries"] = LIBRARIES[plan.precision] + int(PACKED * live["parameters"])
     if plan.keep_freed_memory:
-        parts["freed and kept"] = allocator.spare(sum(live.values()) + IMPORTED)
+        used = sum(live.values()) + IMPORTED
+        split = SPLIT * used if plan.chunk < plan.batch else 0
+        parts["freed and kept"] = allocator.spare(used) + int(split)
     return Estimate(parts)
 
 

@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(
     for _ in _until(lambda: (output / "checkpoints" / "round-00001").exists()):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 130, stderr
     assert f"--resume {output}" in stderr
     assert "Traceback" not in stderr
