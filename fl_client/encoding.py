@@ -6,12 +6,12 @@ same on every machine, so what is lost is known to the sender, who adds it to wh
 Feedback Fixes SignSGD", 2019).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from fl_client.protocol import ProtocolError
 from fl_client.updates import Floats, view
@@ -161,11 +161,6 @@ def decode(data: Bytes, shape: tuple[int, ...], encoding: Encoding) -> Floats:
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != code.size(shape):
         raise ProtocolError(f"{data.size} bytes are not {shape} in {encoding}")
     return code.decode(data, shape)
-
-
-def pack_encoded(tensors: Iterable[tuple[str, Bytes]]) -> ArrayRecord:
-    """Encoded tensors as an ArrayRecord."""
-    return ArrayRecord({name: Array(data) for name, data in tensors})
 
 
 class Decoded(Mapping[str, Floats]):

@@ -56,7 +56,13 @@ class ProtocolError(ShortwaveError):
 
 
 def task(**values: int | float | str) -> ConfigRecord:
-    """The instructions of a message."""
+    """The instructions of a message.
+
+    Of a train message: `run` (identity of the run), `round`, `first_update` (global number of the
+    first update), `updates` (how many), `encoding` of the weights in it, `base_round` (round whose
+    weights they are to be added to; -1: they are whole) and `folded_round` (last round in which
+    this client's update counted; -1: none). Rounds from 0.
+    """
     return ConfigRecord(dict(values))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from fl_client.encoding import Encoding
 from partitions.errors import UsageError
 from partitions.settings import from_mapping
 from ssl_core.step_settings import StepSettings
@@ -33,7 +34,7 @@ class FederationSettings(StepSettings):
     """First moment's decay of fedavgm and fedadam."""
     min_clients: int = 1
     """Clients that must be connected, and must reply in a round, for the run to go on."""
-    encoding: Literal["fp32", "bf16", "int8", "int4", "topk"] = "fp32"
+    encoding: Encoding = "fp32"
     """How weights and updates travel; what an encoding leaves out is sent with the next update.
     `fp32` is exact and keeps nothing on the devices."""
     keep_moments: bool = False

@@ -62,7 +62,7 @@ class Broadcast:
             packed.append((name, data))
             known = torch.from_numpy(np.ascontiguousarray(encoding.decode(data, target.shape, how)))
             self.sent[name] = self.sent[name].add_(known) if base >= 0 else known.clone()
-        return encoding.pack_encoded(packed), base
+        return updates.pack(packed), base
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint, by name."""

@@ -68,11 +68,11 @@ class Observer(Protocol):
 
 
 def _replies(
-    grid: Grid, messages: list[Message], limit: float = 0.0, patience: float = 0.0
+    grid: Grid, messages: list[Message], limit: float, patience: float = 0.0
 ) -> Iterator[tuple[int, Message]]:
     """Each reply with the node that was asked, as they come, so that no more than one is held here.
 
-    It ends after `limit` seconds (0: never), or, once half have answered, after `patience` times as
+    It ends after `limit` seconds, or, once half have answered, after `patience` times as
     long as the slowest of them took.
 
     The node is not read from the reply: where a device has gone, the SuperLink answers in its
@@ -84,9 +84,8 @@ def _replies(
     sent = zip(grid.push_messages(messages), nodes, strict=False)
     waiting = {identifier: node for identifier, node in sent if identifier is not None}
     messages.clear()
-    started, pause, end = time.monotonic(), 0.02, math.inf
-    if limit:
-        end = started + limit
+    started, pause = time.monotonic(), 0.02
+    last = end = started + limit
     half = len(waiting) / 2
     while waiting and time.monotonic() < end:
         found = False
@@ -96,10 +95,7 @@ def _replies(
                 found = True
                 now = time.monotonic()
                 if patience and len(waiting) <= half:
-                    end = min(
-                        started + limit if limit else math.inf,
-                        started + (now - started) * max(patience, 1.0),
-                    )
+                    end = min(last, started + (now - started) * max(patience, 1.0))
                 yield node, reply
                 del reply
         if found:
@@ -236,7 +232,7 @@ class Federation:
         grid: Grid,
         clients: list[Client],
         number: int,
-        observer: "Observer | None" = None,
+        observer: Observer | None = None,
     ) -> RoundResult:
         """One round.
 
@@ -284,7 +280,7 @@ class Federation:
         failures: list[str] = []
         silent = {client.key for client in cohort}
         received = 0
-        replies = _replies(grid, messages, settings.deadline, settings.patience)
+        replies = _replies(grid, messages, settings.deadline or math.inf, settings.patience)
         if observer is not None:
             observer.began(number, cohort)
         for node, reply in replies:
