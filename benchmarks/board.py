@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.exchange import ROOT, Lab
+from benchmarks.exchange import Lab
+from benchmarks.flower_processes import ROOT
 from partitions import command
 from partitions.errors import ShortwaveError
 from partitions.units import parse_size

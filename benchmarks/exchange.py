@@ -11,30 +11,31 @@ encoding. The last line is one JSON object.
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import soundfile
 from rich.console import Console
 
-from fl_client.environment import QUIET
+from benchmarks.flower_processes import (
+    ROOT,
+    FlowerProcesses,
+    free_port,
+    wait_until,
+    write_tones,
+)
 from partitions import command
 from partitions.errors import ShortwaveError
 from partitions.units import format_bytes
 from ssl_core.memory.trace import count_parameters
 from ssl_core.wav2vec2.config import preset
 
-ROOT = Path(__file__).parents[1]
 ENCODINGS = ("int8", "int4")
 KINDS = {
     "superlink": ("flower-superlink",),
@@ -145,116 +146,72 @@ class Lab:
         options: Sequence[str] = ("--device", "auto", "--memory", "8GB"),
     ) -> None:
         """`cgroup` is entered by every device; `options` are those of ours."""
-        self.folder, self.clients, self.data, self.plain = folder, clients, data, plain
+        self.clients, self.data, self.plain = clients, data, plain
         self.cgroup, self.options = cgroup, options
-        self.home = folder / "home"
-        self.home.mkdir(parents=True)
-        binaries = str(Path(sys.executable).parent)
-        self.environment = {
-            **os.environ,
-            **QUIET,
-            "FLWR_HOME": str(self.home),
-            "XDG_STATE_HOME": str(folder / "state"),
-            "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
-            "OMP_WAIT_POLICY": "passive",
-        }
+        self.processes = FlowerProcesses(
+            folder / "home", XDG_STATE_HOME=str(folder / "state"), OMP_WAIT_POLICY="passive"
+        )
         self.peaks: dict[str, int] = {}
         self._stop = threading.Event()
 
-    def _start(self, *words: str) -> None:
-        with (self.folder / "log").open("ab") as stream:
-            subprocess.Popen(
-                words, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream,
-                start_new_session=True,
-            )  # fmt: skip
-
     def __enter__(self) -> "Lab":
-        port = _free_port()
-        address = f"127.0.0.1:{port}"
-        (self.home / "config.toml").write_text(
-            f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
-        )
-        self._start("flower-superlink", "--insecure", "--port", str(port))
-        self._wait("Uvicorn running", 1)
-        for number in range(self.clients):
-            if self.plain:
-                self._start(
-                    "flower-supernode", "--insecure", "--superlink", address, "--port",
-                    str(_free_port()),
-                )  # fmt: skip
-            else:
-                enter = f"echo $$ > {self.cgroup}/cgroup.procs; " if self.cgroup else ""
-                self._start(
-                    "sh", "-c", enter + 'exec "$@"', "sh",
-                    sys.executable, "-m", "fl_client", *self.options,
-                    "--data", str(self.data), "--superlink", address,
-                    "--partition", f"{number}/{self.clients}",
-                )  # fmt: skip
+        try:
+            self._begin()
+        except BaseException:
+            self.processes.end()
+            raise
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for wait in (15, 5):
-            processes = [process for process, _ in self._mine()]
-            for process in processes:
-                with contextlib.suppress(psutil.Error):
-                    process.terminate() if wait == 15 else process.kill()
-            psutil.wait_procs(processes, timeout=wait)
+        self.processes.end()
 
-    def _wait(self, text: str, count: int) -> None:
-        end = time.monotonic() + 120
-        while (self.folder / "log").read_text(errors="replace").count(text) < count:
-            if time.monotonic() > end:
-                raise ShortwaveError(f"not within 120 s: {text}; see {self.folder / 'log'}")
-            time.sleep(0.3)
-
-    def _mine(self) -> Iterator[tuple[psutil.Process, str]]:
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("FLWR_HOME") == str(self.home):
-                    yield process, " ".join(process.cmdline())
+    def _begin(self) -> None:
+        start, log = self.processes.start, self.processes.log
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+        (self.processes.home / "config.toml").write_text(
+            f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n'
+        )
+        link = start("flower-superlink", "--insecure", "--port", str(port))
+        wait_until(
+            lambda: link.poll() is None and b"Uvicorn running" in log.read_bytes(),
+            "the SuperLink is up",
+        )
+        for number in range(self.clients):
+            if self.plain:
+                start(
+                    "flower-supernode", "--insecure", "--superlink", address, "--port",
+                    str(free_port()),
+                )  # fmt: skip
+                continue
+            enter = f"echo $$ > {self.cgroup}/cgroup.procs; " if self.cgroup else ""
+            start(
+                "sh", "-c", enter + 'exec "$@"', "sh",
+                sys.executable, "-m", "fl_client", *self.options,
+                "--data", str(self.data), "--superlink", address,
+                "--partition", f"{number}/{self.clients}",
+            )  # fmt: skip
 
     def _watch(self) -> None:
         """Largest proportional set size of all processes together, and of each kind."""
         while not self._stop.wait(0.5):
             sizes = dict.fromkeys(KINDS, 0)
-            for process, words in self._mine():
-                kind = next((k for k, names in KINDS.items() if any(n in words for n in names)), "")
-                if not kind:
-                    continue
-                with contextlib.suppress(OSError):
-                    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                    sizes[kind] += 1024 * int(text.split("Pss:")[1].split()[0])
+            for process in self.processes.mine():
+                with contextlib.suppress(psutil.Error, OSError):
+                    words = " ".join(process.cmdline())
+                    found = [k for k, names in KINDS.items() if any(n in words for n in names)]
+                    if found:
+                        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                        sizes[found[0]] += 1024 * int(text.split("Pss:")[1].split()[0])
             for kind, size in (sizes | {"together": sum(sizes.values())}).items():
                 self.peaks[kind] = max(self.peaks.get(kind, 0), size)
 
     def run(self, app: Path, config: str) -> str:
         """`flwr run`, to its end."""
-        done = subprocess.run(
-            ["flwr", "run", str(app), CONNECTION, "--stream", "-c", config],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=1500,
-        )  # fmt: skip
-        return done.stdout + done.stderr
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _corpus(folder: Path) -> Path:
-    """Six speakers with a few seconds of noise: clients must have something."""
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 9):
-        path = folder / "train-noise" / str(speaker) / "1"
-        path.mkdir(parents=True)
-        sound = 0.1 * rng.standard_normal(80_000)
-        soundfile.write(path / f"{speaker}-1-0000.flac", sound, 16_000)
-    return folder
+        words = ("flwr", "run", str(app), CONNECTION, "--stream", "-c", config)
+        return self.processes.run(*words, timeout=1500).stdout
 
 
 def run_plain(folder: Path, clients: int, rounds: int) -> dict[str, Any]:
@@ -276,7 +233,7 @@ def run_plain(folder: Path, clients: int, rounds: int) -> dict[str, Any]:
 
 def run_ours(folder: Path, clients: int, rounds: int, encoding: str) -> dict[str, Any]:
     """Our own exchange, with clients that add noise."""
-    app, data = folder / "app", _corpus(folder / "data")
+    app, data = folder / "app", write_tones(folder / "data")
     app.mkdir()
     for name in ("partitions", "ssl_core", "fl_client", "fl_server"):
         shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -29,12 +29,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import psutil
-import soundfile
 import torch
 from rich.console import Console
 
+from benchmarks.flower_processes import free_port, write_tones
 from fl_client.environment import QUIET
 from fl_server.server_app import stored_settings
 from partitions import command
@@ -136,26 +135,6 @@ class Outcome:
     """Times that the run was gone on with."""
     seconds: float = 0.0
     notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def write_tones(root: Path) -> Path:
-    """Six speakers with 24 s of random tones each, in LibriSpeech's layout."""
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 7):
-        folder = root / "train-small" / str(speaker) / "1"
-        folder.mkdir(parents=True)
-        for number in range(4):
-            pitches = np.repeat(rng.uniform(80, 4_000, 60), 1_600)  # a tone each tenth of a second
-            sound = 0.2 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000)
-            soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
-    return root
 
 
 @contextlib.contextmanager

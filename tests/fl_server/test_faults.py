@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import Outcome, Trial, summary, write_tones
+from benchmarks.faults import Outcome, Trial, summary
+from benchmarks.flower_processes import write_tones
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

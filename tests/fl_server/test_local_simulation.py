@@ -8,8 +8,9 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 import yaml
-from flower_processes import FlowerProcesses, free_port
 from transformers import Wav2Vec2ForPreTraining
+
+from benchmarks.flower_processes import FlowerProcesses, free_port
 
 pytestmark = pytest.mark.slow
 

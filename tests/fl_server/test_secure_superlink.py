@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from flower_processes import FlowerProcesses, free_port, wait_until
+
+from benchmarks.flower_processes import FlowerProcesses, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 DEVICES = ("rpi4", "jetson-xavier-nx", "auto")

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 import pytest
-import soundfile
 import torch
 import yaml
-from flower_processes import ROOT, FlowerProcesses, free_port, wait_until
 from transformers import Wav2Vec2ForPreTraining
+
+from benchmarks.flower_processes import ROOT, FlowerProcesses, free_port, wait_until, write_tones
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SETTINGS = {
@@ -50,16 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = ROOT.parent / "shared" / "data" / "LibriSpeech"
     if real.is_dir():
         return real.resolve()
-    root = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for speaker in range(1, 7):
-        folder = root / "train-small" / str(speaker) / "1"
-        folder.mkdir(parents=True)
-        for number in range(4):
-            pitches = np.repeat(rng.uniform(80, 4_000, 60), 1_600)  # a tone each tenth of a second
-            sound = 0.2 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000)
-            soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
-    return root
+    return write_tones(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

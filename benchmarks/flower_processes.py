@@ -1,4 +1,4 @@
-"""Flower's processes for end-to-end tests: own ports, own FLWR_HOME, ended one by one."""
+"""Flower's processes for tests and benchmarks: own ports, own FLWR_HOME, ended one by one."""
 
 import contextlib
 import os
@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
+import soundfile
 
 from fl_client.environment import QUIET
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -29,7 +32,7 @@ class FlowerProcesses:
     def __init__(self, home: Path, **environment: str) -> None:
         """`home`: FLWR_HOME, which also tells the processes apart that Flower starts itself."""
         self.home = home
-        home.mkdir()
+        home.mkdir(parents=True)
         binaries = str(Path(sys.executable).parent)
         self.environment = {
             **os.environ,
@@ -49,11 +52,11 @@ class FlowerProcesses:
                 start_new_session=True,
             )  # fmt: skip
 
-    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+    def run(self, *command: str, timeout: float = 500) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end; stderr goes with stdout."""
         return subprocess.run(
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
+            stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
     def mine(self) -> list[psutil.Process]:
@@ -82,3 +85,16 @@ def wait_until(happens: Callable[[], bool], what: str) -> None:
     while not happens():
         assert time.monotonic() < end, f"not within 90 s: {what}"
         time.sleep(0.2)
+
+
+def write_tones(root: Path) -> Path:
+    """Six speakers with 24 s of random tones each, in LibriSpeech's layout."""
+    rng = np.random.default_rng(0)
+    for speaker in range(1, 7):
+        folder = root / "train-small" / str(speaker) / "1"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pitches = np.repeat(rng.uniform(80, 4_000, 60), 1_600)  # a tone each tenth of a second
+            sound = 0.2 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000)
+            soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
+    return root
