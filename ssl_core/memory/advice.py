@@ -79,15 +79,15 @@ class Advice:
         return self.decision.chosen
 
 
-def messages_bytes(profile: DeviceProfile, parameters: int) -> int:
+def messages_bytes(profile: DeviceProfile, request: Request) -> int:
     """Bytes of messages that are held while a client trains: the global weights, here and there.
 
     Both the ClientApp and the SuperNode hold them, in fp32; with a GPU that has memory of its own
     they are in the computer's.
     """
-    if profile.accelerator == "cuda" and not profile.shared:
+    if not request.federated or (profile.accelerator == "cuda" and not profile.shared):
         return 0
-    return 2 * 4 * parameters
+    return 2 * 4 * count_parameters(resolve(request.model, request.set)[0])
 
 
 def advise(profile: DeviceProfile, request: Request) -> Advice:
@@ -100,13 +100,13 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
         UsageError: an unknown task, or a time limit on a device of which no times are known.
     """
     config, recipe = resolve(request.model, request.set)
-    held = messages_bytes(profile, count_parameters(config)) if request.federated else 0
+    held = messages_bytes(profile, request)
     passed: list[str] = []
     advice = None
     candidates = list(_candidates(profile, request))
     for plan in candidates:
         plan.validate_for(config, recipe)
-    hopeless = _hopeless(profile, request, candidates, held)
+    hopeless = _hopeless(profile, request, candidates)
     for plan in candidates:
         if plan.optimizer_state in hopeless and plan != candidates[-1]:
             continue
@@ -133,7 +133,7 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
                 continue
         return Advice(profile, request, decision, option.plan, seconds, tuple(passed))
     assert advice is not None
-    return dataclasses.replace(advice, would_fit=_would_fit(profile, request, held))
+    return dataclasses.replace(advice, would_fit=_would_fit(profile, request))
 
 
 def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
@@ -180,11 +180,10 @@ def choose_for(profile: DeviceProfile, precision: Precision | Literal["auto"]) -
     return "fp32"
 
 
-def _hopeless(
-    profile: DeviceProfile, request: Request, candidates: list[Plan], held: int
-) -> set[str]:
+def _hopeless(profile: DeviceProfile, request: Request, candidates: list[Plan]) -> set[str]:
     """Kinds of optimiser state with which not even the smallest candidate fits."""
     config, recipe = resolve(request.model, request.set)
+    held = messages_bytes(profile, request)
     smallest = {plan.optimizer_state: plan for plan in candidates}
     return {
         kind
@@ -194,10 +193,10 @@ def _hopeless(
     }
 
 
-def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str, ...]:
+def _would_fit(profile: DeviceProfile, request: Request) -> tuple[str, ...]:
     """Changes of a request that fit, of those a person would think of."""
     config, recipe = resolve(request.model, request.set)
-    found = []
+    held, found = messages_bytes(profile, request), []
     *_, last = _candidates(profile, request)
     for words, changes in (
         ("moments in bf16 (not exact)", {"optimizer_state": "bf16"}),
@@ -222,9 +221,7 @@ def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str
         if need <= profile.process_bytes and not slow:
             found.append(f"{words}: {format_bytes(need)}")
     if not found and request.model != "tiny":
-        found = list(
-            _would_fit(profile, dataclasses.replace(request, model="tiny", set=""), held // 48)
-        )
+        found = list(_would_fit(profile, dataclasses.replace(request, model="tiny", set="")))
         found = ["the model tiny"] if found else []
     return tuple(found)
 

@@ -12,10 +12,11 @@ import contextlib
 import ctypes
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
+
+from ssl_core.memory.measure import resident_bytes
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
@@ -50,7 +51,7 @@ class _Kept:
 
     def settle(self) -> None:
         """Give freed memory back where more than its share is kept."""
-        resident = _resident()
+        resident = resident_bytes()
         if self.most and resident <= self.most + self.other + spare(self.most):
             return
         usage = ctypes.CDLL(None).mallinfo2
@@ -60,7 +61,7 @@ class _Kept:
         self.most = max(self.most, used)
         if not self.other or resident > self.most + self.other + spare(self.most):
             ctypes.CDLL(None).malloc_trim(0)
-            self.other = max(_resident() - used, 1)
+            self.other = max(resident_bytes() - used, 1)
 
 
 _kept = _Kept()
@@ -69,10 +70,6 @@ _kept = _Kept()
 def spare(used: int) -> int:
     """Bytes of freed memory that are kept beside so many in use."""
     return SPARE + int(SPARE_SHARE * used)
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_bytes().split()[1]) * 4096
 
 
 def keep_freed_memory(keep: bool) -> bool:
