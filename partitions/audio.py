@@ -18,6 +18,9 @@ SILENCE = 1e-5
 _MARGIN = 0.025
 """Seconds decoded on both sides of a resampled piece, longer than soxr's filter."""
 
+_LONGEST = 2**40
+"""Frames a file may have: libsndfile reports about 2**63 where a stream does not state its own."""
+
 _PADDING = 2
 """Samples that resampling may leave missing at a file's end, where rounding falls short."""
 
@@ -40,6 +43,25 @@ class BadAudio(DataError):
         """Rebuild from all three arguments when it comes from another process."""
         detail = str(self).removeprefix(f"{self.path}: ")
         return BadAudio, (self.reason, self.path, detail)
+
+
+def samples_of(path: Path) -> int | str:
+    """Samples at 16 kHz that a file's header promises, or why it cannot be used.
+
+    The reasons are "missing", "unreadable" and "empty". Nothing is decoded.
+    """
+    try:
+        if path.stat().st_size == 0:
+            return "empty"
+        with soundfile.SoundFile(path) as sound:
+            frames, rate = int(sound.frames), int(sound.samplerate)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except (soundfile.SoundFileError, OSError):
+        return "unreadable"
+    if not 0 <= frames <= _LONGEST:
+        return "unreadable"
+    return frames * SAMPLE_RATE // rate or "empty"
 
 
 def read_crop(

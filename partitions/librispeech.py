@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import soundfile
-
+from partitions.audio import samples_of
 from partitions.command import nearest
 from partitions.errors import DataError, UsageError
 from partitions.manifest import describe_skips, natural_order, path_problem
@@ -22,8 +21,6 @@ LAYOUT = "subset/speaker/chapter/speaker-chapter-number.flac"
 _SUFFIXES = (".flac", ".wav")
 _SUBSET_NAME = re.compile(r"(train|dev|test)-.+")
 _EXAMPLES = 3
-# libsndfile reports a length near 2**63 where a stream does not state its own.
-_LONGEST = 2**40
 
 
 @dataclass(frozen=True)
@@ -117,11 +114,11 @@ def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = 
         UsageError: an unknown subset; the nearest known one is named.
     """
     listing = list_audio(root, subsets)
-    skips = _Skips(dict(listing.skips), dict(listing.skipped_examples))
+    skips = Skips(dict(listing.skips), dict(listing.skipped_examples))
     transcripts: dict[str, dict[str, str]] = {}
     utterances = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda file: _header(listing.root, file), listing.files)
+        found = pool.map(lambda file: samples_of(listing.root / file.path), listing.files)
         for file, result in zip(
             track(listing.files, len(listing.files), "Reading headers", progress),
             found,
@@ -156,7 +153,7 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
             )
     training = tuple(name for name in present if name.startswith("train-"))
     chosen = tuple(dict.fromkeys(subsets)) or training or present
-    skips = _Skips({}, {})
+    skips = Skips({}, {})
     files = []
     for subset in sorted(chosen, key=natural_order):
         files += list(_files_of(folder, subset, skips))
@@ -169,14 +166,16 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
     return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
 
 
-class _Skips:
+class Skips:
     """Counts what is left out by reason, with the first few examples."""
 
     def __init__(self, counts: dict[str, int], examples: dict[str, tuple[str, ...]]) -> None:
+        """Go on counting in `counts` and `examples`, both by reason."""
         self.counts = counts
         self.examples = examples
 
     def add(self, reason: str, path: str) -> None:
+        """Count one path under a reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         named = self.examples.get(reason, ())
         if len(named) < _EXAMPLES:
@@ -232,7 +231,7 @@ def _is_subset(folder: Path) -> bool:
     return False
 
 
-def _files_of(root: Path, subset: str, skips: _Skips) -> Iterator[AudioFile]:
+def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[AudioFile]:
     """The audio files of one subset in order."""
     for speaker in _folders(root / subset):
         for chapter in _folders(root / subset / speaker):
@@ -257,23 +256,9 @@ def _listed(path: str, entry: os.DirEntry[str]) -> AudioFile:
     try:
         status = entry.stat()
     except OSError:
-        # A link to nothing: its header will be found unreadable.
+        # A link to nothing: it will be found missing when its header is read.
         return AudioFile(path, -1, 0)
     return AudioFile(path, status.st_size, status.st_mtime_ns)
-
-
-def _header(root: Path, file: AudioFile) -> int | str:
-    """Samples at 16 kHz of a file, or the reason it cannot be used."""
-    if file.size == 0:
-        return "empty"
-    try:
-        with soundfile.SoundFile(root / file.path) as sound:
-            frames, rate = int(sound.frames), int(sound.samplerate)
-    except (soundfile.SoundFileError, OSError):
-        return "unreadable"
-    if frames > _LONGEST or frames < 0:
-        return "unreadable"
-    return frames * SAMPLE_RATE // rate or "empty"
 
 
 def _read_transcripts(folder: Path) -> dict[str, str]:

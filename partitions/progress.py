@@ -1,6 +1,6 @@
 """A progress bar on stderr with the time left, shown only on a terminal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -30,7 +30,19 @@ def bar_of(console: Console, show: bool = True) -> Progress:
     )
 
 
-def track(items: Iterable[Item], total: int, text: str, show: bool) -> Iterator[Item]:
-    """Pass `items` on, counting them on a bar with `show` and where stderr is a terminal."""
+def track(
+    items: Iterable[Item],
+    total: int,
+    text: str,
+    show: bool,
+    count: Callable[[Item], int] = lambda _: 1,
+) -> Iterator[Item]:
+    """Pass `items` on, counting them on a bar with `show` and where stderr is a terminal.
+
+    `count`: what an item counts for.
+    """
     with bar_of(Console(stderr=True), show) as bar:
-        yield from bar.track(items, total=total, description=text)
+        task = bar.add_task(text, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, count(item))

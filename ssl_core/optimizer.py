@@ -1,16 +1,35 @@
 """AdamW with moments in fp32, bf16 or 8 bits, for all parameters at once or one at a time."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ssl_core.memory.plan import OptimizerState
-from ssl_core.wav2vec2.config import Recipe
 
 QUANTIZATION_BLOCK = 256
 """Elements that share a scale when moments are kept in 8 bits."""
+
+
+class AdamRecipe(Protocol):
+    """What a recipe says about Adam."""
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the first moment."""
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment."""
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the second moment's root."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled, times the rate."""
 
 
 class _Packed(NamedTuple):
@@ -51,7 +70,10 @@ class AdamW:
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, state: OptimizerState
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        recipe: AdamRecipe,
+        state: OptimizerState,
     ) -> None:
         """Begin with moments of zero: made before the first step, they lie close together."""
         self.parameters, self.recipe, self.kind = dict(parameters), recipe, state

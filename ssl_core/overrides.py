@@ -60,11 +60,11 @@ def _changes(assignments: str) -> dict[str, dict[str, Any]]:
             ]
             hint = nearest(name, known) or "; write recipe.NAME=VALUE or model.NAME=VALUE"
             raise UsageError(f"--set {word}: not a setting{hint}")
-        changed[section][field.replace("-", "_")] = _value(text)
+        changed[section][field.replace("-", "_")] = scalar(text)
     return changed
 
 
-def _value(text: str) -> Any:
+def scalar(text: str) -> Any:
     """A YAML scalar; `5e-4`, which YAML takes for a word, is a number too."""
     try:
         value = yaml.safe_load(text)

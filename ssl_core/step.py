@@ -10,8 +10,7 @@ the first stage, so the gradient is that of the whole batch, to rounding.
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,20 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from partitions.errors import UsageError
 from ssl_core import randomness, schedule
-from ssl_core.memory import allocator
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
+from ssl_core.planned_step import AppliedInBackward, PlannedStep
 from ssl_core.wav2vec2.config import Recipe
-from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
 from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 
 Waveforms = npt.NDArray[np.float32]
-LOSS_SCALE_INTERVAL = 2000
-"""Updates after which a scaled loss (fp16) tries twice the scale, as torch's GradScaler does."""
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -113,8 +108,10 @@ def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
     )
 
 
-class TrainingStep:
-    """Takes updates of a model by a plan; the one step of every way to train here."""
+class TrainingStep(PlannedStep):
+    """Takes updates of pretraining by a plan, for everyone who pretrains here."""
+
+    model: PretrainingModel
 
     def __init__(
         self, model: PretrainingModel, recipe: Recipe, plan: Plan, *, seed: int, total_updates: int
@@ -122,64 +119,17 @@ class TrainingStep:
         """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
         recipe.validate()
         plan.validate_for(model.config, recipe)
-        self.model, self.recipe, self.plan = model, recipe, plan
-        self.seed, self.total_updates = seed, total_updates
-        self.device = torch.device(plan.device)
-        if next(model.parameters()).device != self.device:
-            model.to(self.device)
-        model.train()
-        self._arrange()
-        self.reset()
+        self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
+        super().__init__(model, model.wav2vec2, plan)
 
-    def change_plan(self, plan: Plan) -> None:
-        """Take the updates to come by another plan, with the optimiser's moments as they are.
-
-        Raises:
-            UsageError: the plan keeps moments in other bits, is for another device or length.
-        """
+    def validate(self, plan: Plan) -> None:
+        """Check that a plan fits the model and recipe; raises `UsageError`."""
         plan.validate_for(self.model.config, self.recipe)
-        for name in ("length", "batch", "accumulation", "precision", "optimizer_state", "device"):
-            if getattr(plan, name) != getattr(self.plan, name):
-                raise UsageError(f"{name.replace('_', '-')} cannot change in the middle of a run")
-        self.plan = plan
-        self._arrange()
 
-    def _arrange(self) -> None:
-        """Set the model and the process up for the plan."""
-        allocator.keep_freed_memory(self.plan.keep_freed_memory)
-        encoder = self.model.wav2vec2.encoder
-        encoder.recompute = self.plan.recompute_layers
-        for layer in encoder.layers:
-            assert isinstance(layer, EncoderLayer)
-            layer.attention.keep_weights = self.plan.keep_attention
-            if self.plan.compile:
-                layer.compile()
-
-    def _settling(self) -> contextlib.AbstractContextManager[None]:
-        """Looks after freed memory at every layer."""
-        backbone = self.model.wav2vec2
-        convolutions, layers = backbone.feature_extractor.conv_layers, backbone.encoder.layers
-        weights = [layer.get_parameter("conv.weight") for layer in convolutions]
-        weights += [layer.get_parameter("attention.out_proj.weight") for layer in layers]
-        # A hook would be compiled with its layer.
-        modules = [backbone.feature_projection, *convolutions[2:]]
-        return allocator.settling(modules if self.plan.compile else [*modules, *layers], weights)
-
-    def reset(self) -> None:
-        """Forget the optimiser's moments, as a client does between rounds."""
-        self.optimizer = AdamW(
-            self.model.named_parameters(), self.recipe, self.plan.optimizer_state
-        )
-        self.loss_scale = 2.0**16 if self.plan.precision == "fp16" else 1.0
-
-    def moments(self) -> dict[str, Tensor]:
-        """The optimiser's state by `kind/parameter name`, for a checkpoint."""
-        return dict(self.optimizer.state()) | {"loss_scale": torch.tensor(self.loss_scale)}
-
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        """Bring back what `moments` gave."""
-        self.optimizer.load(moments)
-        self.loss_scale = float(moments.get("loss_scale", self.loss_scale))
+    def make_optimizers(self) -> dict[str, AdamW]:
+        """One for all parameters."""
+        state = self.plan.optimizer_state
+        return {"model": AdamW(self.model.named_parameters(), self.recipe, state)}
 
     def _features(self, waveforms: Tensor, recompute: bool) -> Tensor:
         if recompute:
@@ -262,6 +212,7 @@ class TrainingStep:
         """
         config, plan = self.model.config, self.plan
         rate = schedule.learning_rate(self.recipe, update, self.total_updates)
+        rates = {"model": rate}
         weights = Weights(
             schedule.diversity_weight(config, self.recipe, update, self.total_updates),
             self.recipe.feature_penalty_weight,
@@ -274,7 +225,7 @@ class TrainingStep:
         self._drop_gradients()
         in_backward = None
         if plan.apply_in_backward:
-            in_backward = _Applied(self.optimizer, rate, 1 / self.loss_scale)
+            in_backward = AppliedInBackward(self.optimizers, rates, 1 / self.loss_scale)
         for number, batch in enumerate(batches):
             rng = randomness.generator(self.seed, "draws", key, update, number)
             chance = draw(config, len(batch), batch.shape[1], rng, pool=self.recipe.negative_pool)
@@ -290,7 +241,8 @@ class TrainingStep:
         if in_backward is not None:
             norm, applied = in_backward.norm, in_backward.finite
         else:
-            norm, applied = self._apply(rate, divisor / masked / self.loss_scale)
+            factor = divisor / masked / self.loss_scale
+            norm, applied = self._apply(rates, factor, self.recipe.clip_norm)
         if plan.precision == "fp16":
             self._adapt_loss_scale(update, applied)
         self._drop_gradients()
@@ -320,68 +272,6 @@ class TrainingStep:
             crops=crops,
             seconds=crops * plan.length,
         )
-
-    def _adapt_loss_scale(self, update: int, applied: bool) -> None:
-        """Halve it when a gradient overflowed; try twice as much every 2000 updates."""
-        if not applied:
-            self.loss_scale = max(1.0, self.loss_scale / 2)
-        elif (update + 1) % LOSS_SCALE_INTERVAL == 0:
-            self.loss_scale *= 2
-
-    def _drop_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
-    def _apply(self, rate: float, factor: float) -> tuple[float, bool]:
-        """Multiply all gradients by a factor, clip and apply; the norm, and whether it was done."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) * factor
-        if not math.isfinite(norm):
-            return norm, False
-        if self.recipe.clip_norm and norm > self.recipe.clip_norm:
-            factor *= self.recipe.clip_norm / norm
-        if factor != 1:
-            torch._foreach_mul_(grads, factor)
-        self.optimizer.apply(rate)
-        return norm, True
-
-
-class _Applied:
-    """Applies every gradient as soon as the backward pass has made it."""
-
-    def __init__(self, optimizer: AdamW, rate: float, factor: float) -> None:
-        """`factor` multiplies every gradient first."""
-        self.optimizer, self.rate, self.factor = optimizer, rate, factor
-        self.finite, self.square = True, 0.0
-
-    @property
-    def norm(self) -> float:
-        """Of the gradients applied, or of all up to the first that was not finite."""
-        return math.sqrt(self.square) if self.finite else math.nan
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def apply(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if self.factor != 1:
-                parameter.grad.mul_(self.factor)
-            norm = float(parameter.grad.norm())
-            self.finite = self.finite and math.isfinite(norm)
-            if self.finite:
-                self.square += norm * norm
-                self.optimizer.apply(self.rate, [name])
-            parameter.grad = None
-
-        return apply
-
-    def __enter__(self) -> None:
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(name))
-            for name, parameter in self.optimizer.parameters.items()
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _sums(parts: list[LossParts], masked: int) -> BatchSums:

@@ -88,7 +88,8 @@ def _code() -> bytes:
     """Of the code that an estimate follows from."""
     here = Path(__file__).parents[1]
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*here.rglob("wav2vec2/*.py"), here / "step.py", here / "optimizer.py",
+    for path in sorted([*here.rglob("wav2vec2/*.py"), here / "step.py", here / "planned_step.py",
+                        here / "optimizer.py",
                         here / "memory/trace.py"]):  # fmt: skip
         digest.update(path.read_bytes())
     return digest.digest()

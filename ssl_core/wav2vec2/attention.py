@@ -5,7 +5,7 @@ path that keeps several matrices of frames by frames for every head. Here scores
 are made a few heads at a time and again in the backward pass.
 """
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,26 @@ BLOCK = 2**21
 """Elements of the matrices of frames by frames that are made at a time."""
 
 
-def _blocks(crops: int, heads: int, frames: int) -> list[tuple[slice, slice]]:
-    """Ranges of crops and heads whose matrices are made together."""
-    together = max(1, BLOCK // frames)
+def _blocks(
+    crops: int, heads: int, wanted: int, frames: int, lengths: Sequence[int]
+) -> list[tuple[slice, slice, slice, slice]]:
+    """Ranges of crops, heads, query frames and frames whose matrices are made together.
+
+    Clips of different lengths are taken alone, so that padding is neither looked at nor drawn for.
+    """
+    if lengths:
+        return [
+            (slice(crop, crop + 1), some, slice(0, own), slice(0, own))
+            for crop, own in enumerate(lengths)
+            for _, some, _, _ in _blocks(1, heads, own, own, ())
+        ]
+    rows, columns = slice(0, wanted), slice(0, frames)
+    together = max(1, BLOCK // (wanted * frames))
     if together >= heads:
-        step = together // heads
-        return [(slice(first, first + step), slice(0, heads)) for first in range(0, crops, step)]
+        step, every = together // heads, slice(0, heads)
+        return [(slice(at, at + step), every, rows, columns) for at in range(0, crops, step)]
     return [
-        (slice(crop, crop + 1), slice(first, first + together))
+        (slice(crop, crop + 1), slice(first, first + together), rows, columns)
         for crop in range(crops)
         for first in range(0, heads, together)
     ]
@@ -45,7 +57,7 @@ def _probabilities(query: Tensor, key: Tensor) -> Tensor:
 @torch.library.custom_op("shortwave::attention", mutates_args=())
 def dropping_attention(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
-    keep: bool,
+    keep: bool, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scaled dot-product attention with dropout of the attention weights.
 
@@ -58,50 +70,56 @@ def dropping_attention(
         heads: the hidden size is divided into so many.
         rate: of the dropout.
         keep: return the weights before dropout and the mask, for the backward pass.
+        lengths: frames of each crop, the rest being padding, whose result is zero; none: all.
 
     Returns:
         `[batch, query frame, hidden]`, then weights and mask, `[batch, head, query frame, frame]`
         or empty.
     """
-    out = torch.empty_like(query)
-    shape = (heads, query.shape[1], key.shape[1])
-    kept = (len(query), *shape) if keep else (0,)
+    out = torch.zeros_like(query) if lengths else torch.empty_like(query)
+    kept = (len(query), heads, query.shape[1], key.shape[1]) if keep else (0,)
     all_weights, all_masks = query.new_empty(kept), query.new_empty(kept, dtype=torch.uint8)
     q, k, v, o = (_by_head(x, heads) for x in (query, key, value, out))
     scale = q.shape[-1] ** -0.5
-    for crops, some in _blocks(len(query), heads, shape[1] * shape[2]):
-        at = (crops, some)
+    blocks = _blocks(len(query), heads, query.shape[1], key.shape[1], lengths)
+    for crops, some, rows, columns in blocks:
+        at_row, at = (crops, some, rows), (crops, some, columns)
+        shape = (heads, rows.stop, columns.stop)
         mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
-        weights = _probabilities(q[at] * scale, k[at].contiguous())
+        weights = _probabilities(q[at_row] * scale, k[at].contiguous())
         if keep:
-            all_weights[at], all_masks[at] = weights, mask
-        o[at] = weights.mul_(mask) @ (v[at] / (1 - rate))
+            square = (crops, some, rows, columns)
+            all_weights[square], all_masks[square] = weights, mask
+        o[at_row] = weights.mul_(mask) @ (v[at] / (1 - rate))
     return out, all_weights, all_masks
 
 
 @torch.library.custom_op("shortwave::attention_backward", mutates_args=())
 def _dropping_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
-    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    shape = (heads, query.shape[1], key.shape[1])
+    make = torch.zeros_like if lengths else torch.empty_like
+    grads = make(query), make(key), make(value)
     q, k, v, g = (_by_head(x, heads) for x in (query, key, value, grad))
     grad_q, grad_k, grad_v = (_by_head(x, heads) for x in grads)
     scale = q.shape[-1] ** -0.5
-    for crops, some in _blocks(len(query), heads, shape[1] * shape[2]):
-        at = (crops, some)
-        some_q, some_k = q[at] * scale, k[at].contiguous()
+    blocks = _blocks(len(query), heads, query.shape[1], key.shape[1], lengths)
+    for crops, some, rows, columns in blocks:
+        at_row, at = (crops, some, rows), (crops, some, columns)
+        some_q, some_k = q[at_row] * scale, k[at].contiguous()
         if len(all_weights):
-            weights, mask = all_weights[at], all_masks[at]
+            square = (crops, some, rows, columns)
+            weights, mask = all_weights[square], all_masks[square]
         else:
             weights = _probabilities(some_q, some_k)
+            shape = (heads, rows.stop, columns.stop)
             mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
-        out = g[at] / (1 - rate)
+        out = g[at_row] / (1 - rate)
         grad_v[at] = torch.mul(weights, mask).transpose(2, 3) @ out
         slope = (out @ v[at].contiguous().transpose(2, 3)).mul_(mask)
         slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
-        grad_q[at] = slope @ some_k.mul_(scale)
+        grad_q[at_row] = slope @ some_k.mul_(scale)
         grad_k[at] = slope.transpose(2, 3) @ some_q
     return grads
 
@@ -109,7 +127,7 @@ def _dropping_attention_backward(
 @dropping_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
-    keep: bool,
+    keep: bool, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kept = (len(query), heads, query.shape[1], key.shape[1]) if keep else (0,)
     return (
@@ -120,25 +138,30 @@ def _(
 @_dropping_attention_backward.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
-    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
+    grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
+    """Pairs of frames, summed over crops."""
+    return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
+
+
 @register_flop_formula(torch.ops.shortwave.attention)
-def _(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return 4 * math.prod(query) * int(key[1])
+def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
+    return 4 * query[2] * _pairs(query, key, others[-1])
 
 
 @register_flop_formula(torch.ops.shortwave.attention_backward)
 def _(
-    query: Any, key: Any, value: Any, weights: Any, *_: Any, out_shape: Any = None, **__: Any
+    query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    return (8 if weights[0] else 10) * math.prod(query) * int(key[1])
+    return (8 if weights[0] else 10) * query[2] * _pairs(query, key, others[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, seeds, ctx.site, ctx.heads, ctx.rate, _ = inputs
+    query, key, value, seeds, ctx.site, ctx.heads, ctx.rate, _, ctx.lengths = inputs
     ctx.save_for_backward(query, key, value, *output[1:], seeds)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -146,9 +169,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seeds = ctx.saved_tensors
     grads = _dropping_attention_backward(
-        *tensors, grad.contiguous(), seeds, ctx.site, ctx.heads, ctx.rate
+        *tensors, grad.contiguous(), seeds, ctx.site, ctx.heads, ctx.rate, ctx.lengths
     )
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 dropping_attention.register_autograd(_gradient, setup_context=_keep)
@@ -164,6 +187,7 @@ def attention(
     seeds: Tensor | None,
     site: int,
     keep: bool = False,
+    lengths: Sequence[int] = (),
 ) -> Tensor:
     """Scaled dot-product attention; without seeds, as in evaluation, nothing is dropped.
 
@@ -176,12 +200,26 @@ def attention(
         seeds: `[batch]`, for `keep_mask`.
         site: for `keep_mask`.
         keep: keep the weights of frames by frames for the backward pass.
+        lengths: frames of each crop, the rest being padding; none: all. With it a query is wanted
+            for every frame.
 
     Returns:
-        `[batch, query frame, hidden]`.
+        `[batch, query frame, hidden]`; zero where there is padding.
     """
-    if seeds is None or not rate:
-        q, k, v = (_by_head(x, heads) for x in (query, key, value))
+    if seeds is not None and rate:
+        given = (query, key, value, seeds, site, heads, rate, keep, lengths)
+        out: Tensor = dropping_attention(*given)[0]
+        return out
+    q, k, v = (_by_head(x, heads) for x in (query, key, value))
+    if not lengths:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    out: Tensor = dropping_attention(query, key, value, seeds, site, heads, rate, keep)[0]
-    return out
+    alone = [
+        F.scaled_dot_product_attention(
+            q[crop : crop + 1, :, :own], k[crop : crop + 1, :, :own], v[crop : crop + 1, :, :own]
+        )
+        for crop, own in enumerate(lengths)
+    ]
+    padded = [
+        F.pad(x.transpose(1, 2).flatten(2), (0, 0, 0, q.shape[2] - x.shape[2])) for x in alone
+    ]
+    return torch.cat(padded)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
+from ssl_core.wav2vec2.features import frame_mask
 from ssl_core.wav2vec2.precision import compute_dtype
 
 
@@ -74,13 +75,16 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(size, size)
         self.out_proj = nn.Linear(size, size)
 
-    def forward(self, x: Tensor, wanted: Tensor, seeds: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()
+    ) -> Tensor:
         """Attend from some frames to all.
 
         Args:
             x: `[batch, frame, hidden]`.
             wanted: `[batch, wanted frame, hidden]`, the frames whose result is wanted.
             seeds: for dropout.
+            lengths: frames of each crop that are not padding; none: all.
         """
         mixed = attention(
             self.q_proj(wanted),
@@ -91,6 +95,7 @@ class Attention(nn.Module):
             seeds=seeds,
             site=1,
             keep=self.keep_weights,
+            lengths=lengths,
         )
         return self.out_proj(mixed)
 
@@ -143,13 +148,20 @@ class EncoderLayer(nn.Module):
         self.final_dropout = Dropout(config.hidden_dropout, 4)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, frames: Tensor | None, seeds: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        frames: Tensor | None,
+        seeds: Tensor | None,
+        lengths: Sequence[int] = (),
+    ) -> Tensor:
         """One layer.
 
         Args:
             x: `[batch, frame, hidden]`.
             frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
             seeds: `[batch]`, for dropout; None drops nothing.
+            lengths: frames of each crop that are not padding; none: all.
 
         Returns:
             `[batch, wanted frame, hidden]`.
@@ -160,7 +172,7 @@ class EncoderLayer(nn.Module):
         wanted = normed
         if frames is not None:
             x, wanted = take_frames(x, frames), take_frames(normed, frames)
-        x = x + self.dropout(self.attention(normed, wanted, seeds), seeds)
+        x = x + self.dropout(self.attention(normed, wanted, seeds, lengths), seeds)
         if self.stable:
             return x + self.final_dropout(self.feed_forward(self.final_layer_norm(x), seeds), seeds)
         x = self.layer_norm(x)
@@ -190,6 +202,7 @@ class Encoder(nn.Module):
         keep: Sequence[bool] | None = None,
         seeds: Tensor | None = None,
         frames: Tensor | None = None,
+        lengths: Sequence[int] = (),
     ) -> Tensor:
         """Run the transformer.
 
@@ -198,10 +211,14 @@ class Encoder(nn.Module):
             keep: for each layer whether it runs (layerdrop); None runs all.
             seeds: `[batch]`, for dropout; None drops nothing.
             frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
+            lengths: frames of each crop; what is behind them is padding, which changes nothing.
+                None: all are as long as `x`. Not together with `frames`.
 
         Returns:
-            `[batch, wanted frame, hidden]`.
+            `[batch, wanted frame, hidden]`; what stands in padded frames means nothing.
         """
+        if lengths:
+            x = x * frame_mask(lengths, x)
         x = x + self.pos_conv_embed(x)
         x = self.dropout(x if self.stable else self.layer_norm(x), seeds)
         running = [i for i in range(len(self.layers)) if keep is None or keep[i]]
@@ -215,11 +232,12 @@ class Encoder(nn.Module):
                     x,
                     wanted,
                     own,
+                    lengths,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x = self.layers[index](x, wanted, own)
+                x = self.layers[index](x, wanted, own, lengths)
         if frames is not None and not running:
             x = take_frames(x, frames)
         return self.layer_norm(x) if self.stable else x

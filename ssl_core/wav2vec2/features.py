@@ -14,6 +14,7 @@ cheaper to take that again than to read it back.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -245,6 +246,13 @@ activated_convolution.register_autograd(_convolution_gradient, setup_context=_ke
 first_convolutions.register_autograd(_first_gradient, setup_context=_keep_convolution)
 
 
+def frame_mask(lengths: Sequence[int], x: Tensor) -> Tensor:
+    """`[batch, frame, 1]` for `x` `[batch, frame, ...]`: 1 in frames that are not padding."""
+    ends = torch.tensor(lengths, device=x.device)
+    places = torch.arange(x.shape[1], device=x.device)
+    return (places < ends[:, None])[:, :, None].to(x.dtype)
+
+
 class ConvolutionLayer(nn.Module):
     """A convolution and, where the layer has one, its norm; the GELU after it is left to others."""
 
@@ -275,7 +283,7 @@ class ConvolutionLayer(nn.Module):
         """What goes into the GELU before, `[batch, row, channel]`, to what goes into that after."""
         return self.finish(activated_convolution(x, self.conv.weight, self.conv.stride[0]))
 
-    def normed_kernels(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def normed_kernels(self, windows: Tensor, valid: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Group norm with one group a channel, over time, folded into the first convolution.
 
         With mean m and covariance S of a crop's windows, a channel with taps w has the variance
@@ -285,6 +293,7 @@ class ConvolutionLayer(nn.Module):
 
         Args:
             windows: `[batch, frame, tap]`.
+            valid: frames of each crop that are not padding, which the norm leaves out; none: all.
 
         Returns:
             The centred windows, and the taps for each crop, `[batch, tap + 1, channel]`, whose
@@ -294,8 +303,14 @@ class ConvolutionLayer(nn.Module):
         norm = self.layer_norm
         assert isinstance(norm, nn.GroupNorm)
         wide = windows.double()
-        wide = wide - wide.mean(1, keepdim=True)
-        covariance = wide.transpose(1, 2) @ wide / wide.shape[1]
+        if valid:
+            mask = frame_mask(valid, wide)
+            counts = mask.sum(1, keepdim=True)
+            wide = (wide - (wide * mask).sum(1, keepdim=True) / counts) * mask
+            covariance = wide.transpose(1, 2) @ wide / counts
+        else:
+            wide = wide - wide.mean(1, keepdim=True)
+            covariance = wide.transpose(1, 2) @ wide / wide.shape[1]
         taps = self.conv.weight[:, 0].double()  # (C, K)
         variance = torch.einsum("bij,ci,cj->bc", covariance, taps, taps)
         scale = torch.rsqrt(variance + norm.eps) * norm.weight
@@ -326,8 +341,11 @@ class FeatureExtractor(nn.Module):
         last = max(-(-n * r // reach[-1]) for n, r in zip((first, *later), reach, strict=True))
         return first, frames[-1], last * reach[-1]
 
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """`[batch, sample]` to `[batch, frame, channel]`."""
+    def forward(self, waveforms: Tensor, samples: Sequence[int] = ()) -> Tensor:
+        """`[batch, sample]` to `[batch, frame, channel]`.
+
+        `samples`: of each crop, behind which it is padded; none: all are full.
+        """
         first, second, *others = self.conv_layers
         assert isinstance(first, ConvolutionLayer)
         assert isinstance(second, ConvolutionLayer)
@@ -336,7 +354,8 @@ class FeatureExtractor(nn.Module):
         windows = waveforms.unfold(1, self.kernel[0], self.stride[0])  # (N, T, K)
         spare = (0, 0, 0, rows - valid)
         if isinstance(first.layer_norm, nn.GroupNorm):
-            windows, kernels = first.normed_kernels(windows)
+            ends = [(own - self.kernel[0]) // self.stride[0] + 1 for own in samples]
+            windows, kernels = first.normed_kernels(windows, ends)
             width = -(-kernels.shape[1] // WINDOW) * WINDOW
             windows = F.pad(F.pad(windows, (0, 1), value=1.0), (0, width - kernels.shape[1]))
             kernels = F.pad(kernels, (0, 0, 0, width - kernels.shape[1]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from partitions.errors import DataError
 from ssl_core.tensor_file import write_tensors
@@ -81,7 +81,7 @@ def load_model(directory: Path) -> PretrainingModel:
     return model
 
 
-def load_into(model: PretrainingModel, weights: dict[str, Tensor], where: str) -> None:
+def load_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Copy weights into a model by name, every one of them.
 
     Raises:

@@ -1,6 +1,7 @@
 """wav2vec 2.0 for pretraining, put together; parameter names as in `Wav2Vec2ForPreTraining`."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,15 +112,38 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
         self.feature_extractor = FeatureExtractor(config)
         self.feature_projection = context.FeatureProjection(config)
         self.encoder = context.Encoder(config)
 
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """Hidden states of unpadded waveforms: `[batch, sample]` to `[batch, frame, hidden]`."""
-        hidden, _ = self.feature_projection(self.feature_extractor(waveforms))
-        return self.encoder(at_least_fp32(hidden))
+    def forward(self, waveforms: Tensor, samples: Sequence[int] = ()) -> Tensor:
+        """Hidden states: `[batch, sample]` to `[batch, frame, hidden]`, without dropout.
+
+        `samples`: of each clip, behind which it is padded; none: all are full. What stands behind
+        a clip's frames means nothing, and what stands in them does not depend on the padding.
+        """
+        return self.contextualise(self.feature_extractor(waveforms, samples), samples)
+
+    def contextualise(
+        self,
+        features: Tensor,
+        samples: Sequence[int] = (),
+        seeds: Tensor | None = None,
+        keep: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """The extractor's output to hidden states.
+
+        Args:
+            features: `[batch, frame, channel]`.
+            samples: of each clip's waveform; none: all are full.
+            seeds: `[batch]`, for dropout; None drops nothing.
+            keep: for each layer whether it runs; None runs all.
+        """
+        hidden, _ = self.feature_projection(features, seeds)
+        lengths = [self.config.frames(own) for own in samples]
+        return self.encoder(at_least_fp32(hidden), keep, seeds, lengths=lengths)
 
 
 class PretrainingModel(nn.Module):

@@ -1,0 +1,122 @@
+"""A fine-tuned model as a directory: in transformers' own class where it has one.
+
+`mean-linear` opens with `Wav2Vec2ForSequenceClassification` (its projection before the mean is the
+identity), `linear-ctc` with `Wav2Vec2ForCTC` and `Wav2Vec2CTCTokenizer`. The backbone of the others
+opens with `Wav2Vec2Model`; their heads are beside it under `head.`, as the modules of
+`ssl_core.downstream.heads`. `task.json` holds recipe and labels.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitions import atomic
+from partitions.units import SAMPLE_RATE
+from ssl_core.downstream.heads import BLANK
+from ssl_core.downstream.model import TaskModel
+from ssl_core.tensor_file import write_tensors
+from ssl_core.wav2vec2 import hf
+
+TASK = "task.json"
+
+
+def export(model: TaskModel, task: str, labels: Sequence[str], path: Path) -> None:
+    """Write a model directory whole or not at all.
+
+    Args:
+        model: fine-tuned.
+        task: its name.
+        labels: classes, or symbols without the blank.
+        path: of the directory.
+
+    Raises:
+        OSError: such as a full disk.
+    """
+    tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    config = _transformers_parts(model, labels, tensors)
+    about = {
+        "task": task,
+        "upstream": model.upstream.name,
+        "labels": list(labels),
+        "recipe": dataclasses.asdict(model.recipe),
+    }
+    with atomic.directory(path) as partial:
+        write_tensors(partial / hf.WEIGHTS, tensors, metadata={"format": "pt"})
+        _write(partial / TASK, about)
+        if not config:
+            return
+        _write(partial / hf.CONFIG, config)
+        _write(
+            partial / "preprocessor_config.json",
+            {
+                "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+                "do_normalize": model.upstream.normalise,
+                "feature_size": 1,
+                "padding_value": 0.0,
+                "return_attention_mask": True,
+                "sampling_rate": SAMPLE_RATE,
+            },
+        )
+        if model.recipe.head == "linear-ctc":
+            _write(partial / "vocab.json", _vocabulary(labels))
+            _write(
+                partial / "tokenizer_config.json",
+                {
+                    "tokenizer_class": "Wav2Vec2CTCTokenizer",
+                    "pad_token": "<pad>",
+                    "unk_token": "<unk>",
+                    "bos_token": "<s>",
+                    "eos_token": "</s>",
+                    "word_delimiter_token": "|",
+                },
+            )
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _vocabulary(labels: Sequence[str]) -> dict[str, int]:
+    tokens = ["<pad>", *("|" if label == " " else label for label in labels)]
+    return {token: place for place, token in enumerate([*tokens, "<unk>", "<s>", "</s>"])}
+
+
+def _transformers_parts(
+    model: TaskModel, labels: Sequence[str], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The config, with the head's tensors renamed to transformers'; empty without a backbone."""
+    if model.wav2vec2 is None:
+        return {}
+    own = model.wav2vec2.config
+    config = own.to_hf() | {"architectures": ["Wav2Vec2Model"]}
+    if model.recipe.head == "mean-linear":
+        size = own.hidden_size
+        names = {str(place): label for place, label in enumerate(labels)}
+        config |= {
+            "architectures": ["Wav2Vec2ForSequenceClassification"],
+            "classifier_proj_size": size,
+            "use_weighted_layer_sum": False,
+            "id2label": names,
+            "label2id": {label: int(place) for place, label in names.items()},
+        }
+        tensors["projector.weight"], tensors["projector.bias"] = torch.eye(size), torch.zeros(size)
+        tensors["classifier.weight"] = tensors.pop("head.linear.weight")
+        tensors["classifier.bias"] = tensors.pop("head.linear.bias")
+    elif model.recipe.head == "linear-ctc":
+        spare = len(_vocabulary(labels)) - len(labels) - 1
+        weight, bias = tensors.pop("head.linear.weight"), tensors.pop("head.linear.bias")
+        config |= {
+            "architectures": ["Wav2Vec2ForCTC"],
+            "vocab_size": len(labels) + 1 + spare,
+            "pad_token_id": BLANK,
+            "ctc_loss_reduction": "mean",
+        }
+        # The tokens that the tokenizer insists on are never written.
+        tensors["lm_head.weight"] = torch.cat([weight, torch.zeros(spare, weight.shape[1])])
+        tensors["lm_head.bias"] = torch.cat([bias, torch.full((spare,), -1e4)])
+    return config

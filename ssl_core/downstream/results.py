@@ -1,0 +1,133 @@
+"""What a fine-tuned model does on the test set: scores, predictions, figures."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from partitions.atomic import write_text
+from partitions.figures import save_figure
+from partitions.units import SAMPLE_RATE
+from ssl_core.downstream.clips import Trial
+from ssl_core.downstream.training import Scored
+
+PREDICTIONS, RESULT = "predictions.tsv", "result.json"
+_MOST_CLASSES = 60
+Readable = Callable[[str], str]
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write `result.json`."""
+    text = json.dumps(dict(result), indent=2, ensure_ascii=False)
+    write_text(folder / RESULT, text + "\n")
+
+
+def write_predictions(folder: Path, scored: Scored, readable: Readable = str) -> None:
+    """Write `predictions.tsv`: a clip a line with what was expected and what was found."""
+    lines = ["clip\tseconds\texpected\tpredicted"]
+    for clip, expected, found in zip(scored.clips, scored.expected, scored.predicted, strict=True):
+        seconds = clip.piece.samples / SAMPLE_RATE
+        lines.append(f"{clip.name}\t{seconds:.3f}\t{readable(expected)}\t{readable(found)}")
+    write_text(folder / PREDICTIONS, "\n".join(lines) + "\n")
+
+
+def write_trials(folder: Path, trials: Sequence[Trial], cosines: Sequence[float]) -> None:
+    """Write `predictions.tsv` of trials: both files, whether they are the same voice, the score."""
+    lines = ["first\tsecond\tsame\tcosine"]
+    for trial, cosine in zip(trials, cosines, strict=True):
+        lines.append(f"{trial.first}\t{trial.second}\t{int(trial.same)}\t{cosine:.6f}")
+    write_text(folder / PREDICTIONS, "\n".join(lines) + "\n")
+
+
+def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path | None:
+    """Draw `confusion.png`: rows are what was expected, as shares; None for too many classes."""
+    present = [label for label in labels if label in {*scored.expected, *scored.predicted}]
+    if not 1 < len(present) <= _MOST_CLASSES:
+        return None
+    places = {label: place for place, label in enumerate(present)}
+    counts = np.zeros((len(present), len(present)))
+    for expected, found in zip(scored.expected, scored.predicted, strict=True):
+        if expected in places:
+            counts[places[expected], places[found]] += 1
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    side = max(4.0, 0.28 * len(present) + 2)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    axes.set_xticks(range(len(present)), present, rotation=90)
+    axes.set_yticks(range(len(present)), present)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("expected")
+    if len(present) <= 15:
+        for (row, column), share in np.ndenumerate(shares):
+            if counts[row, column]:
+                color = "white" if share > 0.5 else "black"
+                text = f"{int(counts[row, column])}"
+                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="share of the clips of a class")
+    path = folder / "confusion.png"
+    save_figure(figure, path)
+    return path
+
+
+def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> Path:
+    """Draw `curves.png`: loss and metric by epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    name = "accuracy" if metric == "eer" else metric
+    panels = (
+        ("loss (nats)", (("loss", "training"), ("valid_loss", "validation"))),
+        (name, (("accuracy", "training"), (f"valid_{name}", "validation"))),
+    )
+    for axes, (title, series) in zip(figure.subplots(1, 2), panels, strict=True):
+        for key, label in series:
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path = folder / "curves.png"
+    save_figure(figure, path)
+    return path
+
+
+def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None:
+    """Print the scores as a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", justify="left")
+    table.add_column("", justify="right")
+    for name, value in result.items():
+        if isinstance(value, float):
+            shown = f"{value:.4f}" if not name.endswith("_share") else f"{100 * value:.2f} %"
+        elif isinstance(value, int | str):
+            shown = str(value)
+        else:
+            continue
+        table.add_row(name.replace("_", " "), shown)
+    console.print(table)
+
+
+def show_errors(console: Console, scored: Scored, readable: Readable = str, most: int = 5) -> None:
+    """Print the commonest confusions, or the first texts that are not as expected."""
+    wrong = [
+        pair for pair in zip(scored.expected, scored.predicted, strict=True) if pair[0] != pair[1]
+    ]
+    if not wrong:
+        return
+    if max(len(expected) for expected, _ in wrong) < 30:
+        for (expected, found), count in Counter(wrong).most_common(most):
+            console.print(
+                f"  {readable(expected)} taken for {readable(found)}: {count}",
+                highlight=False, markup=False,
+            )  # fmt: skip
+        return
+    for expected, found in wrong[:most]:
+        console.print(f"  expected: {readable(expected)}", highlight=False, markup=False)
+        console.print(f"  found:    {readable(found)}", highlight=False, markup=False)

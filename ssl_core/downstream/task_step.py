@@ -1,0 +1,206 @@
+"""The fine-tuning step: labelled clips, a plan and the rates in, loss and predictions out.
+
+The loss of an update is the mean over its clips. They are taken in the order of their lengths, a
+micro-batch at a time, so that little is padding; what is dropped in a clip follows from its own
+seed. How a batch is split changes nothing but the rounding.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from partitions.units import SAMPLE_RATE
+from ssl_core import randomness
+from ssl_core.downstream.heads import BLANK
+from ssl_core.downstream.model import Stage, TaskModel
+from ssl_core.memory.plan import Plan
+from ssl_core.optimizer import AdamW
+from ssl_core.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.wav2vec2.precision import at_least_fp32, autocast
+
+HEAD, BACKBONE = "head", "backbone"
+"""Groups of parameters with a rate each."""
+
+
+class Batch(NamedTuple):
+    """Clips of an update."""
+
+    inputs: Sequence[Tensor]
+    """Of each clip: `[sample]`, or `[frame, feature]` where it was computed before."""
+    stage: Stage
+    """What the inputs are."""
+    samples: Sequence[int]
+    """Of each clip's waveform, at 16 kHz."""
+    targets: Tensor
+    """`[clip]` int64 classes, or `[clip, symbol]` int64 padded with the blank."""
+
+    def rows(self, chosen: Sequence[int]) -> "Batch":
+        """Some of the clips, as little padded as they can be."""
+        targets = self.targets[list(chosen)]
+        if targets.dim() == 2:
+            targets = targets[:, : max(1, int((targets != BLANK).sum(1).max()))]
+        return Batch(
+            [self.inputs[row] for row in chosen],
+            self.stage,
+            [self.samples[row] for row in chosen],
+            targets,
+        )
+
+    def padded(self, device: torch.device) -> Tensor:
+        """The inputs as one tensor, `[clip, sample]` or `[clip, frame, feature]`."""
+        joined = torch.nn.utils.rnn.pad_sequence(list(self.inputs), batch_first=True)
+        return joined.to(device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """What an update did."""
+
+    loss: float
+    """Mean over clips, in nats; of CTC, in nats a symbol."""
+    correct: int
+    """Clips whose class was found; of tasks that transcribe 0."""
+    gradient_norm: float
+    applied: bool
+    """False when the gradient was not finite and the update was left out."""
+    clips: int
+    seconds: float
+    """Seconds of audio."""
+
+
+class TaskStep(PlannedStep):
+    """Takes updates of a head, with the backbone frozen or unfrozen, by a plan."""
+
+    model: TaskModel
+
+    def __init__(self, model: TaskModel, plan: Plan, *, unfrozen: bool, seed: int) -> None:
+        """Prepare the optimisers of what is trained; nothing else gets a gradient.
+
+        Args:
+            model: a parameter that needs no gradient already stays as it is, such as one that is
+                shared while another is personal.
+            plan: how a step is taken; its length is not looked at.
+            unfrozen: whether the backbone is trained.
+            seed: of dropout.
+        """
+        self.unfrozen, self.seed = unfrozen and model.wav2vec2 is not None, seed
+        self.recipe = model.recipe
+        if model.wav2vec2 is not None:
+            model.wav2vec2.requires_grad_(self.unfrozen)
+            model.wav2vec2.masked_spec_embed.requires_grad_(False)
+            if not self.recipe.train_extractor:
+                model.wav2vec2.feature_extractor.requires_grad_(False)
+        plan.validate()
+        super().__init__(model, model.wav2vec2, plan)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage up to which nothing is trained, so that it can be computed before."""
+        if self.unfrozen:
+            return "waveform" if self.recipe.train_extractor else "extracted"
+        return "mean" if self.model.head.pools else "frames"
+
+    def validate(self, plan: Plan) -> None:
+        """Check a plan; raises `UsageError`."""
+        plan.validate()
+
+    def make_optimizers(self) -> dict[str, AdamW]:
+        """One for the head, one for an unfrozen backbone."""
+        groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {HEAD: [], BACKBONE: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups[HEAD if name.startswith("head.") else BACKBONE].append((name, parameter))
+        state = self.plan.optimizer_state
+        return {key: AdamW(group, self.recipe, state) for key, group in groups.items() if group}
+
+    def update(
+        self, batch: Batch, update: int, rates: Mapping[str, float], key: int = 0
+    ) -> TaskReport:
+        """Take one update.
+
+        Args:
+            batch: of any stage up to `stage`.
+            update: global update number, from 0.
+            rates: of `HEAD` and `BACKBONE`.
+            key: tells apart those who take the same update, such as clients.
+
+        Returns:
+            What happened; when the gradient is not finite the weights stay as they were.
+        """
+        plan, count = self.plan, len(batch.samples)
+        rng = randomness.generator(self.seed, "dropout", key, update)
+        seeds = torch.from_numpy(rng.integers(2**62, size=count))
+        keep = None
+        if self.unfrozen:
+            config = self.model.wav2vec2.config  # type: ignore[union-attr]
+            keep = tuple(bool(x) for x in rng.random(config.num_hidden_layers) >= config.layerdrop)
+        order = [int(row) for row in np.argsort(batch.samples, kind="stable")]
+        chunk = min(plan.micro_batch or count, count)
+        self._drop_gradients()
+        in_backward = None
+        if plan.apply_in_backward and chunk == count:
+            in_backward = AppliedInBackward(self.optimizers, rates, 1 / self.loss_scale)
+        loss, correct = 0.0, 0
+        with in_backward or contextlib.nullcontext(), self._settling():
+            for first in range(0, count, chunk):
+                rows = order[first : first + chunk]
+                losses, found = self._losses(batch.rows(rows), seeds[rows], keep)
+                (losses.sum() * (self.loss_scale / count)).backward()
+                loss += float(losses.detach().sum())
+                correct += found
+        if in_backward is not None:
+            norm, applied = in_backward.norm, in_backward.finite
+        else:
+            norm, applied = self._apply(rates, 1 / self.loss_scale, self.recipe.clip_norm)
+        if plan.precision == "fp16":
+            self._adapt_loss_scale(update, applied)
+        self._drop_gradients()
+        return TaskReport(
+            loss=loss / count,
+            correct=correct,
+            gradient_norm=norm,
+            applied=applied,
+            clips=count,
+            seconds=sum(batch.samples) / SAMPLE_RATE,
+        )
+
+    def _losses(
+        self, batch: Batch, seeds: Tensor, keep: Sequence[bool] | None
+    ) -> tuple[Tensor, int]:
+        """The loss of each clip, and how many classes were found."""
+        model, x, stage = self.model, batch.padded(self.device), batch.stage
+        targets = batch.targets.to(self.device)
+        with autocast(self.device, self.plan.precision):
+            if self.unfrozen:
+                x = self._extracted(x, batch.samples, stage)
+                x = model.contextualise(x, batch.samples, seeds, keep)
+            else:
+                with torch.no_grad():
+                    x = model.advance(x, batch.samples, stage, self.stage)
+        lengths = model.head_lengths(batch.samples, "frames" if self.unfrozen else self.stage)
+        with autocast(self.device, self.plan.precision if self.unfrozen else "fp32"):
+            prediction = model.head(at_least_fp32(x), lengths, seeds)
+        losses = model.head.losses(prediction, lengths, targets)
+        found = 0
+        if targets.dim() == 1:
+            found = int((prediction.logits.argmax(1) == targets).sum())
+        return losses, found
+
+    def _extracted(self, x: Tensor, samples: Sequence[int], stage: Stage) -> Tensor:
+        if stage == "extracted":
+            return x
+        if not self.recipe.train_extractor:
+            with torch.no_grad():
+                return self.model.extract(x, samples)
+        if self.plan.recompute_features:
+            extracted: Tensor = checkpoint(
+                self.model.extract, x, samples, use_reentrant=False, preserve_rng_state=False
+            )
+            return extracted
+        return self.model.extract(x, samples)

@@ -1,0 +1,108 @@
+"""LibriSpeech with its transcripts, as characters.
+
+torchaudio's reader fails on a chapter without transcripts.
+"""
+
+import unicodedata
+from pathlib import Path
+
+from partitions.errors import UsageError
+from partitions.librispeech import Skips, Utterance, find_utterances
+from partitions.manifest import Piece
+from ssl_core.downstream.clips import Clip, TaskData
+from ssl_core.downstream.tasks.files import task_data
+from ssl_core.randomness import generator
+
+LABELS = (" ", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+"""The symbols of a transcript; the blank is none of them."""
+
+VALID_SHARE = 0.05
+"""Of the training utterances, drawn where no subset is given to validate on."""
+
+
+def read(
+    root: Path,
+    train: tuple[str, ...],
+    valid: tuple[str, ...],
+    test: tuple[str, ...],
+    seed: int = 0,
+    progress: bool = False,
+) -> TaskData:
+    """List the utterances of subsets of LibriSpeech that have a transcript.
+
+    Args:
+        root: the folder that holds the subsets, its parent with `LibriSpeech/`, or one subset.
+        train: names of subsets such as `train-clean-100`.
+        valid: names of subsets such as `dev-clean`; without any, `VALID_SHARE` of the training
+            utterances, at least one, is drawn. The same voices are then in `train`.
+        test: names of subsets such as `test-clean`.
+        seed: of the utterances drawn to validate on.
+        progress: show a progress bar on stderr where that is a terminal.
+
+    Transcripts are upper case with the symbols of `LABELS`: punctuation becomes a space. Files
+    that are unreadable or empty, and utterances without a transcript or with other symbols in it,
+    are counted in `skips`.
+
+    Raises:
+        UsageError: a subset that is not there, or one that stands in two splits; no subset to
+            train or to test on.
+        DataError: another layout, or a split without any transcript.
+    """
+    _check(train, valid, test)
+    corpus = find_utterances(root, (*train, *valid, *test), progress)
+    skips = Skips(dict(corpus.skips), dict(corpus.skipped_examples))
+    clips: dict[str, list[Clip]] = {}
+    for utterance in corpus.utterances:
+        clip = _clip(utterance, skips)
+        if clip is not None:
+            clips.setdefault(utterance.subset, []).append(clip)
+    training, validation, tests = (
+        [clip for subset in sorted(set(subsets)) for clip in clips.get(subset, [])]
+        for subsets in (train, valid, test)
+    )
+    if not valid and len(training) > 1:
+        count = max(1, round(VALID_SHARE * len(training)))
+        order = generator(seed, "transcripts to validate on").permutation(len(training))
+        drawn = {int(index) for index in order[:count]}
+        validation = [clip for index, clip in enumerate(training) if index in drawn]
+        training = [clip for index, clip in enumerate(training) if index not in drawn]
+    return task_data(corpus.root, training, validation, tests, LABELS, skips)
+
+
+def normalised(transcript: str) -> str | None:
+    """A transcript in the symbols of `LABELS`, or None where it has others, such as digits."""
+    letters = []
+    for letter in transcript.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").upper():
+        mark = letter != "'" and unicodedata.category(letter).startswith("P")
+        letters.append(" " if mark else letter)
+    text = " ".join("".join(letters).split())
+    return text if set(text) <= set(LABELS) else None
+
+
+def _check(train: tuple[str, ...], valid: tuple[str, ...], test: tuple[str, ...]) -> None:
+    for subsets, purpose, usual in (
+        (train, "train", "train-clean-100"),
+        (test, "test", "test-clean"),
+    ):
+        if not subsets:
+            raise UsageError(f"no subset to {purpose} on: name one, such as {usual}")
+    for first, second in ((train, valid), (train, test), (valid, test)):
+        both = sorted(set(first) & set(second))
+        if both:
+            raise UsageError(f"subset '{both[0]}' stands in two splits: give it to one of them")
+
+
+def _clip(utterance: Utterance, skips: Skips) -> Clip | None:
+    """An utterance with its transcript; one that has none is counted."""
+    if utterance.transcript is None:
+        skips.add("no transcript", utterance.path)
+        return None
+    text = normalised(utterance.transcript)
+    if text is None:
+        skips.add("other symbols in the transcript", utterance.path)
+    elif not text:
+        skips.add("empty transcript", utterance.path)
+    else:
+        piece = Piece(utterance.path, 0, utterance.samples)
+        return Clip(piece, utterance.speaker, text=text)
+    return None
