@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import socket
+import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
@@ -67,6 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder for what is kept between rounds (default: ~/.local/state/shortwave)",
     )
     parser.add_argument(
+        "--task",
+        default="",
+        help="the run fine-tunes this task, such as kws35, and --data is its corpus (default: the "
+        "run pretrains on a corpus in LibriSpeech's layout)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="with --task: this device's copy of the backbone's directory (default: the path that "
+        "the run names)",
+    )
+    parser.add_argument(
         "--pause-temperature",
         type=float,
         default=0.0,
@@ -93,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="local port of this SuperNode, one for each on a machine (default: a free one)",
     )
     options = parser.parse_args(arguments)
-    list_audio(options.data, tuple(filter(None, options.subset.split(","))))
+    code = _check_data(options)
+    if code:
+        return code
     security = _security(
         options.superlink, options.root_certificates, options.insecure, options.key
     )
@@ -130,6 +145,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     flower_supernode()
     return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    """Refuse now what would be refused in the first round; the exit code."""
+    if options.checkpoint and not options.task:
+        raise UsageError("--checkpoint is for a --task; the run sends what it pretrains")
+    if not options.task:
+        list_audio(options.data, tuple(filter(None, options.subset.split(","))))
+        return 0
+    given = (options.task, str(options.data), options.subset, str(options.checkpoint or ""))
+    return subprocess.run([sys.executable, "-m", "fl_client.check_task", *given]).returncode
 
 
 def _security(
@@ -194,11 +220,14 @@ def _node_config(options: argparse.Namespace) -> str:
         values["client-key"] = 1_000_000 + zlib.crc32(identity.encode()) % 1_000_000_000
     if speakers:
         values["speakers"] = speakers
+    if options.checkpoint:
+        values["checkpoint"] = str(options.checkpoint.resolve())
     if options.state:
         values["state"] = str(options.state.resolve())
     if any(mark in str(value) for value in values.values() for mark in '"\\\n'):
         raise UsageError(
-            'a " or \\ in --data, --subset, --speakers or --device cannot be passed on'
+            'a " or \\ in --data, --subset, --speakers, --checkpoint or --device cannot be passed '
+            "on"
         )
     return " ".join(
         f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"'

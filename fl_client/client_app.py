@@ -3,6 +3,7 @@
 The same app runs in a SuperNode, in Flower's simulation and in `simulation/`.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -16,8 +17,11 @@ from fl_client.limits import Limits
 from fl_client.local_data import share_of
 from fl_client.local_training import budget_of, train_round
 from fl_client.settings import FederationSettings
+from fl_client.task_data import task_share_of
+from fl_client.task_training import train_task_round
 from partitions.errors import ShortwaveError
 from partitions.speakers import seconds_of
+from partitions.units import SAMPLE_RATE
 
 log = logging.getLogger("shortwave.client")
 app = ClientApp()
@@ -53,14 +57,15 @@ def answering(handler: Handler) -> Handler:
 def describe(message: Message, context: Context) -> Message:
     """Answer who this client is: its number and how much audio it has."""
     settings = FederationSettings.from_run_config(context.run_config)
-    share = share_of(context.node_config, settings)
-    metrics = MetricRecord(
-        {
-            "partition": share.key,
-            "crops": len(share.indices),
-            "seconds": seconds_of(share.manifest, share.indices),
-        }
-    )
+    if settings.task:
+        own = task_share_of(context.node_config, settings)
+        key, count = own.key, len(own.train)
+        seconds = sum(clip.piece.samples for clip in own.train) / SAMPLE_RATE
+    else:
+        share = share_of(context.node_config, settings)
+        key, count = share.key, len(share.indices)
+        seconds = seconds_of(share.manifest, share.indices)
+    metrics = MetricRecord({"partition": key, "crops": count, "seconds": seconds})
     return Message(RecordDict({protocol.METRICS: metrics}), reply_to=message)
 
 
@@ -68,15 +73,36 @@ def describe(message: Message, context: Context) -> Message:
 @answering
 def train(message: Message, context: Context) -> Message:
     """Train from the global weights and answer with the difference."""
+    return _reply(message, context)
+
+
+@app.evaluate()
+@answering
+def evaluate(message: Message, context: Context) -> Message:
+    """Score a task's global weights on the client's own clips; nothing of them changes."""
+    return _reply(message, context, evaluate_only=True)
+
+
+def _reply(message: Message, context: Context, evaluate_only: bool = False) -> Message:
     settings = FederationSettings.from_run_config(context.run_config)
-    share = share_of(context.node_config, settings)
     weights = message.content.array_records[protocol.WEIGHTS]
     task: ConfigRecord = message.content.config_records[protocol.TASK]
     node = context.node_config
     state = Path(str(node["state"])) if "state" in node else None
-    result = train_round(
-        weights, task, share, settings, budget_of(node), state, Limits.of_node(node)
-    )
+    budget, limits = budget_of(node), Limits.of_node(node)
+    if settings.task:
+        settings = dataclasses.replace(
+            settings, checkpoint=str(node.get("checkpoint", "") or settings.checkpoint)
+        )
+        own = task_share_of(node, settings)
+        result = train_task_round(
+            weights, task, own, settings, budget, state, limits, evaluate_only
+        )
+    else:
+        if evaluate_only:
+            raise protocol.ProtocolError("pretraining is evaluated on the server")
+        share = share_of(node, settings)
+        result = train_round(weights, task, share, settings, budget, state, limits)
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

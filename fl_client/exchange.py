@@ -7,11 +7,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from torch import Tensor, nn
+from torch import Tensor
 
 from fl_client import encoding, protocol, updates
 from fl_client.encoding import Decoded, Encoding
 from fl_client.state import ClientState, StateLost
+
+
+class Weights(Protocol):
+    """A model, or the part of one that is shared."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name, on their own memory."""
 
 
 class Exchange(Protocol):
@@ -25,7 +32,7 @@ class Exchange(Protocol):
 
 
 def exchange_of(
-    model: nn.Module,
+    model: Weights,
     weights: ArrayRecord,
     task: Mapping[str, Any],
     client: ClientState,
@@ -45,7 +52,7 @@ def exchange_of(
 class _Plain:
     """fp32 both ways; nothing is kept."""
 
-    def __init__(self, model: nn.Module, weights: ArrayRecord) -> None:
+    def __init__(self, model: Weights, weights: ArrayRecord) -> None:
         self.own, self.weights = model.state_dict(), weights
         if self.own.keys() != set(weights):
             wrong = sorted(self.own.keys() ^ set(weights))
@@ -71,7 +78,7 @@ class _Encoded:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Weights,
         weights: ArrayRecord,
         task: Mapping[str, Any],
         kind: Encoding,

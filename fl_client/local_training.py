@@ -134,7 +134,7 @@ def train_round(
         "samples": len(trained.heard) * plan.samples,
         "train_seconds": time.monotonic() - started,
         "paused_seconds": sum(trained.paused),
-        "peak_bytes": _peak_bytes(plan.device),
+        "peak_bytes": peak_of(plan.device),
         "predicted_bytes": ladder.predicted,
         "memory_bytes": budget.memory,
         "length": plan.length,
@@ -257,7 +257,7 @@ def _metrics(reports: list[StepReport]) -> dict[str, float]:
     }
 
 
-def _peak_bytes(device: str) -> int:
+def peak_of(device: str) -> int:
     """Largest memory so far: allocated on a GPU, resident on a CPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))

@@ -47,8 +47,39 @@ TRAIN_METRICS = (
 )
 """The only numbers that leave a client with an update."""
 
+TASK_SKIP_REASONS = (*SKIP_REASONS, "too short")
+
+TASK_METRICS = (
+    "round",
+    "samples",  # different audio trained on, in samples at 16 kHz; the update's weight
+    "clips",  # clips trained on, repeats included
+    "updates",
+    "applied",
+    "loss",  # mean over the clips trained on
+    "test_clips",  # of the client's own that it does not train on
+    "test_before",  # score on them of the model as received, with the client's personal part
+    "test_after",  # score on them after training
+    "train_seconds",
+    "paused_seconds",
+    "peak_bytes",
+    "predicted_bytes",
+    "memory_bytes",
+    "length",  # mean seconds of the clips trained on
+    "batch",
+    "micro_batch",
+    "fallbacks",
+    *("skipped_" + reason.replace(" ", "_") for reason in TASK_SKIP_REASONS),
+)
+"""The only numbers that leave a client with an update of a task. Scores are accuracies, or error
+rates of tasks that transcribe."""
+
 INFO_METRICS = ("partition", "crops", "seconds")
 """The only numbers that leave a client when it is asked who it is."""
+
+
+def metrics_of(task: str) -> tuple[str, ...]:
+    """The metrics that come with an update, in pretraining (no task) or in a task."""
+    return TASK_METRICS if task else TRAIN_METRICS
 
 
 class ProtocolError(ShortwaveError):
@@ -61,7 +92,8 @@ def task(**values: int | float | str) -> ConfigRecord:
     Of a train message: `run` (identity of the run), `round`, `first_update` (global number of the
     first update), `updates` (how many), `encoding` of the weights in it, `base_round` (round whose
     weights they are to be added to; -1: they are whole) and `folded_round` (last round in which
-    this client's update counted; -1: none). Rounds from 0.
+    this client's update counted; -1: none), and of a task `backbone` (digest of the backbone that
+    everyone begins with). Rounds from 0. An evaluate message of a task is the same.
     """
     return ConfigRecord(dict(values))
 

@@ -7,6 +7,9 @@ from typing import Any, Literal
 from fl_client.encoding import Encoding
 from partitions.errors import UsageError
 from partitions.settings import from_mapping
+from ssl_core.downstream.recipe import Method, Share, TaskRecipe
+from ssl_core.downstream.settings import TaskSettings
+from ssl_core.memory.plan import Plan
 from ssl_core.step_settings import StepSettings
 
 
@@ -24,8 +27,30 @@ class FederationSettings(StepSettings):
     """Optimiser updates a client takes in a round."""
     threads: int = 1
     """CPU threads of a client's step. Part of the result's last bits, so not tied to --workers."""
-    partition: Literal["speaker", "iid", "skewed"] = "speaker"
-    """How speech is divided: whole speakers, evenly at random, or with skewed durations."""
+    partition: Literal["speaker", "iid", "skewed", "labels"] = "speaker"
+    """How speech is divided: whole speakers, evenly at random, with skewed durations, or, of a
+    task's clips, so that clients differ in what they say (`labels`)."""
+    task: str = ""
+    """A downstream task to fine-tune in place of pretraining, such as `kws35`; `data` is its
+    corpus, `checkpoint` its backbone (a directory, `random` or `logmel`)."""
+    method: Method = "fedper"
+    """Of a task. `fedavg`: everything that is trained is shared; `fedper`: heads stay on the
+    devices; `fedrep`: so they do, and are trained before the shared part; `local`: nothing is
+    shared."""
+    share: Share = "backbone"
+    """Of a task: what of the backbone is trained: `backbone`, `layers` (the last ones), `lora`
+    (low-rank changes of its attention) or `none`."""
+    shared_layers: int = 2
+    """Of a task: how many last layers are trained with `share layers`."""
+    lora_rank: int = 8
+    """Of a task: rank of the changes with `share lora`."""
+    head_updates: int = 0
+    """Of a task with `fedrep`: updates of the head before those of the shared part; 0 takes as many
+    as `local-updates`."""
+    own_test: float = 0.25
+    """Of a task: share of its own clips that a client keeps to evaluate on."""
+    recipe: str = ""
+    """Of a task: settings of its recipe, as in `head=linear-ctc head-rate=1e-3`."""
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
     """How the mean update is applied."""
     server_rate: float = 0.0
@@ -80,7 +105,46 @@ class FederationSettings(StepSettings):
             raise UsageError("eval-crops and seed must not be below zero")
         if self.server_rate < 0 or not 0 <= self.server_momentum < 1:
             raise UsageError("server-rate must not be below zero, server-momentum in [0, 1)")
-        self.resolved_plan()
+        if not self.task:
+            if self.partition == "labels":
+                raise UsageError("partition labels is for the clips of a task")
+            self.resolved_plan()
+            return
+        if not 0 < self.own_test < 1:
+            raise UsageError(f"own-test is a share of clips between 0 and 1, not {self.own_test}")
+        if self.head_updates < 0:
+            raise UsageError("head-updates must not be below zero")
+        if not self.checkpoint:
+            raise UsageError("a task needs a checkpoint: a directory, or one of random, logmel")
+        if self.fleet or self.time_limit:
+            raise UsageError("fleet and time-limit are for pretraining")
+        self.task_plan(self.task_recipe())
+
+    def task_settings(self) -> TaskSettings:
+        """What the task's own settings say."""
+        return TaskSettings(
+            task=self.task,
+            data=self.data,
+            train=self.subset or "train-clean-100",
+            valid="",
+            test="",
+            set=self.recipe,
+            epochs=self.rounds,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            precision=self.precision,
+            device=self.device,
+            threads=self.threads,
+            seed=self.seed,
+        )
+
+    def task_recipe(self) -> TaskRecipe:
+        """The task's recipe; a round counts as an epoch of its schedule."""
+        return self.task_settings().task_recipe()
+
+    def task_plan(self, recipe: TaskRecipe) -> Plan:
+        """How this machine takes a step of the task."""
+        return self.task_settings().task_plan(recipe)
 
     @classmethod
     def from_run_config(cls, values: Mapping[str, Any]) -> "FederationSettings":

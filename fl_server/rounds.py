@@ -218,10 +218,20 @@ class Federation:
         optimizer: ServerOptimizer,
         settings: FederationSettings,
         run: str = "run",
+        backbone: str = "",
     ) -> None:
-        """`weights`: global weights by parameter name, changed in place by each round."""
+        """Begin with what the server holds.
+
+        Args:
+            weights: global weights by parameter name, changed in place by each round.
+            optimizer: how the mean update is applied.
+            settings: of the run.
+            run: identity of the run.
+            backbone: of a task, digest of the backbone that everyone begins with.
+        """
         self.weights, self.optimizer, self.settings = weights, optimizer, settings
         self.run = run
+        self.base = {"backbone": backbone} if backbone else {}
         self.broadcast = Broadcast(settings.encoding)
         self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
         self.folded: dict[int, int] = {}
@@ -245,7 +255,7 @@ class Federation:
         Raises:
             RoundFailed: fewer than `min_clients` updates could be folded.
         """
-        settings, recipe = self.settings, self.settings.model_and_recipe()[1]
+        settings = self.settings
         started = time.monotonic()
         cohort = choose_cohort(clients, settings, number)
         by_node = {client.node: client for client in cohort}
@@ -259,6 +269,7 @@ class Federation:
                         protocol.WEIGHTS: record,
                         protocol.TASK: protocol.task(
                             run=self.run,
+                            **self.base,
                             round=number,
                             first_update=first,
                             updates=settings.local_updates,
@@ -313,17 +324,74 @@ class Federation:
             )
         self.optimizer.apply(self.weights, fold.mean())
         values = [{"key": float(key), **folded[key]} for key in sorted(folded)]
-        last = first + settings.local_updates - 1
-        metrics = _mean(values) | {
+        metrics = _mean(values, protocol.metrics_of(settings.task)) | {
             "cohort": len(cohort),
             "failures": len(failures),
             "bytes_sent": sent,
             "bytes_received": received,
-            "learning_rate": learning_rate(recipe, last, settings.total_updates),
-            "temperature": gumbel_temperature(recipe, last),
             "round_seconds": time.monotonic() - started,
         }
+        if not settings.task:
+            recipe, last = settings.model_and_recipe()[1], first + settings.local_updates - 1
+            metrics["learning_rate"] = learning_rate(recipe, last, settings.total_updates)
+            metrics["temperature"] = gumbel_temperature(recipe, last)
         return RoundResult(number, metrics, tuple(values), tuple(sorted(failures)))
+
+    def evaluate(
+        self, grid: Grid, clients: list[Client], number: int
+    ) -> tuple[dict[int, dict[str, float]], tuple[str, ...]]:
+        """Let every client score the weights as they are, on its own clips.
+
+        Args:
+            grid: how clients are reached.
+            clients: those connected.
+            number: rounds done.
+
+        Returns:
+            The metrics of each client by key, and a line for each that has none.
+        """
+        settings = self.settings
+        record, _ = Broadcast(settings.encoding).pack(self.weights, number, [])
+        messages = [
+            Message(
+                RecordDict(
+                    {
+                        protocol.WEIGHTS: record,
+                        protocol.TASK: protocol.task(
+                            run=self.run,
+                            **self.base,
+                            round=number,
+                            first_update=number * settings.local_updates,
+                            updates=0,
+                            base_round=-1,
+                            encoding=WHOLE[settings.encoding],
+                            folded_round=self.folded.get(client.key, -1),
+                        ),
+                    }
+                ),
+                client.node,
+                MessageType.EVALUATE,
+                group_id=f"{number}-evaluate",
+            )
+            for client in clients
+        ]
+        del record
+        keys = {client.node: client.key for client in clients}
+        found: dict[int, dict[str, float]] = {}
+        failures = []
+        limit = settings.deadline or math.inf
+        for node, reply in _replies(grid, messages, limit, settings.patience):
+            try:
+                if reply.has_error():
+                    raise ProtocolError(_reason(reply))
+                names = protocol.metrics_of(settings.task)
+                found[keys[node]] = protocol.check_metrics(reply.content, names)
+            except ProtocolError as error:
+                failures.append(f"client {keys[node]}: {error}")
+        silent = sorted(set(keys.values()) - set(found))
+        if len(silent) > len(failures):
+            failures.append(f"{len(silent) - len(failures)} clients did not answer")
+        return found, tuple(sorted(failures))
 
     def _fold(
         self,
@@ -335,7 +403,8 @@ class Federation:
     ) -> int:
         if reply.has_error():
             raise ProtocolError(_reason(reply))
-        metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
+        names = protocol.metrics_of(self.settings.task)
+        metrics = protocol.check_metrics(reply.content, names)
         record = reply.content.array_records.get(protocol.UPDATE)
         if record is None:
             raise ProtocolError("the reply has no update")
@@ -359,14 +428,14 @@ def _reason(reply: Message) -> str:
     return " ".join(str(error.reason).split()) if error.reason else f"error {error.code}"
 
 
-_SUMMED = {"samples", "crops", "updates", "applied", "fallbacks"}
+_SUMMED = {"samples", "crops", "clips", "test_clips", "updates", "applied", "fallbacks"}
 _LARGEST = {"train_seconds", "paused_seconds", "peak_bytes", "predicted_bytes", "memory_bytes"}
 
 
-def _mean(clients: list[dict[str, float]]) -> dict[str, float]:
+def _mean(clients: list[dict[str, float]], names: tuple[str, ...]) -> dict[str, float]:
     weights = np.array([client["samples"] for client in clients])
     result: dict[str, float] = {}
-    for name in protocol.TRAIN_METRICS:
+    for name in names:
         values = np.array([client[name] for client in clients])
         if name in _SUMMED or name.startswith("skipped_"):
             result[name] = float(values.sum())

@@ -13,30 +13,23 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fl_client.local_data import held_out, load_manifest
 from fl_client.settings import FederationSettings
 from fl_server.broadcast import PREFIX
+from fl_server.jobs import describe_round, job_of
 from fl_server.optimizer import ServerOptimizer
-from fl_server.rounds import Federation, Roster, RoundResult, state_of
+from fl_server.rounds import Federation, Roster, state_of
 from fl_server.status import Status
 from partitions.command import describe_os_error
 from partitions.errors import Interrupted, ShortwaveError, UsageError
 from partitions.progress import bar_of
 from partitions.settings import from_mapping, read_yaml
-from partitions.speakers import select
-from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
-from ssl_core import checkpoint, randomness
-from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops, describe
-from ssl_core.evaluation import Evaluation, evaluate
-from ssl_core.figures import plot_curves
+from ssl_core import checkpoint
+from ssl_core.crops import describe
+from ssl_core.downstream.model import LOGMEL, RANDOM
 from ssl_core.run_directory import CONFIG, RunDirectory
-from ssl_core.wav2vec2 import hf
-from ssl_core.wav2vec2.model import PretrainingModel
 
 app = ServerApp()
 
-_OF_A_CLIENT = ("length", "batch", "micro_batch", "peak_bytes", "fallbacks")
 _FREE = {"output", "resume", "keep", "wait", "min_clients", "deadline", "patience"}
 """Settings that may change when a run goes on; all others must stay."""
 
@@ -44,8 +37,9 @@ _FREE = {"output", "resume", "keep", "wait", "min_clients", "deadline", "patienc
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation; everything it makes is in its run directory."""
-    manifest = str(context.node_config.get("manifest", ""))
-    if manifest:  # simulation/ reports its data, its errors and where the results are
+    if context.node_config.get("simulated"):
+        # simulation/ reports its data, its errors and where the results are
+        manifest = str(context.node_config.get("manifest", ""))
         serve(grid, FederationSettings.from_run_config(context.run_config), manifest)
         return
     try:
@@ -53,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         check_paths(settings)
         if settings.fleet or settings.time_limit:
             raise UsageError("fleet and time-limit are for simulated devices; real ones plan here")
-        if settings.eval_crops and settings.held_out:
+        if settings.eval_crops and settings.held_out and not settings.task:
             data = describe(Path(settings.data), not settings.data)
             print(f"evaluation on held-out speakers; {data}", flush=True)
         path = serve(grid, settings)
@@ -75,7 +69,8 @@ def check_paths(settings: FederationSettings) -> None:
     """
     for name in ("data", "checkpoint", "output", "resume"):
         value = getattr(settings, name)
-        if value and not os.path.isabs(value):
+        named = name == "checkpoint" and settings.task and value in (RANDOM, LOGMEL)
+        if value and not named and not os.path.isabs(value):
             raise UsageError(
                 f"run config: {name}='{value}' is not an absolute path, and this app runs where "
                 f"flower-superlink was started ({Path.cwd()}), not where `flwr run` was"
@@ -112,47 +107,6 @@ def stored_settings(path: Path) -> FederationSettings:
     return from_mapping(FederationSettings, read_yaml(path / CONFIG), str(path / CONFIG))
 
 
-class Evaluator:
-    """The global model on the speakers that no client hears."""
-
-    def __init__(
-        self, model: PretrainingModel, settings: FederationSettings, manifest: str
-    ) -> None:
-        """Decode the held-out crops once.
-
-        Raises:
-            DataError: none of them is usable.
-        """
-        self.model, self.plan, self.seed = model, settings.resolved_plan(), settings.seed
-        self.device = torch.device(self.plan.device)
-        self.crops: CropBatch | None = None
-        if not settings.held_out or not settings.eval_crops:
-            return  # a server that does not evaluate needs no corpus
-        corpus = load_manifest(settings.data, settings.subsets, settings.seconds, manifest)
-        speakers = held_out(corpus, settings)
-        if speakers:
-            held = Crops(corpus, select(corpus, speakers), self.plan.samples, self.seed)
-            self.crops = held.fixed(settings.eval_crops)
-
-    def __call__(self, weights: dict[str, torch.Tensor]) -> Evaluation | None:
-        """Evaluate weights; None when there is nothing held out."""
-        if self.crops is None:
-            return None
-        model = self.model
-        if self.device.type != "cpu":
-            model = PretrainingModel(self.model.config)
-            hf.load_into(model, weights, "the global model")
-            model.to(self.device)
-        return evaluate(
-            model,
-            self.crops,
-            chunk=self.plan.chunk,
-            device=self.device,
-            seed=self.seed,
-            precision=self.plan.precision,
-        )
-
-
 def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     """Run all rounds that are left and return the run directory.
 
@@ -170,10 +124,7 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         """Print a line as it is: a reason that a client gave must not be taken for markup."""
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    config, _ = settings.model_and_recipe()
-    with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
-        model = PretrainingModel(config)
-    evaluator = Evaluator(model, settings, manifest)  # before there is a run, as data may be wrong
+    job = job_of(settings, manifest)  # before there is a run, as data may be wrong
     run = open_run(settings)
     run.lock()
     saved = checkpoint.latest(run.checkpoints)
@@ -183,17 +134,11 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
     if saved is not None:
-        loaded = checkpoint.load(saved)
-        hf.load_into(model, loaded.weights, str(saved))
-        state = loaded.state
-        sent = {name: value for name, value in loaded.extra.items() if name.startswith(PREFIX)}
-        optimizer.moments = {
-            name: value for name, value in loaded.extra.items() if name not in sent
-        }
-    elif settings.checkpoint:
-        path = Path(settings.checkpoint)
-        hf.load_into(model, hf.load_weights(path), str(path))
-    weights = dict(model.state_dict())  # shares the model's memory: one copy serves both
+        state, extra = job.restore(saved)
+        sent = {name: value for name, value in extra.items() if name.startswith(PREFIX)}
+        optimizer.moments = {name: value for name, value in extra.items() if name not in sent}
+    else:
+        job.start()
     first = int(state["next_round"])
     if saved is not None:
         say(f"going on with {run.path} at round {first + 1} of {settings.rounds}")
@@ -203,10 +148,9 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     roster = Roster(grid, settings, say)
     clients = roster.gather()
     status = Status(run.path, settings.rounds)
-    federation = Federation(weights, optimizer, settings, run.identity())
+    federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
     federation.broadcast.load(sent, state.get("held", {}))
     federation.folded = {int(key): number for key, number in state.get("folded", {}).items()}
-    alarm = CollapseAlarm(config)
     try:
         with bar_of(console) as progress:
             bar = progress.add_task("clients", total=(settings.rounds - first) * min(
@@ -216,88 +160,26 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                 clients = clients if number == first else roster.refresh()
                 result = federation.round(grid, clients, number, status)
                 started = time.monotonic()
-                held = evaluator(weights)
                 # Metrics first: a round that is logged and not saved is taken and logged again.
-                values = _row(result, held, settings)
+                values = job.row(result) | job.evaluate()
                 run.log(number + 1, values | {"evaluate_seconds": time.monotonic() - started})
-                checkpoint.save(
-                    run.checkpoints / f"round-{number + 1:05d}",
-                    config,
-                    weights,
-                    state=state_of(number, settings, federation),
-                    extra=optimizer.moments | federation.broadcast.state(),
-                )
+                state = state_of(number, settings, federation)
+                extra = optimizer.moments | federation.broadcast.state()
+                job.save(run.checkpoints / f"round-{number + 1:05d}", state, extra)
                 checkpoint.prune(run.checkpoints, settings.keep)
-                say(_line(result, held, settings))
+                say(describe_round(job, result, values, settings))
                 for failure in result.failures:
                     say(f"  {failure}")
-                warning = alarm.check(
-                    (number + 1) * settings.local_updates,
-                    contrastive=result.metrics["contrastive"],
-                    accuracy=result.metrics["accuracy"],
-                    perplexity=result.metrics["perplexity"],
-                )
+                warning = job.warning(result)
                 if warning:
                     say(warning, "yellow")
+        for line in job.finish(federation, grid, clients, run):
+            say(line)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; go on with --resume {run.path}") from None
     finally:
         run.close()
     rows = run.metrics()
     if rows:
-        plot_curves(
-            {"federated": rows},
-            run.path / "curves.png",
-            negatives=config.num_negatives,
-            unit="global update",
-        )
+        job.plot(rows, run.path / "curves.png")
     return run.path
-
-
-def _row(
-    result: RoundResult, held: Evaluation | None, settings: FederationSettings
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "updates_done": (result.number + 1) * settings.local_updates,
-        **result.metrics,
-    }
-    if held is not None:
-        row |= {
-            "held_out_loss": held.loss,
-            "held_out_accuracy": held.accuracy,
-            "held_out_perplexity": held.perplexity,
-        }
-    row["clients"] = [
-        {
-            "key": int(client["key"]),
-            "seconds": client["samples"] / SAMPLE_RATE,
-            **{name: client[name] for name in _OF_A_CLIENT},
-        }
-        for client in result.clients
-    ]
-    return row
-
-
-def _line(result: RoundResult, held: Evaluation | None, settings: FederationSettings) -> str:
-    metrics = result.metrics
-    text = (
-        f"round {result.number + 1}/{settings.rounds}  "
-        f"loss {metrics['contrastive']:.3f}  accuracy {metrics['accuracy']:.3f}  "
-        f"perplexity {metrics['perplexity']:.0f}"
-    )
-    if held is not None:
-        text += (
-            f"  | held out: loss {held.loss:.3f}  accuracy {held.accuracy:.3f}  "
-            f"perplexity {held.perplexity:.0f}"
-        )
-    skipped = sum(int(v) for k, v in metrics.items() if k.startswith("skipped_"))
-    text += (
-        f"  | {format_seconds(metrics['round_seconds'])}"
-        f", sent {format_bytes(metrics['bytes_sent'])}"
-        f", received {format_bytes(metrics['bytes_received'])}"
-    )
-    if skipped:
-        text += f", {skipped} crops skipped"
-    if result.failures:
-        text += f", {len(result.failures)} of {int(metrics['cohort'])} clients failed"
-    return text

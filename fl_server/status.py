@@ -115,7 +115,10 @@ def view(path: Path, now: float | None = None) -> Group:
     lines = [f"round {status['round']} of {status['rounds']}, {len(rows)} done; {path}"]
     if rows:
         last = rows[-1]
-        text = f"loss {last['contrastive']:.3f}, accuracy {last['accuracy']:.3f}"
+        if "contrastive" in last:
+            text = f"loss {last['contrastive']:.3f}, accuracy {last['accuracy']:.3f}"
+        else:
+            text = f"loss {last['loss']:.3f}, on the clients' own clips {last['test_after']:.3f}"
         if "held_out_loss" in last:
             text += (
                 f"; held out: loss {last['held_out_loss']:.3f}, "

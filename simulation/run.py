@@ -20,6 +20,8 @@ from flwr.app import Context, RecordDict  # noqa: E402
 
 from fl_client.local_data import held_out  # noqa: E402
 from fl_client.settings import FederationSettings  # noqa: E402
+from fl_client.task_data import divide_pool, load_pool  # noqa: E402
+from fl_client.task_training import Resident  # noqa: E402
 from fl_server.server_app import app as server_app  # noqa: E402
 from fl_server.server_app import open_run, stored_settings  # noqa: E402
 from partitions import command  # noqa: E402
@@ -33,12 +35,14 @@ from partitions.settings import (  # noqa: E402
     read_yaml,
 )
 from partitions.speakers import partition  # noqa: E402
-from partitions.units import format_seconds  # noqa: E402
+from partitions.units import format_bytes, format_seconds  # noqa: E402
 from simulation.fleet import make_fleet  # noqa: E402
 from simulation.ray_grid import RUN_ID, SERVER_NODE, RayGrid, start_ray  # noqa: E402
 from simulation.report import write_report  # noqa: E402
 from ssl_core.checkpoint import latest  # noqa: E402
 from ssl_core.crops import describe  # noqa: E402
+from ssl_core.memory.plan import Plan  # noqa: E402
+from ssl_core.run_directory import RunDirectory  # noqa: E402
 from ssl_core.wav2vec2.model import PretrainingModel  # noqa: E402
 
 _NOT_HERE = ("min_clients", "wait", "deadline", "patience")
@@ -89,12 +93,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[FederationSettings, int, str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate; returns the exit code."""
     settings, workers, address = parse(arguments)
-    root = Path(settings.data) if settings.data else demo_corpus()
-    print(describe(root, not settings.data))
-    manifest = prepare(root, settings.subsets, settings.seconds, progress=True)
-    excluded = held_out(manifest, settings)
-    parts = partition(manifest, settings.clients, settings.partition, settings.seed, excluded)
-    _say_what_there_is(manifest, parts, excluded, settings)
     if settings.clients_per_round > settings.clients:
         raise UsageError(
             f"--clients-per-round {settings.clients_per_round} is more than the "
@@ -102,38 +100,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if settings.time_limit and not settings.fleet:
         raise UsageError("--time-limit is for the devices of a --fleet")
+    return (_simulate_task if settings.task else _simulate_pretraining)(settings, workers, address)
+
+
+def _simulate_pretraining(settings: FederationSettings, workers: int, address: str) -> int:
+    root = Path(settings.data) if settings.data else demo_corpus()
+    print(describe(root, not settings.data))
+    manifest = prepare(root, settings.subsets, settings.seconds, progress=True)
+    excluded = held_out(manifest, settings)
+    how: Any = settings.partition
+    parts = partition(manifest, settings.clients, how, settings.seed, excluded)
+    _say_what_there_is(manifest, parts, excluded, settings)
     fleet = make_fleet(settings) if settings.fleet else None
     run = open_run(settings)
-    done = latest(run.checkpoints)
     file = run.path / "manifest.tsv"
     write_manifest(file, manifest)
+    nodes = [
+        {"manifest": str(file), **(fleet.node(number) if fleet else {})}
+        for number in range(settings.clients)
+    ]
+    config, _ = settings.model_and_recipe()
+    size = sum(p.numel() * 4 for p in PretrainingModel(config).parameters())
+    plan = settings.resolved_plan()
+    _simulate(settings, run, plan, nodes, size, workers, address)
+    report = write_report(run, settings, manifest, parts, excluded, fleet)
+    print(f"report: {report}")
+    print(f"checkpoint: {latest(run.checkpoints)}")
+    print(run.path)
+    return 0
+
+
+def _simulate_task(settings: FederationSettings, workers: int, address: str) -> int:
+    if not settings.data:
+        raise UsageError(f"--data: give the corpus of {settings.task}")
+    recipe = settings.task_recipe()
+    pool = load_pool(settings.task_settings())
+    parts = divide_pool(
+        pool, settings.clients, settings.partition, settings.seed, recipe.transcribes
+    )
+    for line in pool.skips:
+        print(line)
+    counts = sorted(len(part) for part in parts)
+    print(
+        f"{settings.task}: {len(pool.clips)} clips, {len(pool.labels)} "
+        f"{'symbols' if recipe.transcribes else 'classes'}; {len(parts)} clients with "
+        f"{counts[0]} to {counts[-1]} clips each, of which they keep a share of "
+        f"{settings.own_test:g} to be tested on"
+    )
+    own = Resident(settings, len(pool.labels))
+    size = sum(value.numel() * 4 for value in own.state_dict().values())
+    print(
+        f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
+        f"{len(own.parts.personal)} are personal"
+    )
+    run = open_run(settings)
+    nodes: list[dict[str, Any]] = [{} for _ in parts]
+    plan = settings.task_plan(recipe)
+    _simulate(settings, run, plan, nodes, size, workers, address)
+    print(f"checkpoint: {latest(run.checkpoints)}")
+    print(run.path)
+    return 0
+
+
+def _simulate(
+    settings: FederationSettings,
+    run: RunDirectory,
+    plan: Plan,
+    nodes: list[dict[str, Any]],
+    size: int,
+    workers: int,
+    address: str,
+) -> None:
+    """Run the rounds that are left on Ray.
+
+    Args:
+        settings: of the run.
+        run: its directory.
+        plan: how this machine takes a step.
+        nodes: what is particular to each client's node config.
+        size: bytes of the weights that are shared.
+        workers: processes.
+        address: of a Ray cluster, or empty.
+    """
+    done = latest(run.checkpoints)
     run_config: dict[str, Any] = {
         name.replace("_", "-"): value
         for name, value in dataclasses.asdict(settings).items()
         if name not in ("output", "resume")
     } | {"resume": str(run.path)}
-    nodes: list[dict[str, Any]] = [
+    configs: list[dict[str, Any]] = [
         {
             "partition-id": number,
             "num-partitions": settings.clients,
-            "manifest": str(file),
             "simulated": True,
             "state": str(run.path / "clients"),
-            **(fleet.node(number) if fleet else {}),
+            **node,
         }
-        for number in range(settings.clients)
+        for number, node in enumerate(nodes)
     ]
-    plan = settings.resolved_plan()
-    config, _ = settings.model_and_recipe()
-    size = sum(p.numel() * 4 for p in PretrainingModel(config).parameters())
+    server = {"simulated": True, "manifest": str(nodes[0].get("manifest", ""))}
     try:
         gpus = start_ray(
             workers, address=address, weights_bytes=size, gpu=plan.device.startswith("cuda")
         )
-        grid = RayGrid(run_config, nodes, workers, gpus)
-        context = Context(
-            RUN_ID, SERVER_NODE, {"manifest": str(file)}, RecordDict(), dict(run_config)
-        )
+        grid = RayGrid(run_config, configs, workers, gpus)
+        context = Context(RUN_ID, SERVER_NODE, server, RecordDict(), dict(run_config))
         if done is None or not done.name.endswith(f"{settings.rounds:05d}"):
             print(
                 f"{settings.rounds} rounds of {settings.clients_per_round} clients, "
@@ -144,11 +215,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server_app(grid, context)
     finally:
         ray.shutdown()
-    report = write_report(run, settings, manifest, parts, excluded, fleet)
-    print(f"report: {report}")
-    print(f"checkpoint: {latest(run.checkpoints)}")
-    print(run.path)
-    return 0
 
 
 def _say_what_there_is(

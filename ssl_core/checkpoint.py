@@ -20,6 +20,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 
 STATE = "state.json"
 EXTRA = "optimizer.safetensors"
+PART = "weights.safetensors"
 _NUMBERED = re.compile(r"(?:update|round)-(\d+)")
 
 
@@ -51,10 +52,31 @@ def save(
     """
     with atomic.directory(directory) as partial:
         hf.save_model(partial, config, weights)
-        if extra:
-            write_tensors(partial / EXTRA, extra)
-        text = json.dumps(dict(state), indent=2, sort_keys=True)
-        (partial / STATE).write_text(text + "\n", encoding="utf-8")
+        _save_rest(partial, state, extra)
+
+
+def save_tensors(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write part of a model, as `save` does a whole one.
+
+    Raises:
+        OSError: no space, or the place cannot be written; nothing half-written stays.
+    """
+    with atomic.directory(directory) as partial:
+        write_tensors(partial / PART, weights)
+        _save_rest(partial, state, extra)
+
+
+def _save_rest(folder: Path, state: Mapping[str, Any], extra: Mapping[str, Tensor] | None) -> None:
+    if extra:
+        write_tensors(folder / EXTRA, extra)
+    text = json.dumps(dict(state), indent=2, sort_keys=True)
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def load(directory: Path) -> Checkpoint:
@@ -64,13 +86,33 @@ def load(directory: Path) -> Checkpoint:
         DataError: missing or broken.
     """
     config, weights = hf.load_config(directory), hf.load_weights(directory)
+    state, extra = _load_rest(directory)
+    return Checkpoint(config, weights, extra, state)
+
+
+def load_tensors(
+    directory: Path,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """State, weights and other tensors that `save_tensors` wrote.
+
+    Raises:
+        DataError: missing or broken.
+    """
+    try:
+        weights = load_file(directory / PART)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"checkpoint {directory} is broken: {error}") from None
+    state, extra = _load_rest(directory)
+    return state, weights, extra
+
+
+def _load_rest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         extra = load_file(directory / EXTRA) if (directory / EXTRA).exists() else {}
         path = directory / STATE
-        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, extra
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"checkpoint {directory} is broken: {error}") from None
-    return Checkpoint(config, weights, extra, state)
 
 
 def numbered(parent: Path) -> list[tuple[int, Path]]:

@@ -20,14 +20,14 @@ from ssl_core.downstream import results
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.decoding import Decoder, beam_search, greedy
 from ssl_core.downstream.export import export
-from ssl_core.downstream.feature_cache import FeatureCache
 from ssl_core.downstream.loading import ClipLoader, check
 from ssl_core.downstream.model import LOGMEL, TaskModel, load_upstream
 from ssl_core.downstream.recipe import TaskRecipe
+from ssl_core.downstream.scoring import Scored, score_clips, verify
 from ssl_core.downstream.settings import TaskSettings
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.downstream.tasks import slots
-from ssl_core.downstream.training import FineTuning, Scored, score_clips, verify
+from ssl_core.downstream.training import FineTuning
 from ssl_core.run_directory import CONFIG, RunDirectory
 
 
@@ -206,13 +206,9 @@ def finetune(
     """
     unfrozen = settings.backbone == "unfrozen"
     step = TaskStep(model, settings.task_plan(recipe), unfrozen=unfrozen, seed=settings.seed)
-    width = model.upstream.width
-    if step.stage == "extracted" and model.wav2vec2 is not None:
-        width = model.wav2vec2.config.conv_dim[-1]
-    identity = f"{model.upstream.digest()[:24]}-{step.stage}-{step.plan.precision}"
-    limit = 0 if step.stage == "waveform" else settings.cache_bytes
-    cache = FeatureCache(identity, width, limit)
-    loader = ClipLoader(data.root, data.labels, step, cache)
+    limit = settings.cache_bytes
+    loader = ClipLoader(data.root, data.labels, step, limit)
+    cache = loader.cache
     decode: Decoder = greedy(data.labels)
     if settings.beam:
         decode = beam_search(data.labels, settings.beam, settings.words, settings.ngram)

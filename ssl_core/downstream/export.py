@@ -25,7 +25,9 @@ from ssl_core.wav2vec2 import hf
 TASK = "task.json"
 
 
-def export(model: TaskModel, task: str, labels: Sequence[str], path: Path) -> None:
+def export(
+    model: TaskModel, task: str, labels: Sequence[str], path: Path, with_head: bool = True
+) -> None:
     """Write a model directory whole or not at all.
 
     Args:
@@ -33,11 +35,14 @@ def export(model: TaskModel, task: str, labels: Sequence[str], path: Path) -> No
         task: its name.
         labels: classes, or symbols without the blank.
         path: of the directory.
+        with_head: whether the head is part of it; a personal one is not.
 
     Raises:
         OSError: such as a full disk.
     """
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    if not with_head:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     config = _transformers_parts(model, labels, tensors)
     about = {
         "task": task,
@@ -62,7 +67,7 @@ def export(model: TaskModel, task: str, labels: Sequence[str], path: Path) -> No
                 "sampling_rate": SAMPLE_RATE,
             },
         )
-        if model.recipe.head == "linear-ctc":
+        if "vocab_size" in config:
             _write(partial / "vocab.json", _vocabulary(labels))
             _write(
                 partial / "tokenizer_config.json",
@@ -94,6 +99,8 @@ def _transformers_parts(
         return {}
     own = model.wav2vec2.config
     config = own.to_hf() | {"architectures": ["Wav2Vec2Model"]}
+    if not any(name.startswith("head.") for name in tensors):
+        return config
     if model.recipe.head == "mean-linear":
         size = own.hidden_size
         names = {str(place): label for place, label in enumerate(labels)}

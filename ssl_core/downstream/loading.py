@@ -15,7 +15,7 @@ from partitions.progress import track
 from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.feature_cache import FeatureCache, clip_key
+from ssl_core.downstream.feature_cache import LIMIT, FeatureCache, clip_key
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.recipe import TaskRecipe
 from ssl_core.downstream.task_step import Batch, TaskStep
@@ -64,7 +64,7 @@ class ClipLoader:
     """Makes batches of clips at the stage a step trains from; unusable clips are passed over."""
 
     def __init__(
-        self, root: Path, labels: Sequence[str], step: TaskStep, cache: FeatureCache
+        self, root: Path, labels: Sequence[str], step: TaskStep, limit: int = LIMIT
     ) -> None:
         """Batches for a step.
 
@@ -72,19 +72,29 @@ class ClipLoader:
             root: paths of clips are relative to it.
             labels: of the training set.
             step: its model makes what the cache does not hold.
-            cache: of the step's stage.
+            limit: bytes of the cache of features; 0 keeps none.
         """
-        self.root, self.labels, self.step, self.cache = root, labels, step, cache
-        self.skips: collections.Counter[str] = collections.Counter()
+        self.root, self.labels, self.step = root, labels, step
+        stage = step.stage
+        digest = step.model.upstream.digest(stage) if stage != "waveform" else ""
+        identity = f"{digest[:24]}-{stage}-{step.plan.precision}"
+        width = step.model.width(stage)
+        self.cache = FeatureCache(identity, width, limit if stage != "waveform" else 0)
+        self.bad: dict[str, str] = {}
+        """Clips that cannot be used, by name, and why."""
         self.examples: list[str] = []
-        self._bad: set[str] = set()
         self._keys: dict[Clip, bytes] = {}
         self._lock = threading.Lock()
         """The model makes features in the thread that decodes and in that which evaluates."""
 
+    @property
+    def skips(self) -> collections.Counter[str]:
+        """Clips passed over, by reason."""
+        return collections.Counter(self.bad.values())
+
     def waveform(self, clip: Clip) -> npt.NDArray[np.float32] | None:
         """The clip's samples `[sample]` as the model takes them; None when it cannot be used."""
-        if clip.name in self._bad:
+        if clip.name in self.bad:
             return None
         upstream = self.step.model.upstream
         try:
@@ -95,8 +105,7 @@ class ClipLoader:
             if upstream.frames(len(audio)) < 1:
                 raise BadAudio("too short", clip.piece.path, f"{len(audio)} samples make no frame")
         except BadAudio as error:
-            self._bad.add(clip.name)
-            self.skips[error.reason] += 1
+            self.bad[clip.name] = error.reason
             if len(self.examples) < 10:
                 self.examples.append(str(error))
             return None
@@ -167,6 +176,12 @@ class ClipLoader:
         targets = targets_of(used, self.labels, self.step.model.recipe)
         return Batch([found[clip] for clip in used], stage, samples, targets), used
 
+    @staticmethod
+    def order(clips: Sequence[Clip], seed: int, key: int, epoch: int) -> list[Clip]:
+        """The clips in an epoch's order; `key` tells apart those who train on their own."""
+        order = randomness.generator(seed, "clips", key, epoch).permutation(len(clips))
+        return [clips[int(row)] for row in order]
+
     def epoch(
         self, clips: Sequence[Clip], size: int, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[int, Batch]]:
@@ -175,11 +190,10 @@ class ClipLoader:
         Raises:
             DataError: none of the clips can be used.
         """
-        order = randomness.generator(seed, "clips", epoch).permutation(len(clips))
+        order = self.order(clips, seed, 0, epoch)
         usable = bool(first)
         for number in range(first, -(-len(clips) // size)):
-            chosen = [clips[int(row)] for row in order[number * size : (number + 1) * size]]
-            made = self.batch(chosen)
+            made = self.batch(order[number * size : (number + 1) * size])
             if made is not None:
                 usable = True
                 yield number, made[0]

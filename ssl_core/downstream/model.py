@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torchaudio
 from torch import Tensor, nn
 
 from partitions.errors import DataError
@@ -23,31 +22,42 @@ from ssl_core.wav2vec2.precision import at_least_fp32
 RANDOM, LOGMEL = "random", "logmel"
 """Names given in place of a checkpoint: a backbone as it is initialised, and no backbone."""
 
+EXTRACTOR = "wav2vec2.feature_extractor."
+"""How the names of the convolutions' parameters begin."""
+
 Stage = Literal["waveform", "extracted", "frames", "mean"]
 """How far a clip has come: its waveform, the extractor's output, the last hidden states, their mean
 over frames."""
 
 
 class LogMel(nn.Module):
-    """80 log-mel filters every 20 ms, the mean over the clip taken away: a floor for features."""
+    """80 log-mel filters every 20 ms, about as spread out as hidden states: a floor for features.
+
+    They are shifted and scaled by constants: of frames with the mean of their clip taken away, a
+    head that pools would see nothing.
+    """
 
     WIDTH, WINDOW, HOP = 80, 400, 320
 
     def __init__(self) -> None:
         super().__init__()
+        import torchaudio  # takes memory and time that nothing else here asks for
+
         self.filters = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, n_fft=self.WINDOW, hop_length=self.HOP, n_mels=self.WIDTH, center=False
         )
+        # Mean and deviation of LibriSpeech and Speech Commands, rounded.
+        self.register_buffer("usual", torch.tensor([-5.0, 4.0]))
 
     def frames(self, samples: int) -> int:
         """Frames of a clip."""
         return max(0, (samples - self.WINDOW) // self.HOP + 1)
 
-    def forward(self, waveforms: Tensor, samples: Sequence[int] = ()) -> Tensor:
-        """`[clip, sample]` to `[clip, frame, filter]`."""
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """`[clip, sample]` to `[clip, frame, filter]`; no frame reaches beyond its clip."""
         logs = (self.filters(waveforms) + 1e-6).log().transpose(1, 2)
-        lengths = [self.frames(own) for own in samples] or [logs.shape[1]] * len(logs)
-        return logs - mean_over_frames(logs, lengths)[:, None]
+        mean, deviation = self.get_buffer("usual")
+        return (logs - mean) / deviation
 
 
 class Upstream(NamedTuple):
@@ -70,12 +80,15 @@ class Upstream(NamedTuple):
         network = self.network
         return (network.config if isinstance(network, Backbone) else network).frames(samples)
 
-    def digest(self) -> str:
-        """Of everything that decides what frames a waveform gives."""
+    def digest(self, stage: Stage) -> str:
+        """Of everything that decides what a waveform gives at a stage."""
         digest = hashlib.sha256(json.dumps([self.normalise, type(self.network).__name__]).encode())
         if isinstance(self.network, Backbone):
             digest.update(json.dumps(self.network.config.to_hf(), sort_keys=True).encode())
+        part = EXTRACTOR.removeprefix("wav2vec2.") if stage == "extracted" else ""
         for name, value in sorted(self.network.state_dict().items()):
+            if not name.startswith(part):
+                continue
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -153,6 +166,25 @@ class TaskModel(nn.Module):
         with randomness.torch_seed(torch.device("cpu"), seed, "head"):
             return cls(upstream, make_head(recipe, upstream.width, labels), recipe)
 
+    def trainable(self, unfrozen: bool) -> frozenset[str]:
+        """Names of the parameters that are trained: the head's, and an unfrozen backbone's.
+
+        The mask's embedding is never, the convolutions only if the recipe says so.
+        """
+        left_out = ["wav2vec2.masked_spec_embed"]
+        if not unfrozen:
+            left_out.append("wav2vec2.")
+        elif not self.recipe.train_extractor:
+            left_out.append(EXTRACTOR)
+        names = [name for name, _ in self.named_parameters()]
+        return frozenset(name for name in names if not name.startswith(tuple(left_out)))
+
+    def width(self, stage: Stage) -> int:
+        """Numbers in a frame at a stage."""
+        if stage == "extracted" and self.wav2vec2 is not None:
+            return self.wav2vec2.config.conv_dim[-1]
+        return self.upstream.width
+
     def extract(self, waveforms: Tensor, samples: Sequence[int]) -> Tensor:
         """The extractor's output: `[clip, sample]` to `[clip, frame, channel]`."""
         assert self.wav2vec2 is not None
@@ -180,7 +212,7 @@ class TaskModel(nn.Module):
         """
         if start == "waveform" and end != "waveform":
             if self.logmel is not None:
-                x, start = self.logmel(x, samples), "frames"
+                x, start = self.logmel(x), "frames"
             else:
                 x, start = self.extract(x, samples), "extracted"
         if start == "extracted" and end in ("frames", "mean"):

@@ -11,6 +11,13 @@ from partitions.settings import from_mapping, read_yaml
 FOLDER = Path(__file__).parent / "recipes"
 Head = Literal["mean-linear", "lstm-ctc", "linear-ctc", "x-vector"]
 Metric = Literal["accuracy", "eer", "wer", "cer"]
+Method = Literal["fedavg", "fedper", "fedrep", "local"]
+"""Of federated fine-tuning. `fedavg`: everything that is trained is shared; `fedper`: the head is
+personal (Arivazhagan et al., 2019); `fedrep`: so it is, and is trained before the shared part
+(Collins et al., 2021); `local`: nothing is shared."""
+Share = Literal["backbone", "layers", "lora", "none"]
+"""What of the backbone is trained: all of it (the convolutions if the recipe says so), its last
+layers, low-rank changes of its attention, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

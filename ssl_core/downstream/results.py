@@ -15,7 +15,7 @@ from partitions.atomic import write_text
 from partitions.figures import save_figure
 from partitions.units import SAMPLE_RATE
 from ssl_core.downstream.clips import Trial
-from ssl_core.downstream.training import Scored
+from ssl_core.downstream.scoring import Scored
 
 PREDICTIONS, RESULT = "predictions.tsv", "result.json"
 _MOST_CLASSES = 60

@@ -7,7 +7,7 @@ seed. How a batch is split changes nothing but the rounding.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.model import Stage, TaskModel
+from ssl_core.downstream.model import EXTRACTOR, Stage, TaskModel
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.planned_step import AppliedInBackward, PlannedStep
@@ -79,23 +79,30 @@ class TaskStep(PlannedStep):
 
     model: TaskModel
 
-    def __init__(self, model: TaskModel, plan: Plan, *, unfrozen: bool, seed: int) -> None:
+    def __init__(
+        self,
+        model: TaskModel,
+        plan: Plan,
+        *,
+        unfrozen: bool,
+        seed: int,
+        trained: Collection[str] | None = None,
+    ) -> None:
         """Prepare the optimisers of what is trained; nothing else gets a gradient.
 
         Args:
-            model: a parameter that needs no gradient already stays as it is, such as one that is
-                shared while another is personal.
+            model: upstream and head.
             plan: how a step is taken; its length is not looked at.
             unfrozen: whether the backbone is trained.
             seed: of dropout.
+            trained: names of the parameters to train, in place of what `unfrozen` says.
         """
-        self.unfrozen, self.seed = unfrozen and model.wav2vec2 is not None, seed
-        self.recipe = model.recipe
-        if model.wav2vec2 is not None:
-            model.wav2vec2.requires_grad_(self.unfrozen)
-            model.wav2vec2.masked_spec_embed.requires_grad_(False)
-            if not self.recipe.train_extractor:
-                model.wav2vec2.feature_extractor.requires_grad_(False)
+        self.seed, self.recipe = seed, model.recipe
+        names = model.trainable(unfrozen) if trained is None else frozenset(trained)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        self.unfrozen = any(not name.startswith("head.") for name in names)
+        self._extractor = any(name.startswith(EXTRACTOR) for name in names)
         plan.validate()
         super().__init__(model, model.wav2vec2, plan)
 
@@ -103,7 +110,7 @@ class TaskStep(PlannedStep):
     def stage(self) -> Stage:
         """The stage up to which nothing is trained, so that it can be computed before."""
         if self.unfrozen:
-            return "waveform" if self.recipe.train_extractor else "extracted"
+            return "waveform" if self._extractor else "extracted"
         return "mean" if self.model.head.pools else "frames"
 
     def validate(self, plan: Plan) -> None:
@@ -195,7 +202,7 @@ class TaskStep(PlannedStep):
     def _extracted(self, x: Tensor, samples: Sequence[int], stage: Stage) -> Tensor:
         if stage == "extracted":
             return x
-        if not self.recipe.train_extractor:
+        if not self._extractor:
             with torch.no_grad():
                 return self.model.extract(x, samples)
         if self.plan.recompute_features:

@@ -136,7 +136,7 @@ def _likeness(argument: Any) -> Any:
     """Of a tensor, what its memory follows from; anything else itself."""
     if isinstance(argument, Tensor):
         return tuple(argument.shape), argument.stride(), argument.dtype
-    return argument
+    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:

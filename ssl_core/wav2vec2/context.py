@@ -109,13 +109,16 @@ class _ActivatedLinear(torch.autograd.Function):
         return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_weight = torch.mm(rows.t(), F.gelu(x).flatten(0, -2))
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.mm(rows.t(), F.gelu(x).flatten(0, -2)).to(weight.dtype)
+            grad_bias = rows.sum(0, dtype=weight.dtype)
         grad_x = torch.matmul(grad, weight.to(grad.dtype))
         grad_x = torch.ops.aten.gelu_backward(grad_x, x)
-        return grad_x, grad_weight.to(weight.dtype), rows.sum(0, dtype=weight.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 class FeedForward(nn.Module):

@@ -181,7 +181,14 @@ def test_off_this_machine_without_certificates_it_says_how_to_make_them() -> Non
 
 
 def node(data: Path, **changes: str) -> argparse.Namespace:
-    values = {"device": "rpi4", "subset": "", "partition": None, "speakers": "", "state": None}
+    values = {
+        "device": "rpi4",
+        "subset": "",
+        "partition": None,
+        "speakers": "",
+        "state": None,
+        "checkpoint": None,
+    }
     return argparse.Namespace(data=data, **(values | changes))
 
 

@@ -1,0 +1,158 @@
+"""Which labelled clips a client trains a task on, and which of its own it is tested on."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fl_client.settings import FederationSettings
+from partitions.errors import DataError, UsageError
+from partitions.manifest import Manifest
+from partitions.manifest import Sequence as Voice
+from partitions.speakers import How, partition
+from ssl_core.downstream.clips import Clip
+from ssl_core.downstream.settings import TaskSettings
+from ssl_core.randomness import generator
+
+CONCENTRATION = 0.3
+"""Of the Dirichlet distribution of labels over clients with `partition labels`."""
+
+
+class Pool(NamedTuple):
+    """All clips of a task's corpus, whatever split they stand in."""
+
+    root: Path
+    labels: tuple[str, ...]
+    clips: tuple[Clip, ...]
+    skips: tuple[str, ...]
+
+
+class TaskShare(NamedTuple):
+    """A client's part of a pool."""
+
+    key: int
+    """Number that seeds the client's chance and orders cohorts."""
+    root: Path
+    labels: tuple[str, ...]
+    train: tuple[Clip, ...]
+    test: tuple[Clip, ...]
+    """Never trained on."""
+
+
+@functools.lru_cache(maxsize=4)
+def load_pool(settings: TaskSettings) -> Pool:
+    """The clips of a corpus, each once, ordered by path."""
+    data = settings.read_data(settings.task_recipe(), progress=False)
+    whole = {clip.name: clip for clip in (*data.test, *data.valid, *data.train)}
+    clips = tuple(whole[name] for name in sorted(whole))
+    return Pool(data.root, data.labels, clips, tuple(data.describe_skips()))
+
+
+def divide_pool(
+    pool: Pool, clients: int, how: str, seed: int, transcribes: bool
+) -> tuple[tuple[Clip, ...], ...]:
+    """The clips of each client.
+
+    Raises:
+        UsageError: more clients than speakers or clips, or `labels` for a task without classes.
+    """
+    if how == "labels":
+        if transcribes:
+            raise UsageError("partition labels is for tasks with classes")
+        return _by_labels(pool, clients, seed)
+    voices = tuple(Voice(clip.speaker or clip.piece.path, (clip.piece,)) for clip in pool.clips)
+    total = sum(voice.samples for voice in voices)
+    manifest = Manifest(pool.root, 0.0, voices, total)
+    parts = partition(manifest, clients, _how(how), seed)
+    return tuple(tuple(pool.clips[index] for index in part) for part in parts)
+
+
+def _how(how: str) -> How:
+    if how == "iid":
+        return "iid"
+    return "skewed" if how == "skewed" else "speaker"
+
+
+def _by_labels(pool: Pool, clients: int, seed: int) -> tuple[tuple[Clip, ...], ...]:
+    """Each label's clips divided by a Dirichlet distribution (Hsu et al., 2019), none left empty.
+
+    Raises:
+        UsageError: too many clients for the clips.
+    """
+    rng = generator(seed, "clients by labels", clients)
+    shares: list[list[Clip]] = [[] for _ in range(clients)]
+    for label in pool.labels:
+        clips = [clip for clip in pool.clips if clip.label == label]
+        order = rng.permutation(len(clips))
+        ends = np.cumsum(rng.dirichlet([CONCENTRATION] * clients)) * len(clips)
+        bounds = [0, *np.round(ends).astype(int)]
+        for share, first, last in zip(shares, bounds, bounds[1:], strict=False):
+            share += [clips[int(place)] for place in order[first:last]]
+    if len(pool.clips) < 4 * clients:
+        raise UsageError(f"{len(pool.clips)} clips are too few for {clients} clients")
+    for share in shares:
+        while len(share) < 2:  # who has too little to train and test on gets some of the most
+            share.append(max(shares, key=len).pop())
+    return tuple(tuple(sorted(share, key=lambda clip: clip.name)) for share in shares)
+
+
+def own_split(
+    clips: Sequence[Clip], share: float, seed: int
+) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
+    """A client's clips to train and to be tested on, both with every label that has two clips.
+
+    Raises:
+        DataError: a single clip.
+    """
+    by_label: dict[str, list[Clip]] = {}
+    for clip in sorted(clips, key=lambda clip: clip.name):
+        by_label.setdefault(clip.label, []).append(clip)
+    train: list[Clip] = []
+    test: list[Clip] = []
+    for label, own in sorted(by_label.items()):
+        order = generator(seed, "own test", label).permutation(len(own))
+        count = min(len(own) - 1, max(1, round(share * len(own))))
+        test += [own[int(place)] for place in order[:count]]
+        train += [own[int(place)] for place in order[count:]]
+    if not test and len(train) > 1:
+        test.append(train.pop())
+    if not test:
+        raise DataError("a client needs two clips, to train and to be tested on")
+    return tuple(train), tuple(test)
+
+
+def task_share_of(node: Mapping[str, Any], settings: FederationSettings) -> TaskShare:
+    """The part of a task's corpus that a node trains on; `node` as for `local_data.share_of`.
+
+    Raises:
+        UsageError: speakers that are not there.
+        DataError: no usable corpus.
+    """
+    data = str(node.get("data", "") or settings.data)
+    if not data:
+        raise UsageError(f"data: give the corpus of {settings.task}")
+    subset = str(node.get("subset", "") or settings.subset)
+    changed = FederationSettings(**{**settings.__dict__, "data": data, "subset": subset})
+    pool = load_pool(changed.task_settings())
+    key, clips = int(node.get("client-key", 0)), pool.clips
+    if node.get("speakers"):
+        wanted = {name.strip() for name in str(node["speakers"]).split(",") if name.strip()}
+        unknown = sorted(wanted - {clip.speaker for clip in clips})
+        if unknown:
+            raise UsageError(f"--speakers: not in {pool.root}: {', '.join(unknown)}")
+        clips = tuple(clip for clip in clips if clip.speaker in wanted)
+    elif "partition-id" in node:
+        key, count = int(node["partition-id"]), int(node["num-partitions"])
+        transcribes = settings.task_recipe().transcribes
+        clips = _parts(pool, count, settings.partition, settings.seed, transcribes)[key]
+    train, test = own_split(clips, settings.own_test, settings.seed)
+    return TaskShare(key, pool.root, pool.labels, train, test)
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(
+    pool: Pool, clients: int, how: str, seed: int, transcribes: bool
+) -> tuple[tuple[Clip, ...], ...]:
+    return divide_pool(pool, clients, how, seed, transcribes)

@@ -1,0 +1,214 @@
+"""A client's round of a task: shared weights in, some updates on its own clips, the difference out.
+
+Its personal part, such as the head, stays in the client's folder.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from fl_client import protocol
+from fl_client.exchange import exchange_of
+from fl_client.limits import Limits
+from fl_client.local_training import NO_BUDGET, NO_LIMITS, Budget, RoundResult, peak_of
+from fl_client.settings import FederationSettings
+from fl_client.state import ClientState, default_folder
+from fl_client.task_data import TaskShare
+from partitions.units import SAMPLE_RATE
+from ssl_core.downstream.loading import ClipLoader
+from ssl_core.downstream.model import TaskModel, load_upstream
+from ssl_core.downstream.rates import Rates
+from ssl_core.downstream.scoring import score_clips
+from ssl_core.downstream.sharing import Parts, divide
+from ssl_core.downstream.task_step import TaskReport, TaskStep
+from ssl_core.memory.plan import Plan
+
+PERSONAL = "personal"
+"""What the personal part is called in a client's folder."""
+
+
+class Resident:
+    """The model of this process, its parts, and the personal part as every client begins."""
+
+    def __init__(self, settings: FederationSettings, labels: int) -> None:
+        """Load the backbone and divide the model; raises as `load_upstream` and `divide`."""
+        upstream = load_upstream(settings.checkpoint, settings.model, settings.seed)
+        self.backbone = upstream.digest("frames")[:32]
+        """Of the backbone that everyone begins with."""
+        recipe = settings.task_recipe()
+        self.model = TaskModel.new(upstream, recipe, labels, settings.seed)
+        self.parts: Parts = divide(
+            self.model,
+            settings.method,
+            settings.share,
+            layers=settings.shared_layers,
+            rank=settings.lora_rank,
+            seed=settings.seed,
+        )
+        own = self.tensors(self.parts.personal)
+        self.first = {name: value.clone() for name, value in own.items()}
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the parameters, on their own memory, in the model's order."""
+        found = self.model.named_parameters()
+        return {name: value.detach() for name, value in found if name in names}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The shared part."""
+        return self.tensors(self.parts.shared)
+
+    def load_personal(self, client: ClientState, number: int) -> None:
+        """Take a client's personal part as it was before a round, or as everyone begins."""
+        before = [kept for kept in client.rounds(PERSONAL) if kept < number]
+        stored = client.load(PERSONAL, before[-1]) if before else self.first
+        for name, value in self.tensors(self.parts.personal).items():
+            value.copy_(stored[name])
+
+
+@functools.lru_cache(maxsize=1)
+def resident(settings: FederationSettings, labels: int) -> Resident:
+    """The one model of this process; every round and client passes through it."""
+    return Resident(settings, labels)
+
+
+def train_task_round(
+    weights: ArrayRecord,
+    task: Mapping[str, Any],
+    share: TaskShare,
+    settings: FederationSettings,
+    budget: Budget = NO_BUDGET,
+    state: Path | None = None,
+    limits: Limits = NO_LIMITS,
+    evaluate_only: bool = False,
+) -> RoundResult:
+    """Train on a client's clips, and score the model on its own held-out ones before and after.
+
+    Args:
+        weights: of the shared part, emptied as it is used.
+        task: of the round, see `protocol.task`.
+        share: the client's clips.
+        settings: of the run.
+        budget: what this device has.
+        state: folder for what is kept between rounds; None is `default_folder()`.
+        limits: of the device's owner; training waits while one is passed.
+        evaluate_only: change nothing but, with fedrep, the head, which is fitted to the weights
+            first.
+
+    Raises:
+        ProtocolError: weights that do not fit the model.
+        StateLost: the message is a difference to weights that are not here.
+        DataError: no usable audio.
+    """
+    started, number = time.monotonic(), int(task["round"])
+    recipe = settings.task_recipe()
+    plan = settings.task_plan(recipe)
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    own = resident(dataclasses.replace(settings, data="", output="", resume=""), len(share.labels))
+    if task.get("backbone") != own.backbone:
+        raise protocol.ProtocolError(
+            f"the checkpoint '{settings.checkpoint}' of this device is not that of the server"
+        )
+    client = ClientState(state or default_folder(), str(task["run"]), share.key)
+    exchange = exchange_of(own, weights, task, client, settings.encoding)
+    exchange.load()
+    own.load_personal(client, number)
+    trainer = _Trainer(own, plan, share, settings, limits, number)
+    before = trainer.score()
+    if settings.method == "fedrep":
+        trainer.train(own.parts.personal, settings.head_updates or settings.local_updates)
+        if not evaluate_only:
+            trainer.train(own.parts.shared, settings.local_updates)
+    elif not evaluate_only:
+        trainer.train(own.parts.trained, settings.local_updates)
+    after = trainer.score() if trainer.reports else before
+    if own.parts.personal and not evaluate_only:
+        personal = own.tensors(own.parts.personal)
+        client.save(PERSONAL, number, personal, int(task["folded_round"]))
+    update = ArrayRecord() if evaluate_only else exchange.difference()
+    reports = [report for report in trainer.reports if report.applied]
+    metrics = {
+        "round": number,
+        "samples": sum(clip.piece.samples for clip in share.train),
+        "clips": sum(report.clips for report in trainer.reports),
+        "updates": len(trainer.reports),
+        "applied": len(reports),
+        "loss": float(np.mean([report.loss for report in reports])) if reports else 0.0,
+        "test_clips": len(share.test),
+        "test_before": before,
+        "test_after": after,
+        "train_seconds": time.monotonic() - started,
+        "paused_seconds": sum(trainer.paused),
+        "peak_bytes": peak_of(plan.device),
+        "predicted_bytes": 0,
+        "memory_bytes": budget.memory,
+        "length": float(np.mean([clip.piece.samples for clip in share.train])) / SAMPLE_RATE,
+        "batch": recipe.batch,
+        "micro_batch": plan.micro_batch or recipe.batch,
+        "fallbacks": 0,
+    }
+    skips = collections.Counter(trainer.bad.values())
+    for reason in protocol.TASK_SKIP_REASONS:
+        metrics["skipped_" + reason.replace(" ", "_")] = skips[reason]
+    return RoundResult(update, {name: metrics[name] for name in protocol.TASK_METRICS})
+
+
+class _Trainer:
+    """Updates and scores of one client in one round."""
+
+    def __init__(
+        self,
+        own: Resident,
+        plan: Plan,
+        share: TaskShare,
+        settings: FederationSettings,
+        limits: Limits,
+        number: int,
+    ) -> None:
+        self.own, self.plan, self.share, self.settings = own, plan, share, settings
+        self.limits, self.number = limits, number
+        self.reports: list[TaskReport] = []
+        self.paused: list[float] = []
+        self.bad: dict[str, str] = {}
+        self.rates = Rates(own.model.recipe).at(number)
+
+    def _loader(self, trained: Collection[str]) -> ClipLoader:
+        own, settings = self.own, self.settings
+        step = TaskStep(own.model, self.plan, unfrozen=False, seed=settings.seed, trained=trained)
+        return ClipLoader(self.share.root, self.share.labels, step)
+
+    def score(self) -> float:
+        """Of the model as it is on the client's own test clips."""
+        loader = self._loader(self.own.parts.trained)
+        scored = score_clips(loader, self.share.test, self.own.model.recipe.batch)
+        loader.cache.close()
+        self.bad |= loader.bad
+        return scored.score(self.own.model.recipe.metric)
+
+    def train(self, names: Collection[str], updates: int) -> None:
+        """Take updates of some of the parameters, passing through the clips in a seeded order."""
+        loader, share, seed = self._loader(names), self.share, self.settings.seed
+        size = self.own.model.recipe.batch
+        batches = -(-len(share.train) // size)
+        first = self.number * updates
+        try:
+            for update in range(first, first + updates):
+                self.paused.append(self.limits.wait())
+                epoch, place = divmod(update, batches)
+                clips = loader.order(share.train, seed, share.key, epoch)
+                made = loader.batch(clips[place * size : (place + 1) * size])
+                if made is not None:
+                    step, batch = loader.step, made[0]
+                    self.reports.append(step.update(batch, update, self.rates, share.key))
+        finally:
+            loader.cache.close()
+        self.bad |= loader.bad

@@ -1,0 +1,69 @@
+"""What personal fine-tuning gave each client: numbers, their mean and spread, a figure."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fl_client.settings import FederationSettings
+from partitions.atomic import write_text
+from partitions.figures import save_figure
+
+REPORT, FIGURE = "personal.json", "personal.png"
+
+
+def write_personal_report(
+    folder: Path,
+    settings: FederationSettings,
+    metric: str,
+    found: Mapping[int, Mapping[str, float]],
+    failures: tuple[str, ...],
+) -> list[str]:
+    """Write `personal.json` and `personal.png`; the mean and spread in words.
+
+    Args:
+        folder: the run directory.
+        settings: of the run.
+        metric: of the task.
+        found: metrics of the clients' last evaluation, by key.
+        failures: a line for each client that has none.
+    """
+    name = "accuracy" if metric == "eer" else metric
+    keys = sorted(found)
+    scores = np.array([found[key]["test_after"] for key in keys])
+    result = {
+        "task": settings.task,
+        "method": settings.method,
+        "share": settings.share,
+        "metric": name,
+        "clients": len(keys),
+        "mean": float(scores.mean()) if len(keys) else None,
+        "deviation": float(scores.std()) if len(keys) else None,
+        "test_clips": int(sum(found[key]["test_clips"] for key in keys)),
+        "by_client": {
+            str(key): {"score": found[key]["test_after"], "clips": int(found[key]["test_clips"])}
+            for key in keys
+        },
+        "failures": list(failures),
+    }
+    write_text(folder / REPORT, json.dumps(result, indent=2) + "\n")
+    lines = [f"  {failure}" for failure in failures]
+    if not keys:
+        return [*lines, "no client could be evaluated"]
+    figure = Figure(figsize=(max(5.0, 0.22 * len(keys) + 3), 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([str(key) for key in keys], 100 * scores)
+    axes.axhline(100 * scores.mean(), color="C3", label=f"mean {100 * scores.mean():.1f} %")
+    axes.set_xlabel("client")
+    axes.set_ylabel(f"{name} on its own clips (%)")
+    axes.tick_params(axis="x", rotation=90)
+    axes.legend()
+    save_figure(figure, folder / FIGURE)
+    lines.append(
+        f"{settings.method}, {len(keys)} clients on their own clips: {name} "
+        f"{100 * scores.mean():.2f} % (spread {100 * scores.std():.2f}, from "
+        f"{100 * scores.min():.1f} to {100 * scores.max():.1f})"
+    )
+    return lines

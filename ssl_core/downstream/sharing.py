@@ -1,0 +1,66 @@
+"""Which part of a task's model is trained, which of that is shared, and which is personal."""
+
+from typing import NamedTuple
+
+from partitions.errors import UsageError
+from ssl_core.downstream.lora import add_lora
+from ssl_core.downstream.model import TaskModel
+from ssl_core.downstream.recipe import Method, Share
+
+
+class Parts(NamedTuple):
+    """Names of parameters."""
+
+    shared: frozenset[str]
+    personal: frozenset[str]
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """All that are trained."""
+        return self.shared | self.personal
+
+
+def divide(
+    model: TaskModel, method: Method, share: Share, *, layers: int, rank: int, seed: int
+) -> Parts:
+    """Say which parameters are shared; gives the model low-rank changes where it is to have them.
+
+    Args:
+        model: upstream and head.
+        method: of federated learning.
+        share: what of the backbone is trained.
+        layers: how many of the last layers, with `layers`.
+        rank: of the changes, with `lora`.
+        seed: of the changes' first values.
+
+    Raises:
+        UsageError: a model without a backbone to share, too many layers, or nothing to share.
+    """
+    if model.wav2vec2 is None and share != "none":
+        raise UsageError(f"{model.upstream.name} has no backbone to train: set share to none")
+    if share == "lora":
+        assert model.wav2vec2 is not None
+        add_lora(model.wav2vec2, rank, seed)
+    head = model.trainable(unfrozen=False)
+    body: frozenset[str] = frozenset()
+    if share == "backbone":
+        body = model.trainable(unfrozen=True) - head
+    elif share == "lora":
+        body = frozenset(name for name, _ in model.named_parameters() if ".lora_" in name)
+    elif share == "layers":
+        assert model.wav2vec2 is not None
+        depth = model.wav2vec2.config.num_hidden_layers
+        if not 1 <= layers <= depth:
+            raise UsageError(f"shared-layers must be from 1 to {depth}, not {layers}")
+        starts = tuple(f"wav2vec2.encoder.layers.{depth - 1 - n}." for n in range(layers))
+        body = frozenset(name for name, _ in model.named_parameters() if name.startswith(starts))
+    if method == "local":
+        return Parts(frozenset(), head | body)
+    if method == "fedavg":
+        return Parts(head | body, frozenset())
+    if not body:
+        raise UsageError(
+            f"{method} keeps the head on the device and shares part of the backbone: with share "
+            "none there is nothing to share; take fedavg to share the head, or local"
+        )
+    return Parts(body, head)
