@@ -177,7 +177,7 @@ def _build(folder: Path, count: int, progress: bool) -> None:
     digest = hashlib.sha256()
     samples: dict[str, int] = dict.fromkeys((voice.speaker for voice in voices), 0)
     sizes = []
-    with _Espeak() as espeak:
+    with Espeak() as espeak:
         for voice in track(voices, count, "Making the demo corpus", progress):
             if os.getppid() != parent:
                 raise ShortwaveError("the process that wanted the demo corpus is gone")
@@ -222,7 +222,7 @@ def _sounds_female(variant: str) -> bool:
     return variant.startswith(("f", "steph")) or variant in women
 
 
-def _utterances(espeak: "_Espeak", voice: Voice) -> Iterator[tuple[NDArray[np.float32], str]]:
+def _utterances(espeak: "Espeak", voice: Voice) -> Iterator[tuple[NDArray[np.float32], str]]:
     """The utterances of one voice with their transcripts, the same for the same voice."""
     random = Random(f"demo text {voice.speaker}")
     noise = np.random.Generator(np.random.PCG64(int(voice.speaker)))
@@ -270,7 +270,7 @@ def _record(
     return np.asarray(mixed * (peak / np.abs(mixed).max()), dtype=np.float32)
 
 
-class _Espeak:
+class Espeak:
     """espeak-ng through its C interface (speak_lib.h); one at a time in a process."""
 
     _SYNCHRONOUS = 2
@@ -307,7 +307,7 @@ class _Espeak:
         self._callback = kind(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def __enter__(self) -> "_Espeak":
+    def __enter__(self) -> "Espeak":
         return self
 
     def __exit__(self, *_: object) -> None:
