@@ -1,6 +1,7 @@
 """Checks a device's corpus and checkpoint for a task, in a process of its own.
 
-The SuperNode's process stays without torch: `python -m fl_client.check_task TASK DATA [SUBSET]`.
+The SuperNode's process stays without torch: `python -m fl_client.check_task TASK DATA SUBSET
+CHECKPOINT`, the last two empty where there are none.
 """
 
 import sys

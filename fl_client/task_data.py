@@ -44,20 +44,33 @@ class TaskShare(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def load_pool(settings: TaskSettings) -> Pool:
     """The clips of a corpus, each once, ordered by path."""
-    data = settings.read_data(settings.task_recipe(), progress=False)
+    recipe = settings.task_recipe()
+    data = settings.read_data(recipe, progress=False)
     whole = {clip.name: clip for clip in (*data.test, *data.valid, *data.train)}
     clips = tuple(whole[name] for name in sorted(whole))
-    return Pool(data.root, data.labels, clips, tuple(data.describe_skips()))
+    skips = data.describe_skips()
+    if not recipe.transcribes:  # such as the speakers of trials, whom nobody trains on
+        known = set(data.labels)
+        kept = tuple(clip for clip in clips if clip.label in known)
+        if len(kept) < len(clips):
+            skips.append(f"label without clips to train on: {len(clips) - len(kept)}")
+        clips = kept
+    return Pool(data.root, data.labels, clips, tuple(skips))
 
 
 def divide_pool(
     pool: Pool, clients: int, how: str, seed: int, transcribes: bool
 ) -> tuple[tuple[Clip, ...], ...]:
-    """The clips of each client.
+    """The clips of each client; but for whole speakers (and parts of one), two at least.
 
     Raises:
-        UsageError: more clients than speakers or clips, or `labels` for a task without classes.
+        UsageError: too many clients for the clips, or `labels` for a task without classes.
     """
+    if len(pool.clips) < 2 * clients:
+        raise UsageError(
+            f"{len(pool.clips)} clips are too few for {clients} clients: each needs two, to train "
+            "and to be tested on"
+        )
     if how == "labels":
         if transcribes:
             raise UsageError("partition labels is for tasks with classes")
@@ -66,7 +79,16 @@ def divide_pool(
     total = sum(voice.samples for voice in voices)
     manifest = Manifest(pool.root, 0.0, voices, total)
     parts = partition(manifest, clients, _how(how), seed)
-    return tuple(tuple(pool.clips[index] for index in part) for part in parts)
+    shares = [[pool.clips[index] for index in part] for part in parts]
+    return _topped_up(shares) if how == "skewed" else tuple(tuple(share) for share in shares)
+
+
+def _topped_up(shares: list[list[Clip]]) -> tuple[tuple[Clip, ...], ...]:
+    """Who has too little to train and to be tested on gets some of who has most."""
+    for share in shares:
+        while len(share) < 2:
+            share.append(max(shares, key=len).pop())
+    return tuple(tuple(sorted(share, key=lambda clip: clip.name)) for share in shares)
 
 
 def _how(how: str) -> How:
@@ -76,26 +98,19 @@ def _how(how: str) -> How:
 
 
 def _by_labels(pool: Pool, clients: int, seed: int) -> tuple[tuple[Clip, ...], ...]:
-    """Each label's clips divided by a Dirichlet distribution (Hsu et al., 2019), none left empty.
-
-    Raises:
-        UsageError: too many clients for the clips.
-    """
+    """Each label's clips divided by a Dirichlet distribution (Hsu et al., 2019)."""
     rng = generator(seed, "clients by labels", clients)
+    by_label: dict[str, list[Clip]] = {label: [] for label in pool.labels}
+    for clip in pool.clips:
+        by_label[clip.label].append(clip)
     shares: list[list[Clip]] = [[] for _ in range(clients)]
-    for label in pool.labels:
-        clips = [clip for clip in pool.clips if clip.label == label]
+    for clips in by_label.values():
         order = rng.permutation(len(clips))
         ends = np.cumsum(rng.dirichlet([CONCENTRATION] * clients)) * len(clips)
         bounds = [0, *np.round(ends).astype(int)]
         for share, first, last in zip(shares, bounds, bounds[1:], strict=False):
             share += [clips[int(place)] for place in order[first:last]]
-    if len(pool.clips) < 4 * clients:
-        raise UsageError(f"{len(pool.clips)} clips are too few for {clients} clients")
-    for share in shares:
-        while len(share) < 2:  # who has too little to train and test on gets some of the most
-            share.append(max(shares, key=len).pop())
-    return tuple(tuple(sorted(share, key=lambda clip: clip.name)) for share in shares)
+    return _topped_up(shares)
 
 
 def own_split(

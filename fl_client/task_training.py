@@ -3,7 +3,7 @@
 Its personal part, such as the head, stays in the client's folder.
 """
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import time
@@ -23,6 +23,7 @@ from fl_client.local_training import NO_BUDGET, NO_LIMITS, Budget, RoundResult, 
 from fl_client.settings import FederationSettings
 from fl_client.state import ClientState, default_folder
 from fl_client.task_data import TaskShare
+from partitions.errors import DataError
 from partitions.units import SAMPLE_RATE
 from ssl_core.downstream.loading import ClipLoader
 from ssl_core.downstream.model import TaskModel, load_upstream
@@ -114,6 +115,8 @@ def train_task_round(
     if plan.threads:
         torch.set_num_threads(plan.threads)
     own = resident(dataclasses.replace(settings, data="", output="", resume=""), len(share.labels))
+    # Before any tensor of it is taken: moved later, it would leave them behind.
+    own.model.to(plan.device)
     if task.get("backbone") != own.backbone:
         raise protocol.ProtocolError(
             f"the checkpoint '{settings.checkpoint}' of this device is not that of the server"
@@ -123,14 +126,15 @@ def train_task_round(
     exchange.load()
     own.load_personal(client, number)
     trainer = _Trainer(own, plan, share, settings, limits, number)
-    before = trainer.score()
-    if settings.method == "fedrep":
-        trainer.train(own.parts.personal, settings.head_updates or settings.local_updates)
-        if not evaluate_only:
-            trainer.train(own.parts.shared, settings.local_updates)
-    elif not evaluate_only:
-        trainer.train(own.parts.trained, settings.local_updates)
-    after = trainer.score() if trainer.reports else before
+    with contextlib.closing(trainer.loader.cache):
+        before = trainer.score()
+        if settings.method == "fedrep":
+            trainer.train(own.parts.personal, settings.head_updates or settings.local_updates)
+            if not evaluate_only:
+                trainer.train(own.parts.shared, settings.local_updates)
+        elif not evaluate_only:
+            trainer.train(own.parts.trained, settings.local_updates)
+        after = trainer.score() if trainer.reports else before
     if own.parts.personal and not evaluate_only:
         personal = own.tensors(own.parts.personal)
         client.save(PERSONAL, number, personal, int(task["folded_round"]))
@@ -156,9 +160,8 @@ def train_task_round(
         "micro_batch": plan.micro_batch or recipe.batch,
         "fallbacks": 0,
     }
-    skips = collections.Counter(trainer.bad.values())
     for reason in protocol.TASK_SKIP_REASONS:
-        metrics["skipped_" + reason.replace(" ", "_")] = skips[reason]
+        metrics["skipped_" + reason.replace(" ", "_")] = trainer.loader.skips[reason]
     return RoundResult(update, {name: metrics[name] for name in protocol.TASK_METRICS})
 
 
@@ -178,37 +181,42 @@ class _Trainer:
         self.limits, self.number = limits, number
         self.reports: list[TaskReport] = []
         self.paused: list[float] = []
-        self.bad: dict[str, str] = {}
-        self.rates = Rates(own.model.recipe).at(number)
+        # The last evaluation comes after the last round; the schedule ends with that.
+        self.rates = Rates(own.model.recipe).at(min(number, settings.rounds - 1))
+        # What it keeps on disk no round changes: features of a backbone that is trained would
+        # never be asked for again.
+        self.names = own.parts.shared if settings.method == "fedrep" else own.parts.trained
+        self.loader = ClipLoader(share.root, share.labels, self._step(self.names))
 
-    def _loader(self, trained: Collection[str]) -> ClipLoader:
-        own, settings = self.own, self.settings
-        step = TaskStep(own.model, self.plan, unfrozen=False, seed=settings.seed, trained=trained)
-        return ClipLoader(self.share.root, self.share.labels, step)
+    def _step(self, names: Collection[str]) -> TaskStep:
+        seed = self.settings.seed
+        return TaskStep(self.own.model, self.plan, unfrozen=False, seed=seed, trained=names)
 
     def score(self) -> float:
         """Of the model as it is on the client's own test clips."""
-        loader = self._loader(self.own.parts.trained)
-        scored = score_clips(loader, self.share.test, self.own.model.recipe.batch)
-        loader.cache.close()
-        self.bad |= loader.bad
-        return scored.score(self.own.model.recipe.metric)
+        recipe = self.own.model.recipe
+        return score_clips(self.loader, self.share.test, recipe.batch).score(recipe.metric)
 
     def train(self, names: Collection[str], updates: int) -> None:
-        """Take updates of some of the parameters, passing through the clips in a seeded order."""
-        loader, share, seed = self._loader(names), self.share, self.settings.seed
-        size = self.own.model.recipe.batch
+        """Take updates of some of the parameters, passing through the clips in a seeded order.
+
+        Raises:
+            DataError: none of the clips that came up can be used.
+        """
+        share, settings, model = self.share, self.settings, self.own.model
+        step = self.loader.step if names == self.names else self._step(names)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        size = model.recipe.batch
         batches = -(-len(share.train) // size)
-        first = self.number * updates
-        try:
-            for update in range(first, first + updates):
-                self.paused.append(self.limits.wait())
-                epoch, place = divmod(update, batches)
-                clips = loader.order(share.train, seed, share.key, epoch)
-                made = loader.batch(clips[place * size : (place + 1) * size])
-                if made is not None:
-                    step, batch = loader.step, made[0]
-                    self.reports.append(step.update(batch, update, self.rates, share.key))
-        finally:
-            loader.cache.close()
-        self.bad |= loader.bad
+        first, taken = self.number * updates, len(self.reports)
+        for update in range(first, first + updates):
+            self.paused.append(self.limits.wait())
+            epoch, place = divmod(update, batches)
+            clips = self.loader.order(share.train, settings.seed, share.key, epoch)
+            made = self.loader.batch(clips[place * size : (place + 1) * size])
+            if made is not None:
+                self.reports.append(step.update(made[0], update, self.rates, share.key))
+        if len(self.reports) == taken:
+            examples = self.loader.examples
+            raise DataError(f"none of the clips to train on can be used, such as: {examples[-1]}")

@@ -12,6 +12,8 @@ from partitions.atomic import write_text
 from partitions.figures import save_figure
 
 REPORT, FIGURE = "personal.json", "personal.png"
+_NAMED = 60
+"""Clients whose bars have room for their numbers."""
 
 
 def write_personal_report(
@@ -52,9 +54,15 @@ def write_personal_report(
     lines = [f"  {failure}" for failure in failures]
     if not keys:
         return [*lines, "no client could be evaluated"]
-    figure = Figure(figsize=(max(5.0, 0.22 * len(keys) + 3), 3.4), layout="constrained")
+    shown = min(len(keys), _NAMED)
+    figure = Figure(figsize=(max(5.0, 0.22 * shown + 3), 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.bar([str(key) for key in keys], 100 * scores)
+    places = range(len(keys))
+    if len(keys) <= _NAMED:
+        axes.bar(places, 100 * scores)
+        axes.set_xticks(places, [str(key) for key in keys])
+    else:
+        axes.fill_between(places, 100 * scores, step="mid")
     axes.axhline(100 * scores.mean(), color="C3", label=f"mean {100 * scores.mean():.1f} %")
     axes.set_xlabel("client")
     axes.set_ylabel(f"{name} on its own clips (%)")

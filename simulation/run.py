@@ -147,12 +147,7 @@ def _simulate_task(settings: FederationSettings, workers: int, address: str) -> 
         f"{counts[0]} to {counts[-1]} clips each, of which they keep a share of "
         f"{settings.own_test:g} to be tested on"
     )
-    own = Resident(settings, len(pool.labels))
-    size = sum(value.numel() * 4 for value in own.state_dict().values())
-    print(
-        f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
-        f"{len(own.parts.personal)} are personal"
-    )
+    size = _say_what_is_shared(settings, len(pool.labels))
     run = open_run(settings)
     nodes: list[dict[str, Any]] = [{} for _ in parts]
     plan = settings.task_plan(recipe)
@@ -160,6 +155,17 @@ def _simulate_task(settings: FederationSettings, workers: int, address: str) -> 
     print(f"checkpoint: {latest(run.checkpoints)}")
     print(run.path)
     return 0
+
+
+def _say_what_is_shared(settings: FederationSettings, labels: int) -> int:
+    """The bytes that are shared; the model is gone again when this returns."""
+    own = Resident(settings, labels)
+    size = sum(value.numel() * 4 for value in own.state_dict().values())
+    print(
+        f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
+        f"{len(own.parts.personal)} are personal"
+    )
+    return size
 
 
 def _simulate(

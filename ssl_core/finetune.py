@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from partitions import command
-from partitions.errors import UsageError
+from partitions.errors import DataError, Interrupted, UsageError
 from partitions.settings import add_options, from_mapping, from_texts, read_yaml
 from partitions.units import format_seconds
 from ssl_core.downstream import results
@@ -48,6 +48,8 @@ class FinetuneSettings(TaskSettings):
     """File with a word a line that a beam search chooses from."""
     ngram: str = ""
     """N-gram model of words that a beam search weighs, as KenLM reads it."""
+    score_train: Literal["no", "yes"] = "no"
+    """Whether the training clips are scored at the end too: how far they were learnt by heart."""
     keep: int = 2
     """Checkpoints to keep, beside the best epoch's weights."""
     output: str = ""
@@ -79,6 +81,7 @@ class FinetuneSettings(TaskSettings):
         if self.task != "emotion" and self.fold != "1":
             raise UsageError("--fold is for emotion")
         self.cache_bytes  # noqa: B018, raises
+        self.task_plan(recipe)
 
 
 def parse(arguments: Sequence[str] | None) -> FinetuneSettings:
@@ -112,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> FinetuneSettings:
         changed = [
             name
             for name, value in values.items()
-            if name not in ("resume", "keep", "cache") and value != getattr(stored, name)
+            if name not in ("resume", "keep", "cache") and value != getattr(stored, name, value)
         ]
         if changed:
             raise UsageError(
@@ -136,6 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in runs[0][1].describe_skips():
         print(line)
     upstream = load_upstream(settings.checkpoint, settings.model, settings.seed)
+    labels = runs[0][1].labels
+    decode = greedy(labels)
+    if settings.beam:
+        decode = beam_search(labels, settings.beam, settings.words, settings.ngram)
     directory = _directory(settings)
     directory.lock()
     print(f"run directory {directory.path}", flush=True)
@@ -151,7 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"fold {fold} of {len(runs)}", flush=True)
                     place = RunDirectory(directory.path / f"fold-{fold}")
                     place.path.mkdir(exist_ok=True)
-                found.append(finetune(settings, recipe, model, data, place, stop))
+                found.append(finetune(settings, recipe, model, data, place, decode, stop))
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; go on with --resume {directory.path}") from None
     finally:
         directory.close()
     if len(runs) > 1:
@@ -197,6 +206,7 @@ def finetune(
     model: TaskModel,
     data: TaskData,
     run: RunDirectory,
+    decode: Decoder,
     stop: _Stop,
 ) -> dict[str, Any]:
     """Train, test the best epoch, and write everything into the run directory; the result.
@@ -209,9 +219,6 @@ def finetune(
     limit = settings.cache_bytes
     loader = ClipLoader(data.root, data.labels, step, limit)
     cache = loader.cache
-    decode: Decoder = greedy(data.labels)
-    if settings.beam:
-        decode = beam_search(data.labels, settings.beam, settings.words, settings.ngram)
     print(
         f"{settings.task}: {len(data.train)} clips to train on, {len(data.valid)} to validate, "
         f"{len(data.test)} to test, {len(data.labels)} "
@@ -224,7 +231,7 @@ def finetune(
         settings.task == "slots") else str  # fmt: skip
     try:
         start = time.monotonic()
-        computed = loader.prepare((*data.train, *data.valid, *data.test))
+        computed = loader.prepare((*data.train, *data.valid, *data.test), stopped=stop)
         if computed:
             print(
                 f"{computed} clips went through the frozen "
@@ -232,13 +239,19 @@ def finetune(
                 f"{format_seconds(time.monotonic() - start)}; kept in {cache.path}",
                 flush=True,
             )
-        if cache.problem and limit:
+        lost = [clip.name for clip in data.test if clip.name in loader.bad]
+        if data.trials and lost:
+            raise DataError(f"{len(lost)} files of the trials cannot be used, such as {lost[0]}")
+        if cache.problem and limit and step.stage != "waveform":
             print(f"some features are computed again in every epoch: {cache.problem}", flush=True)
         training = FineTuning(step, data, loader, run, seed=settings.seed, keep=settings.keep)
         training.run(stop)
         training.load_best()
         scored = score_clips(loader, data.test, recipe.batch, decode)
         result = _result(settings, recipe, training, data, scored, run)
+        if settings.score_train == "yes":
+            heard = score_clips(loader, data.train, recipe.batch, decode)
+            result[f"train_{_name(recipe)}"] = heard.score(recipe.metric)
     finally:
         cache.close()
         run.close()
@@ -281,10 +294,14 @@ def _result(
         result["test_loss"] = scored.loss
         for metric in ("wer", "cer") if recipe.transcribes else ("accuracy",):
             result[metric] = scored.score(metric)
-    name = "accuracy" if recipe.metric == "eer" else recipe.metric
-    result[f"valid_{name}"] = training.best.get("value", 0.0)
+    result[f"valid_{_name(recipe)}"] = training.best.get("value", 0.0)
     result["clips_passed_over"] = sum(training.loader.skips.values())
     return result
+
+
+def _name(recipe: TaskRecipe) -> str:
+    """Of the score of clips; trials are not scored by clips."""
+    return "accuracy" if recipe.metric == "eer" else recipe.metric
 
 
 def _over_folds(found: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -39,8 +39,10 @@ def beam_search(labels: Sequence[str], size: int, words: str = "", ngram: str = 
         words: a file with a word a line; without it any text can be found.
         ngram: an n-gram model of words that KenLM reads (ARPA or binary).
 
+    A word ends with a space, which the last one need not have.
+
     Raises:
-        UsageError: flashlight-text is not installed, or a file is not there.
+        UsageError: flashlight-text is not installed, or a file is not there or not as described.
     """
     for option, path in (("--words", words), ("--ngram", ngram)):
         if path and not Path(path).is_file():
@@ -49,25 +51,25 @@ def beam_search(labels: Sequence[str], size: int, words: str = "", ngram: str = 
         raise UsageError("--ngram scores words: give the words to choose from with --words")
     lexicon = None
     if words:
-        listed = Path(words).read_text(encoding="utf-8").split("\n")
         known = set(labels)
-        spelled = sorted({word.strip() for word in listed} - {""})
+        spelled = _listed(words)
         lexicon = {word: [*map(_token, word), _SPACE] for word in spelled if set(word) <= known}
         if not lexicon:
             raise UsageError(f"--words {words}: no word is made of the task's symbols")
     tokens = [_BLANK, *map(_token, labels)]
     extra = [token for token in (_SPACE, _UNKNOWN) if token not in tokens]
-    try:
-        decoder = _decoder(tokens + extra, lexicon, ngram, size)
-    except ImportError:
-        raise UsageError(
-            "a beam search needs flashlight-text: pip install 'shortwave[beam]', or leave --beam "
-            "at 0 for greedy decoding"
-        ) from None
+    tokens += extra
+    decoder = _decoder(tokens, lexicon, ngram, size)
 
     def decode(logits: Tensor, lengths: Sequence[int]) -> list[str]:
-        scores = F.pad(logits.float().log_softmax(-1).cpu(), (0, len(extra)), value=-1e4)
-        best = [found[0] for found in decoder(scores, torch.tensor(lengths, dtype=torch.int32))]
+        frames = torch.tensor(lengths, dtype=torch.int32)
+        scores = F.pad(logits.float().log_softmax(-1).cpu(), (0, len(extra), 0, 1), value=_NEVER)
+        if lexicon is not None:
+            # A last frame in which nothing but the end of a word is free.
+            scores[range(len(scores)), frames] = _NEVER
+            scores[range(len(scores)), frames, tokens.index(_SPACE)] = 0
+            frames = frames + 1
+        best = [found[0] for found in decoder(scores, frames)]
         if lexicon is not None:
             return [" ".join(found.words) for found in best]
         texts = ["".join(decoder.idxs_to_tokens(found.tokens)) for found in best]
@@ -77,6 +79,19 @@ def beam_search(labels: Sequence[str], size: int, words: str = "", ngram: str = 
 
 
 _BLANK, _SPACE, _UNKNOWN = "<blank>", "|", "<unk>"
+_NEVER = -1e4
+
+
+def _listed(path: str) -> list[str]:
+    """The words of a file with a word a line, sorted."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--words {path}: not a text in UTF-8 ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1:
+            raise UsageError(f"--words {path}:{number}: expected one word, found '{line.strip()}'")
+    return sorted({line.strip() for line in lines} - {""})
 
 
 def _token(symbol: str) -> str:
@@ -85,18 +100,28 @@ def _token(symbol: str) -> str:
 
 def _decoder(tokens: list[str], lexicon: dict[str, list[str]] | None, ngram: str, size: int) -> Any:
     """The library's decoder, which reads its lexicon from a file."""
-    from torchaudio.models.decoder import ctc_decoder
-
+    try:
+        from torchaudio.models.decoder import ctc_decoder
+    except (ImportError, RuntimeError):  # torchaudio raises the latter
+        raise UsageError(
+            "a beam search needs flashlight-text: pip install 'shortwave[beam]', or leave --beam "
+            "at 0 for greedy decoding"
+        ) from None
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         for word, spelling in (lexicon or {}).items():
             file.write(f"{word} {' '.join(spelling)}\n")
         file.flush()
-        return ctc_decoder(
-            lexicon=file.name if lexicon is not None else None,
-            tokens=tokens,
-            lm=ngram or None,
-            beam_size=size,
-            blank_token=_BLANK,
-            sil_token=_SPACE,
-            unk_word=_UNKNOWN,
-        )
+        try:
+            return ctc_decoder(
+                lexicon=file.name if lexicon is not None else None,
+                tokens=tokens,
+                lm=ngram or None,
+                beam_size=size,
+                blank_token=_BLANK,
+                sil_token=_SPACE,
+                unk_word=_UNKNOWN,
+            )
+        except RuntimeError as error:
+            if not ngram:
+                raise
+            raise UsageError(f"--ngram {ngram}: {' '.join(str(error).split())}") from None

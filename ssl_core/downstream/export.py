@@ -124,6 +124,6 @@ def _transformers_parts(
             "ctc_loss_reduction": "mean",
         }
         # The tokens that the tokenizer insists on are never written.
-        tensors["lm_head.weight"] = torch.cat([weight, torch.zeros(spare, weight.shape[1])])
-        tensors["lm_head.bias"] = torch.cat([bias, torch.full((spare,), -1e4)])
+        tensors["lm_head.weight"] = torch.cat([weight, weight.new_zeros(spare, weight.shape[1])])
+        tensors["lm_head.bias"] = torch.cat([bias, bias.new_full((spare,), -1e4)])
     return config

@@ -5,6 +5,7 @@ read and write. When all files together reach the limit, those of backbones that
 longest go; when that is not enough, what does not fit is computed again in every epoch.
 """
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -23,6 +24,7 @@ LIMIT = 32 * 2**30
 
 _TABLE = "create table if not exists clips (key blob primary key, data blob)"
 _BATCH = 500
+_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 Floats = npt.NDArray[np.float32]
 
 
@@ -64,33 +66,43 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open()
-        except sqlite3.DatabaseError:
-            self._forget(self.path)  # broken, and it can be made again
-            try:
-                self._open()
-            except sqlite3.Error as error:
-                self._give_up(error)
-        except OSError as error:
-            self._give_up(error)
+        except (OSError, sqlite3.Error) as error:
+            self._recover(error)
 
     def _open(self) -> None:
         connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-        connection.execute("pragma journal_mode=wal")
-        connection.execute("pragma synchronous=normal")
-        connection.execute(_TABLE)
-        connection.execute("select count(*) from clips").fetchone()
-        connection.commit()
-        os.utime(self.path)
+        try:
+            connection.execute("pragma journal_mode=wal")
+            connection.execute("pragma synchronous=normal")
+            connection.execute(_TABLE)
+            connection.execute("select count(*) from clips").fetchone()
+            connection.commit()
+            os.utime(self.path)
+        except BaseException:
+            connection.close()
+            raise
         self._connection = connection
 
-    def _give_up(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
+        """Make a broken file anew; after anything else, such as a full disk, keep nothing more."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN:
+            self._disconnect()
+            try:
+                self._forget(self.path)
+                return self._open()
+            except (OSError, sqlite3.Error) as another:
+                error = another
         self.problem = f"{self.path}: {error}"
 
-    def close(self) -> None:
-        """Close the file."""
+    def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._disconnect()
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of the keys that are not kept."""
@@ -108,47 +120,63 @@ class FeatureCache:
         for first in range(0, len(keys), _BATCH):
             some = keys[first : first + _BATCH]
             marks = ",".join("?" * len(some))
-            if self._connection is None:
-                return
+            query = f"select {columns} from clips where key in ({marks})"
             with self._lock:
-                query = f"select {columns} from clips where key in ({marks})"
-                rows = self._connection.execute(query, some).fetchall()
+                if self._connection is None:
+                    return
+                try:
+                    rows = self._connection.execute(query, some).fetchall()
+                except sqlite3.Error as error:
+                    return self._recover(error)
             yield from (row if len(row) > 1 else row[0] for row in rows)
 
     def put(self, clips: Sequence[tuple[bytes, Floats]]) -> None:
         """Keep clips, all or none of them; `problem` says so when there is no room."""
-        if self.problem or self._connection is None:
-            return
         size = sum(frames.nbytes for _, frames in clips)
-        if self._used() + size > self.limit:
-            self._make_room(size)
-            if self._used() + size > self.limit:
-                self.problem = f"{self.folder} has reached its limit of {self.limit >> 20} MiB"
-                return
         rows = [(key, np.ascontiguousarray(frames, np.float32).data) for key, frames in clips]
-        try:
-            with self._lock, self._connection:
-                self._connection.executemany("insert or replace into clips values (?, ?)", rows)
-        except sqlite3.Error as error:
-            self._give_up(error)
-
-    def _used(self) -> int:
-        total = 0
-        for path in self.folder.glob("*.sqlite*"):
-            try:
-                total += path.stat().st_size
-            except OSError:  # another process has just removed it
-                continue
-        return total
-
-    def _make_room(self, size: int) -> None:
-        others = [path for path in self.folder.glob("*.sqlite") if path != self.path]
-        for path in sorted(others, key=lambda path: path.stat().st_mtime):
-            if self._used() + size <= self.limit:
+        with self._lock:
+            if self.problem or self._connection is None:
                 return
+            try:
+                if not self._make_room(size):
+                    self.problem = f"{self.folder} has reached its limit of {self.limit >> 20} MiB"
+                    return
+                with self._connection:
+                    self._connection.executemany("insert or replace into clips values (?, ?)", rows)
+            except (OSError, sqlite3.Error) as error:
+                self._recover(error)
+
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes fit once others' files are gone; none goes in vain."""
+        files = _files(self.folder)
+        own = sum(used for path, (used, _) in files.items() if _database(path) == self.path)
+        used = sum(used for used, _ in files.values())
+        if own + size > self.limit:
+            return False
+        others = {_database(path) for path in files} - {self.path}
+        for path in sorted(others, key=lambda path: files.get(path, (0, 0.0))[1]):
+            if used + size <= self.limit:
+                break
             self._forget(path)
+            used -= sum(files[part][0] for part in files if _database(part) == path)
+        return used + size <= self.limit
 
     @staticmethod
     def _forget(path: Path) -> None:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def _database(path: Path) -> Path:
+    """The database that a file is part of."""
+    return path.with_name(path.name.removesuffix("-wal").removesuffix("-shm"))
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, float]]:
+    """Bytes and time of change of all files of all caches; another process may remove some."""
+    found = {}
+    for path in folder.glob("*.sqlite*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            found[path] = (status.st_size, status.st_mtime)
+    return found

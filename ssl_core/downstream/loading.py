@@ -2,7 +2,7 @@
 
 import collections
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from partitions.audio import SILENCE, BadAudio, read_piece
-from partitions.errors import DataError
+from partitions.errors import DataError, Interrupted
 from partitions.progress import track
 from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
@@ -119,19 +119,31 @@ class ClipLoader:
             self._keys[clip] = clip_key(self.root, clip.piece)
         return self._keys[clip]
 
-    def prepare(self, clips: Sequence[Clip], show: bool = True) -> int:
-        """Compute what the cache lacks, the longest clips first; how many were computed."""
+    def prepare(
+        self,
+        clips: Sequence[Clip],
+        show: bool = True,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Compute what the cache lacks, the longest clips first; how many were computed.
+
+        Raises:
+            Interrupted: `stopped` says so; what was computed is kept.
+        """
         if self.step.stage == "waveform" or self.cache.problem:
             return 0
         by_key = {self.key(clip): clip for clip in clips}
         missing = self.cache.missing(by_key)
         todo = sorted((by_key[key] for key in missing), key=lambda c: (-c.piece.samples, c.name))
         bar = track(_groups(todo), len(todo), "clips through the frozen model", show, len)
+        computed = 0
         for group in bar:
-            self._made(group)
+            if stopped():
+                raise Interrupted(f"interrupted after {computed} clips of {len(todo)}")
+            computed += len(self._made(group))
             if self.cache.problem:
                 break
-        return len(todo)
+        return computed
 
     def _made(self, clips: Sequence[Clip]) -> dict[Clip, torch.Tensor]:
         """What the frozen part of the model makes of clips, kept in the cache too."""

@@ -1,6 +1,7 @@
 """The recipes of the downstream tasks, one YAML file a task in `recipes/`."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,10 @@ class TaskRecipe:
         Raises:
             UsageError: a value out of range.
         """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{field.name.replace('_', '-')} must be finite, not {value}")
         for name in ("batch", "epochs", "lstm_layers", "lstm_units"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1")

@@ -11,6 +11,7 @@ from ssl_core.downstream import metrics
 from ssl_core.downstream.clips import Clip, Trial
 from ssl_core.downstream.decoding import Decoder, greedy
 from ssl_core.downstream.loading import ClipLoader
+from ssl_core.downstream.model import Stage
 from ssl_core.wav2vec2.precision import autocast
 
 
@@ -63,10 +64,13 @@ def score_clips(
             if made is None:
                 continue
             batch, chosen = made
-            with torch.no_grad(), autocast(step.device, step.plan.precision):
-                x = batch.padded(step.device)
-                prediction = model.predict(x, batch.samples, batch.stage)
             lengths = model.head_lengths(batch.samples, batch.stage)
+            with torch.no_grad(), autocast(step.device, step.plan.precision):
+                stage: Stage = "mean" if batch.stage == "mean" else "frames"
+                x = model.advance(batch.padded(step.device), batch.samples, batch.stage, stage)
+                # As in training, a head on a frozen backbone takes its products in fp32.
+                with autocast(step.device, step.plan.precision if step.unfrozen else "fp32"):
+                    prediction = model.predict(x, batch.samples, stage)
             losses = model.head.losses(prediction, lengths, batch.targets.to(step.device))
             loss += float(losses.sum())
             if recipe.transcribes:

@@ -25,7 +25,11 @@ def change_recipe(recipe: TaskRecipe, assignments: str) -> TaskRecipe:
         UsageError: an unknown name (the nearest is named) or a bad value.
     """
     changes = {}
-    for word in shlex.split(assignments):
+    try:
+        words = shlex.split(assignments)
+    except ValueError as error:
+        raise UsageError(f"--set {assignments}: {error}") from None
+    for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f"--set {word}: write NAME=VALUE, such as head-rate=1e-3")
@@ -87,7 +91,15 @@ class TaskSettings:
         if self.set:
             recipe = change_recipe(recipe, self.set)
         changes = {name: getattr(self, name) for name in ("epochs", "batch") if getattr(self, name)}
-        return from_mapping(TaskRecipe, dataclasses.asdict(recipe) | changes, "options")
+        changed = from_mapping(TaskRecipe, dataclasses.asdict(recipe) | changes, "options")
+        if changed.transcribes != recipe_of(self.task).transcribes:
+            made = "writes texts" if changed.transcribes else "chooses classes"
+            raise UsageError(f"a head {changed.head} {made}, which is not what {self.task} asks")
+        if self.task == "verification" and changed.head != "x-vector":
+            raise UsageError(f"verification needs a head x-vector, not {changed.head}")
+        if self.task != "verification" and changed.metric == "eer":
+            raise UsageError(f"{self.task} has no trials to be scored by eer")
+        return changed
 
     def task_plan(self, recipe: TaskRecipe) -> Plan:
         """How this machine takes a step of the task.
@@ -142,10 +154,10 @@ class TaskSettings:
             UsageError: not a number.
             DataError: no such corpus.
         """
-        if self.fold == ALL_FOLDS and self.task == "emotion":
+        if self.fold == ALL_FOLDS and self.task == "emotion" and self.data:
             return tuple(range(1, emotion.count_folds(Path(self.data)) + 1))
         try:
-            return (int(self.fold),)
+            return (1 if self.fold == ALL_FOLDS else int(self.fold),)
         except ValueError:
             raise UsageError(f"--fold: '{self.fold}' is not a number, nor `all`") from None
 

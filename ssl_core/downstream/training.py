@@ -54,6 +54,8 @@ class FineTuning:
             # The rows of whole epochs stay; one in the middle is logged when it is whole.
             run.rewind(self.first // self.batches * self.batches + 1)
             self.console.print(f"going on at update {self.first + 1}", highlight=False)
+        elif run.metrics():  # ended before its first checkpoint was whole
+            run.rewind(1)
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that are trained, by name."""
@@ -121,17 +123,11 @@ class FineTuning:
                         progress.update(bar, completed=update + 1)
                         if stopped() and number + 1 < self.batches:
                             self._save(update + 1)
-                            raise Interrupted(
-                                f"interrupted after update {update + 1}; go on with "
-                                f"--resume {self.directory.path}"
-                            )
+                            raise Interrupted(f"interrupted after update {update + 1}")
                 trained = time.monotonic() - start
                 self._end(epoch, rates, trained)
                 if stopped() and epoch + 1 < recipe.epochs:
-                    raise Interrupted(
-                        f"interrupted after epoch {epoch + 1}; go on with "
-                        f"--resume {self.directory.path}"
-                    )
+                    raise Interrupted(f"interrupted after epoch {epoch + 1}")
 
     def _end(self, epoch: int, rates: Mapping[str, float], seconds: float) -> None:
         """Score an epoch, log it and save."""

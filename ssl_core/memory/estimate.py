@@ -13,8 +13,9 @@ from partitions.cache import cache_folder
 from ssl_core.memory import allocator, plain
 from ssl_core.memory.parts import Estimate
 from ssl_core.memory.plan import Plan
+from ssl_core.memory.task_work import Work
 from ssl_core.memory.trace import trace
-from ssl_core.wav2vec2.config import ModelConfig, Recipe
+from ssl_core.wav2vec2.config import ModelConfig
 
 MIB = 2**20
 RUNTIME = 545 * MIB
@@ -34,7 +35,7 @@ _STAYING = ("parameters", "optimizer state")
 
 
 def estimate(
-    config: ModelConfig, recipe: Recipe, plan: Plan, runtime: int = RUNTIME, messages: int = 0
+    config: ModelConfig, work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0
 ) -> Estimate:
     """Estimate the peak of a training process.
 
@@ -43,12 +44,12 @@ def estimate(
 
     Args:
         config: architecture.
-        recipe: of training.
+        work: what the model is trained for, a recipe of pretraining or a task.
         plan: how a step is taken.
         runtime: bytes resident before the model is made.
         messages: bytes of Flower's messages that are held while training.
     """
-    live = _live(config, recipe, plan)
+    live = _live(config, work, plan)
     parts = {"imports": runtime, **live}
     if messages:
         parts["message buffers"] = messages
@@ -64,17 +65,18 @@ def estimate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _live(config: ModelConfig, recipe: Recipe, plan: Plan) -> dict[str, int]:
+def _live(config: ModelConfig, work: Work, plan: Plan) -> dict[str, int]:
     """Tensors at the peak, remembered on disk: a client is a new process in every round."""
     plan = dataclasses.replace(plan, device="cpu", threads=0, compile=False, keep_freed_memory=True)
-    values = [dataclasses.asdict(part) for part in (config, recipe, plan)]
+    parts = (config, work, plan)
+    values = [[type(part).__name__, dataclasses.asdict(part)] for part in parts]
     key = hashlib.sha256(json.dumps(values).encode() + _code()).hexdigest()
     path = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):  # not there, or cut short: it is made again
-        found = trace(config, recipe, plan).peak_parts
+        found = trace(config, work, plan).peak_parts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
@@ -88,8 +90,9 @@ def _code() -> bytes:
     """Of the code that an estimate follows from."""
     here = Path(__file__).parents[1]
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*here.rglob("wav2vec2/*.py"), here / "step.py", here / "planned_step.py",
-                        here / "optimizer.py",
-                        here / "memory/trace.py"]):  # fmt: skip
+    names = ["step.py", "planned_step.py", "optimizer.py", "memory/trace.py", "memory/task_work.py"]
+    parts = ("heads", "loading", "lora", "model", "sharing", "task_step")
+    names += [f"downstream/{part}.py" for part in parts]
+    for path in sorted([*here.rglob("wav2vec2/*.py"), *(here / name for name in names)]):
         digest.update(path.read_bytes())
     return digest.digest()

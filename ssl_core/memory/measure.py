@@ -1,7 +1,7 @@
 """Measure what a process takes: its memory now and at its peak, and that of a training step.
 
-A step is measured in a process of its own, `python -m ssl_core.memory.measure`, so that nothing
-else is in the figure.
+A step, of pretraining or of fine-tuning a task, is measured in a process of its own,
+`python -m ssl_core.memory.measure`, so that nothing else is in the figure.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Batches = Callable[[int], Iterable["Waveforms"]]
 """The batches of an update."""
+Update = Callable[[int], bool]
+"""Takes the update of a number; whether it was applied."""
 
 
 def resident_bytes() -> int:
@@ -67,6 +69,9 @@ def measure(
     updates: int = 2,
     cgroup: str = "",
     data: str = "",
+    task: str = "",
+    unfrozen: bool = False,
+    cached: bool = False,
 ) -> Measurement:
     """Take updates in a new process, on noise or on speech.
 
@@ -77,11 +82,14 @@ def measure(
         updates: how many.
         cgroup: folder of a memory cgroup (v1 or v2) that the process enters first.
         data: corpus in LibriSpeech's layout, its `train-*` subsets; empty is noise.
+        task: fine-tune this one, on noise, rather than pretrain.
+        unfrozen: whether the task's backbone is trained.
+        cached: whether the task's clips go through what is frozen once, before.
 
     Raises:
         ShortwaveError: the process failed or was killed.
     """
-    task = json.dumps(
+    order = json.dumps(
         {
             "model": model,
             "settings": settings,
@@ -89,10 +97,13 @@ def measure(
             "updates": updates,
             "cgroup": cgroup,
             "data": data,
+            "task": task,
+            "unfrozen": unfrozen,
+            "cached": cached,
         }
     )
     done = subprocess.run(
-        [sys.executable, "-m", "ssl_core.memory.measure", task],
+        [sys.executable, "-m", "ssl_core.memory.measure", order],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -105,33 +116,71 @@ def measure(
     return Measurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _work(task: dict[str, object]) -> Measurement:
-    if task["cgroup"]:
-        Path(str(task["cgroup"]), "cgroup.procs").write_text(str(os.getpid()))
+def _work(order: dict[str, Any]) -> Measurement:
+    if order["cgroup"]:
+        Path(order["cgroup"], "cgroup.procs").write_text(str(os.getpid()))
     import torch
 
     from ssl_core.memory.plan import Plan
+
+    plan = Plan(**order["plan"])
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    prepare = _finetuning if order["task"] else _pretraining
+    begin = prepare(order, plan)
+    imports = resident_bytes()
+    reset_peak()
+    update = begin()
+    seconds = 0.0
+    for number in range(order["updates"]):
+        start = time.perf_counter()
+        applied = update(number)
+        seconds = time.perf_counter() - start
+        if not applied:
+            raise ShortwaveError(f"update {number} had a gradient that is not finite")
+    return Measurement(imports, peak_bytes(), seconds)
+
+
+def _pretraining(order: dict[str, Any], plan: "Plan") -> Callable[[], Update]:
+    """Import what a step takes; what makes it."""
     from ssl_core.overrides import resolve
     from ssl_core.step import TrainingStep
     from ssl_core.wav2vec2.model import PretrainingModel
 
-    plan = Plan(**task["plan"])  # type: ignore[arg-type]
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
-    imports = resident_bytes()
-    reset_peak()
-    config, recipe = resolve(str(task["model"]), str(task["settings"]))
-    updates = int(str(task["updates"]))
-    step = TrainingStep(PretrainingModel(config), recipe, plan, seed=0, total_updates=updates)
-    batches = _speech(str(task["data"]), plan) if task["data"] else _noise(plan)
-    seconds = 0.0
-    for number in range(updates):
-        start = time.perf_counter()
-        report = step.update(batches(number), number)
-        seconds = time.perf_counter() - start
-        if not report.applied:
-            raise ShortwaveError(f"update {number} had a gradient that is not finite")
-    return Measurement(imports, peak_bytes(), seconds)
+    def begin() -> Update:
+        config, recipe = resolve(order["model"], order["settings"])
+        model, total = PretrainingModel(config), order["updates"]
+        step = TrainingStep(model, recipe, plan, seed=0, total_updates=total)
+        batches = _speech(order["data"], plan) if order["data"] else _noise(plan)
+        return lambda number: step.update(batches(number), number).applied
+
+    return begin
+
+
+def _finetuning(order: dict[str, Any], plan: "Plan") -> Callable[[], Update]:
+    """Import what a step takes; what makes it."""
+    import torch
+
+    from ssl_core.memory import task_work
+    from ssl_core.overrides import resolve
+
+    def begin() -> Update:
+        config, _ = resolve(order["model"], order["settings"])
+        work = task_work.task_work(
+            order["task"], unfrozen=order["unfrozen"], cached=order["cached"]
+        )
+        step = task_work.make_step(task_work.make_model(config, work), work, plan)
+        rates = task_work.rates(work)
+        if work.cached:
+            task_work.compute_features(step, torch.randn)
+
+        def update(number: int) -> bool:
+            batch = task_work.make_batch(step, work, torch.randn)
+            return step.update(batch, number, rates).applied
+
+        return update
+
+    return begin
 
 
 def _noise(plan: "Plan") -> Batches:

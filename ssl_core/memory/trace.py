@@ -10,35 +10,119 @@ import collections
 import dataclasses
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.memory.plan import Plan
+from ssl_core.memory.task_work import (
+    TaskWork,
+    Work,
+    compute_features,
+    make_batch,
+    make_model,
+    make_step,
+    rates,
+)
 from ssl_core.step import TrainingStep
-from ssl_core.wav2vec2.config import ModelConfig, Recipe
+from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 
 PAGE = 4096
+LSTM_KEPT = 4.2
+"""Of oneDNN's LSTM, what of its workspace is in use after the forward pass: the four gates and a
+little more, in units of its output; as measured for the LSTMs of speech recognition."""
 
 
 class _Scalars(TorchDispatchMode):
-    """Reads 1 wherever a number is asked of a tensor that has none."""
+    """Reads 1 wherever a number is asked of a tensor that has none.
+
+    Whole numbers, which say how long things are, stay real as far as they follow from real ones.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation; a number of a fake tensor is 1."""
+        kwargs = kwargs or {}
+        if _is_about_whole_numbers(func, args, kwargs):
+            with no_dispatch():
+                return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
+        if func in _SHAPES:
+            with self:
+                return _SHAPES[func](*args)
+        return func(*args, **kwargs)
+
+
+def _is_about_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether real integers are all that an operation takes, or integers all that it makes."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        return (
+            func.overloadpacket is torch.ops.aten.arange or kwargs.get("dtype") is torch.int64
+        ) and torch.device(kwargs.get("device") or "cpu").type == "cpu"
+    return not any(isinstance(x, FakeTensor) or x.dtype.is_floating_point for x in tensors)
+
+
+def _lstm(x: Tensor, weight: Tensor, recurrent: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """What `mkldnn_rnn_layer` returns; of its workspace what is in use when it does."""
+    steps, clips, units = x.shape[0], x.shape[1], recurrent.shape[1]
+    training = others[-1]
+    used = x.new_empty(int(LSTM_KEPT * steps * clips * units) if training else 0)
+    last = (x.new_empty(clips, units), x.new_empty(clips, units))
+    return x.new_empty(steps, clips, units), *last, used
+
+
+def _lstm_backward(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+    """What `mkldnn_rnn_layer_backward` returns; before that the rest of its workspace is in use.
+
+    The size of the workspace is that of oneDNN 3 (`set_workspace_sizes` in its `rnn_utils.cpp`).
+    """
+    steps, clips, width = x.shape
+    own, recurrent = weights[:2]
+    units = recurrent.shape[1]
+    rows = (steps + 1) * clips
+    rest = rows * (6 * (max(width, units) + 16) + 9 * units + 32)
+    x.new_empty(max(0, rest - int(LSTM_KEPT * steps * clips * units)))
+    bias = own.new_empty(len(own))
+    state = x.new_empty(clips, units)
+    made = (torch.empty_like(x), torch.empty_like(own), torch.empty_like(recurrent))
+    return *made, bias, torch.empty_like(bias), state, torch.empty_like(state)
+
+
+def _ctc_loss(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """What `_ctc_loss` returns: losses, and probabilities by frame and place in the text."""
+    clips, places = targets.shape[0], 2 * targets.shape[1] + 1
+    return logits.new_empty(clips), logits.new_empty(clips, logits.shape[0], places)
+
+
+def _ctc_loss_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, lengths: Any, counts: Any, losses: Tensor,
+    forward: Tensor, *_: Any,
+) -> Tensor:  # fmt: skip
+    """What `_ctc_loss_backward` returns; what it takes beside that is as large as `forward`."""
+    torch.empty_like(forward)
+    return torch.empty_like(logits)
+
+
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
+    torch.ops.aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
+    torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
+    torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
+}
+"""Operations that torch cannot run on tensors without contents, and what they make."""
 
 
 class LiveMemory(_Scalars):
@@ -139,42 +223,82 @@ def _likeness(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def trace(config: ModelConfig, recipe: Recipe, plan: Plan) -> LiveMemory:
+def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> int:
+    """Of a forward pass; a backward pass has twice as many."""
+    return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
+
+
+_OPERATIONS = {
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
+    torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
+}
+"""Of operations that torch's flop counter does not know."""
+
+
+def trace(config: ModelConfig, work: Work, plan: Plan) -> LiveMemory:
     """Take one update on fake tensors; what was live at its peak, by part.
 
-    All layers run: layerdrop would only make it less. Shapes are those of any device.
+    All layers run: layerdrop would only make it less. Shapes are those of any device. Of a task
+    whose features are cached, the clips that are taken through the frozen part come first.
     """
     config = dataclasses.replace(config, layerdrop=0.0)
     plan = dataclasses.replace(plan, device="cpu")
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         memory.label("parameters")
+        if isinstance(work, TaskWork):
+            _trace_task(config, work, plan, memory)
+            return memory
         model = PretrainingModel(config)
         memory.label("optimizer state")
-        step = TrainingStep(model, recipe, plan, seed=0, total_updates=1)
+        step = TrainingStep(model, work, plan, seed=0, total_updates=1)
         memory.label("activations")
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda own: memory.rename(own.grad, "gradients")
-            )
+        _name_gradients(model, memory)
         batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
         step.update([batch] * plan.accumulation, 0)
     return memory
 
 
-def count_operations(config: ModelConfig, recipe: Recipe, plan: Plan) -> int:
+def _trace_task(config: ModelConfig, work: TaskWork, plan: Plan, memory: LiveMemory) -> None:
+    model = make_model(config, work)
+    memory.label("optimizer state")
+    step = make_step(model, work, plan)
+    if work.cached:
+        memory.label("computing features")
+        compute_features(step, torch.zeros)
+    memory.label("activations")
+    _name_gradients(model, memory)
+    batch = make_batch(step, work, torch.zeros)
+    # The second micro-batch, beside the gradients of the first, is like all that follow.
+    step.update(batch.rows(range(min(plan.batch, 2 * plan.chunk))), 0, rates(work))
+
+
+def _name_gradients(model: nn.Module, memory: LiveMemory) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda own: memory.rename(own.grad, "gradients")
+            )
+
+
+def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:
     """Floating point operations of matrix products and convolutions in one update.
 
     Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
     """
     config = dataclasses.replace(config, layerdrop=0.0)
     plan = dataclasses.replace(plan, device="cpu")
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_OPERATIONS)
     with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
-        step = TrainingStep(PretrainingModel(config), recipe, plan, seed=0, total_updates=1)
-        batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
-        with counter:
-            step.update([batch] * plan.accumulation, 0)
+        if isinstance(work, TaskWork):
+            task_step = make_step(make_model(config, work), work, plan)
+            with counter:
+                task_step.update(make_batch(task_step, work, torch.zeros), 0, rates(work))
+        else:
+            step = TrainingStep(PretrainingModel(config), work, plan, seed=0, total_updates=1)
+            batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
+            with counter:
+                step.update([batch] * plan.accumulation, 0)
     return int(counter.get_total_flops())
 
 
