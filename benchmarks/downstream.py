@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--checkpoint", nargs="*", default=[], metavar="NAME=DIR", help="backbones to compare"
     )
     parser.add_argument("--tasks", nargs="*", default=[case.task for case in CASES])
+    parser.add_argument(
+        "--unfrozen", nargs="*", default=[case.task for case in CASES], help="tasks to unfreeze for"
+    )
     parser.add_argument("--model", default="tiny", help="preset of the random backbone")
     parser.add_argument("--output", type=Path, help="where to keep the run directories")
     options = parser.parse_args(arguments)
@@ -106,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     for case in cases:
         for name, unfrozen in ways:
+            if unfrozen and case.task not in options.unfrozen:
+                continue
             way = "unfrozen" if unfrozen else "frozen"
             folder = output / f"{case.task}-{name}-{way}"
             data = options.data.resolve()
@@ -124,10 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(title)
     for case in cases:
         scores = (
-            found[f"{case.task}_{name}_{'un' if unfrozen else ''}frozen"] for name, unfrozen in ways
+            found.get(f"{case.task}_{name}_{'un' if unfrozen else ''}frozen")
+            for name, unfrozen in ways
         )
         label = f"{case.task} ({case.score.removesuffix('_mean')})"
-        table.add_row(label, *(f"{100 * score:.1f}" for score in scores))
+        table.add_row(label, *("" if score is None else f"{100 * score:.1f}" for score in scores))
     console.print(table)
     print(json.dumps(found))
     return 0

@@ -1,13 +1,15 @@
 """The planner against reality: `python -m benchmarks.planner --data DIR`.
 
-Three parts, and one JSON object with `cells`, `under`, `worst_over`, `median_over`,
-`killed_under_cap` and `table2_agree` as the last line:
+Four parts, and one JSON object with `cells`, `under`, `worst_over`, `median_over`,
+`killed_under_cap`, `table2_agree` and the like as the last line:
 
 - estimates: two updates of each of `CELLS` in a process of its own, its peak against the estimate;
 - caps: each distinct length and batch of the paper's Table 2, planned for what a board leaves for
   training, is run for two updates of base on real speech in a memory cgroup of that size, imports
   included; then the smallest cap at which 15 s x 12 survives is looked for;
-- table2: agreement of the plain step with the paper's 140 cells, and whether planned steps fit.
+- table2: agreement of the plain step with the paper's 140 cells, and whether planned steps fit;
+- tasks: as estimates, of each of `TASK_CELLS`, fine-tuning at the batch and length of the paper's
+  Table 3; alone its figures are called `cells`, `under`, ..., beside others `task_cells`, ...
 """
 
 import argparse
@@ -34,6 +36,7 @@ from ssl_core.memory.estimate import RUNTIME, estimate
 from ssl_core.memory.measure import measure
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.planner import choose, describe, ladder, leanest
+from ssl_core.memory.task_work import task_work
 from ssl_core.overrides import resolve
 
 MIB = 2**20
@@ -61,6 +64,18 @@ CELLS: tuple[tuple[str, float, int, str, int], ...] = (
     ("tiny", 15.0, 4, "fp32", 1), ("tiny", 15.0, 8, "bf16", 4), ("tiny", 15.0, 12, "fp32", -3),
     ("tiny", 15.0, 12, "bf16", 1),
 )  # fmt: skip
+TASK_CELLS: tuple[tuple[str, str, str, int, bool], ...] = (
+    # task, backbone, precision, micro-batch, whether what is frozen was computed before
+    ("kws12", "frozen", "fp32", 0, False), ("kws12", "unfrozen", "fp32", 0, False),
+    ("slots", "frozen", "fp32", 0, False), ("slots", "unfrozen", "fp32", 0, False),
+    ("emotion", "frozen", "fp32", 0, False), ("emotion", "unfrozen", "fp32", 0, False),
+    ("speaker", "frozen", "fp32", 0, False), ("speaker", "unfrozen", "fp32", 0, False),
+    ("asr", "frozen", "fp32", 0, False), ("asr", "unfrozen", "fp32", 0, False),
+    ("kws12", "frozen", "fp32", 0, True), ("asr", "frozen", "fp32", 0, True),
+    ("emotion", "frozen", "bf16", 0, False), ("speaker", "unfrozen", "bf16", 0, False),
+    ("slots", "unfrozen", "bf16", 0, False), ("kws12", "unfrozen", "fp32", 4, False),
+    ("slots", "frozen", "fp32", 1, False), ("asr", "unfrozen", "fp32", 1, False),
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -79,6 +94,34 @@ def run_estimates(threads: int, show: bool) -> list[Row]:
                 "model": model, "length": length, "batch": batch, "precision": precision,
                 "plan": describe(plan), "predicted": predicted, "measured": found.peak,
                 "imports": found.imports, "over": predicted / found.peak - 1,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def run_tasks(threads: int, show: bool) -> list[Row]:
+    """Measured and estimated peaks of fine-tuning `base`, bytes."""
+    rows = []
+    config, _ = resolve("base", "")
+    for task, backbone, precision, size, cached in track(
+        TASK_CELLS, len(TASK_CELLS), "tasks", show
+    ):
+        unfrozen = backbone == "unfrozen"
+        work = task_work(task, unfrozen=unfrozen, cached=cached)
+        plan = Plan(
+            length=work.recipe.length, batch=work.recipe.batch, micro_batch=size,
+            precision=precision, threads=threads,  # type: ignore[arg-type]
+        )  # fmt: skip
+        found = measure(
+            "base", "", dataclasses.asdict(plan), task=task, unfrozen=unfrozen, cached=cached
+        )
+        predicted = estimate(config, work, plan, found.imports).total
+        rows.append(
+            {
+                "task": task, "backbone": backbone, "precision": precision, "cached": cached,
+                "length": plan.length, "batch": plan.batch, "plan": describe(plan, "clips"),
+                "predicted": predicted, "measured": found.peak, "imports": found.imports,
+                "over": predicted / found.peak - 1, "seconds": found.seconds,
             }
         )  # fmt: skip
     return rows
@@ -135,18 +178,24 @@ def smallest_cap(data: Path, threads: int) -> int:
     return high
 
 
+def compare(rows: Sequence[Row], prefix: str = "") -> Row:
+    """How predictions compare with measurements; nothing of no rows."""
+    over = [row["over"] for row in rows]
+    if not over:
+        return {}
+    figures = {
+        "cells": len(over),
+        "under": sum(value < 0 for value in over),
+        "worst_over": max(over),
+        "median_over": statistics.median(over),
+        "least_over": min(over),
+    }
+    return {prefix + name: value for name, value in figures.items()}
+
+
 def summary(estimates: Sequence[Row], caps: Sequence[Row] | None) -> Row:
     """The figures that the parts come down to; None for a part that did not run."""
-    result: Row = {}
-    if estimates:
-        over = [row["over"] for row in estimates]
-        result = {
-            "cells": len(over),
-            "under": sum(value < 0 for value in over),
-            "worst_over": max(over),
-            "median_over": statistics.median(over),
-            "least_over": min(over),
-        }
+    result = compare(estimates)
     if caps is not None:
         result["capped_cells"] = len(caps)
         result["killed_under_cap"] = sum(row["killed"] for row in caps)
@@ -190,9 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table2", action="store_true", help="that part alone")
     parser.add_argument("--estimates", action="store_true", help="that part alone")
     parser.add_argument("--caps", action="store_true", help="that part alone")
+    parser.add_argument("--tasks", action="store_true", help="that part alone")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="PNG of the estimates to draw")
     options = parser.parse_args(arguments)
-    every = not (options.table2 or options.estimates or options.caps)
+    every = not (options.table2 or options.estimates or options.caps or options.tasks)
     console, show = Console(stderr=True), True
     estimates: list[Row] = []
     caps: list[Row] | None = None
@@ -204,6 +254,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(
                 f"{row['model']} {format_length(row['length'])} x {row['batch']} "
                 f"{row['precision']}: {format_bytes(row['measured'])}, predicted "
+                f"{row['over']:+.1%} ({row['plan']})",
+                highlight=False,
+            )
+    tasks: list[Row] = []
+    if every or options.tasks:
+        tasks = run_tasks(options.threads, show)
+        for row in tasks:
+            cached = ", features cached" if row["cached"] else ""
+            console.print(
+                f"{row['task']} {row['backbone']}{cached}, {format_length(row['length'])} x "
+                f"{row['batch']} {row['precision']}: {format_bytes(row['measured'])}, predicted "
                 f"{row['over']:+.1%} ({row['plan']})",
                 highlight=False,
             )
@@ -225,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except NoCgroup as error:
             console.print(f"caps: left out: {error}")
     result |= summary(estimates, caps)
+    result |= compare(tasks, "" if not estimates else "task_")
     if every or options.table2:
         rows = paper_report.table2_rows(progress=show)
         result["table2_cells"] = len(rows)

@@ -13,9 +13,10 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 
 from fl_client import protocol
+from fl_client.ladder import budget_of
 from fl_client.limits import Limits
 from fl_client.local_data import share_of
-from fl_client.local_training import budget_of, train_round
+from fl_client.local_training import train_round
 from fl_client.settings import FederationSettings
 from fl_client.task_data import task_share_of
 from fl_client.task_training import train_task_round

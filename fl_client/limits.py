@@ -75,3 +75,6 @@ def temperature(thermal: Path = _THERMAL) -> float | None:
         except (OSError, ValueError):
             continue  # a zone that is asleep
     return max(found, default=None)
+
+
+NO_LIMITS = Limits()

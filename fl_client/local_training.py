@@ -2,10 +2,7 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
-import json
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,25 +14,17 @@ from flwr.app import ArrayRecord
 
 from fl_client import protocol, updates
 from fl_client.exchange import exchange_of
-from fl_client.limits import Limits
+from fl_client.ladder import NO_BUDGET, Budget, Ladder
+from fl_client.limits import NO_LIMITS, Limits
 from fl_client.local_data import Share
 from fl_client.settings import FederationSettings
 from fl_client.state import ClientState, StateLost, default_folder
-from partitions.errors import UsageError
-from partitions.units import format_length
 from ssl_core.crops import Crops, ahead
 from ssl_core.memory.allocator import is_out_of_memory
-from ssl_core.memory.devices import AUTO, this_machine
-from ssl_core.memory.estimate import estimate
 from ssl_core.memory.measure import peak_bytes
-from ssl_core.memory.planner import describe, fallbacks, fitting
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
-
-RUNTIME = 640 * 2**20
-"""Bytes resident in a ClientApp before its first round; 571 MiB were measured after the imports."""
-log = logging.getLogger("shortwave.client")
 
 
 class RoundResult(NamedTuple):
@@ -43,35 +32,6 @@ class RoundResult(NamedTuple):
 
     update: ArrayRecord
     metrics: dict[str, float]
-
-
-class Budget(NamedTuple):
-    """What a device has for a round; without any, the settings' own plan is taken."""
-
-    memory: int = 0
-    """Bytes for this process, for which the step is planned; 0 plans nothing."""
-    length: float = 0.0
-    """Seconds in a crop, at most the run's; 0 is the run's."""
-    plan: str = ""
-    """JSON: how the step is taken, where that was planned elsewhere (a simulated fleet)."""
-    live: bool = False
-    """Whether the memory is this machine's own, to be watched while training."""
-
-
-NO_BUDGET = Budget()
-NO_LIMITS = Limits()
-
-
-def budget_of(node: Mapping[str, Any]) -> Budget:
-    """The budget by Flower's node config: `memory`, `length`; device `auto` is read live.
-
-    Raises:
-        DataError: this machine's limits cannot be read.
-    """
-    memory, length = int(node.get("memory", 0)), float(node.get("length", 0.0))
-    if memory or node.get("device") != AUTO:
-        return Budget(memory, length, str(node.get("plan", "")))
-    return Budget(this_machine().process_bytes, length, live=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -111,11 +71,15 @@ def train_round(
         UsageError: nothing fits into the memory.
     """
     started = time.monotonic()
-    config, _ = settings.model_and_recipe()
-    ladder = _Ladder(settings, budget, updates.size(weights))
+    config, recipe = settings.model_and_recipe()
+    plan = budget.change(settings.resolved_plan(), settings.length)
+    plan.validate_for(config, recipe)
+    ladder = Ladder(config, recipe, plan, budget, updates.size(weights))
     if ladder.plan.threads:
         torch.set_num_threads(ladder.plan.threads)
     model = _resident_model(config)
+    # Before any tensor of it is taken: moved later, it would leave them behind.
+    model.to(ladder.plan.device)
     client = ClientState(state or default_folder(), str(task["run"]), share.key)
     exchange = exchange_of(model, weights, task, client, settings.encoding)
     while True:
@@ -147,54 +111,6 @@ def train_round(
     return RoundResult(update, {name: metrics[name] for name in protocol.TRAIN_METRICS})
 
 
-class _Ladder:
-    """The plan of a round, and the leaner ones it can fall back to."""
-
-    def __init__(self, settings: FederationSettings, budget: Budget, messages: int) -> None:
-        """Plan for the budget, if there is one; `messages` are bytes held beside the step."""
-        self.config, self.recipe = settings.model_and_recipe()
-        self.live, self.messages, self.fallbacks, self.predicted = budget.live, messages, 0, 0
-        plan = settings.resolved_plan()
-        if budget.length:
-            if budget.length > plan.length:
-                raise UsageError(
-                    f"--length {format_length(budget.length)} is longer than the run's "
-                    f"{settings.length}: sequences are cut to that"
-                )
-            plan = dataclasses.replace(plan, length=budget.length)
-        if budget.plan:
-            plan = dataclasses.replace(plan, **json.loads(budget.plan))
-            plan.validate_for(self.config, self.recipe)
-        if budget.memory:
-            option = fitting(self.config, self.recipe, plan, budget.memory, RUNTIME, messages)
-            plan, self.predicted = option.plan, option.estimate.total
-        self.plan = plan
-        self._leaner = fallbacks(plan, self.recipe)
-
-    def step_down(self, reason: str) -> bool:
-        """Take the next leaner plan; False when there is none."""
-        if not self._leaner:
-            return False
-        plan = self._leaner.pop(0)
-        log.warning("%s with %s; going on with %s", reason, describe(self.plan), describe(plan))
-        self.plan, self.fallbacks = plan, self.fallbacks + 1
-        if self.predicted:
-            self.predicted = self._need()
-        return True
-
-    def _need(self) -> int:
-        return estimate(self.config, self.recipe, self.plan, RUNTIME, self.messages).total
-
-    def watch(self) -> bool:
-        """Step down until the plan fits what this machine has left now; whether it changed."""
-        changed = False
-        while self.live and self.predicted > this_machine().process_bytes:
-            if not self.step_down("memory has shrunk"):
-                break
-            changed = True
-        return changed
-
-
 class _Trained(NamedTuple):
     reports: list[StepReport]
     heard: set[int]
@@ -204,7 +120,7 @@ class _Trained(NamedTuple):
 
 def _train(
     model: PretrainingModel,
-    ladder: _Ladder,
+    ladder: Ladder,
     task: Mapping[str, Any],
     share: Share,
     settings: FederationSettings,

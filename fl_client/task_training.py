@@ -16,10 +16,11 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-from fl_client import protocol
+from fl_client import protocol, updates
 from fl_client.exchange import exchange_of
-from fl_client.limits import Limits
-from fl_client.local_training import NO_BUDGET, NO_LIMITS, Budget, RoundResult, peak_of
+from fl_client.ladder import NO_BUDGET, Budget, Ladder
+from fl_client.limits import NO_LIMITS, Limits
+from fl_client.local_training import RoundResult, peak_of
 from fl_client.settings import FederationSettings
 from fl_client.state import ClientState, default_folder
 from fl_client.task_data import TaskShare
@@ -31,7 +32,8 @@ from ssl_core.downstream.rates import Rates
 from ssl_core.downstream.scoring import score_clips
 from ssl_core.downstream.sharing import Parts, divide
 from ssl_core.downstream.task_step import TaskReport, TaskStep
-from ssl_core.memory.plan import Plan
+from ssl_core.memory.allocator import is_out_of_memory
+from ssl_core.memory.task_work import TaskWork
 
 PERSONAL = "personal"
 """What the personal part is called in a client's folder."""
@@ -115,6 +117,22 @@ def train_task_round(
     if plan.threads:
         torch.set_num_threads(plan.threads)
     own = resident(dataclasses.replace(settings, data="", output="", resume=""), len(share.labels))
+    longest = max(clip.piece.samples for clip in share.train) / SAMPLE_RATE
+    ladder = Ladder(
+        own.model.wav2vec2.config if own.model.wav2vec2 is not None else None,
+        TaskWork(
+            recipe=recipe,
+            labels=len(share.labels),
+            share=settings.share,
+            shared_layers=settings.shared_layers,
+            lora_rank=settings.lora_rank,
+            cached=True,
+        ),
+        dataclasses.replace(plan, length=longest),
+        budget,
+        updates.size(weights),
+    )
+    plan = ladder.plan
     # Before any tensor of it is taken: moved later, it would leave them behind.
     own.model.to(plan.device)
     if task.get("backbone") != own.backbone:
@@ -123,18 +141,16 @@ def train_task_round(
         )
     client = ClientState(state or default_folder(), str(task["run"]), share.key)
     exchange = exchange_of(own, weights, task, client, settings.encoding)
-    exchange.load()
-    own.load_personal(client, number)
-    trainer = _Trainer(own, plan, share, settings, limits, number)
-    with contextlib.closing(trainer.loader.cache):
-        before = trainer.score()
-        if settings.method == "fedrep":
-            trainer.train(own.parts.personal, settings.head_updates or settings.local_updates)
-            if not evaluate_only:
-                trainer.train(own.parts.shared, settings.local_updates)
-        elif not evaluate_only:
-            trainer.train(own.parts.trained, settings.local_updates)
-        after = trainer.score() if trainer.reports else before
+    while True:
+        exchange.load()
+        own.load_personal(client, number)
+        trainer = _Trainer(own, ladder, share, settings, limits, number)
+        try:
+            before, after = trainer.run(evaluate_only)
+            break
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
+                raise
     if own.parts.personal and not evaluate_only:
         personal = own.tensors(own.parts.personal)
         client.save(PERSONAL, number, personal, int(task["folded_round"]))
@@ -153,12 +169,12 @@ def train_task_round(
         "train_seconds": time.monotonic() - started,
         "paused_seconds": sum(trainer.paused),
         "peak_bytes": peak_of(plan.device),
-        "predicted_bytes": 0,
+        "predicted_bytes": ladder.predicted,
         "memory_bytes": budget.memory,
         "length": float(np.mean([clip.piece.samples for clip in share.train])) / SAMPLE_RATE,
         "batch": recipe.batch,
-        "micro_batch": plan.micro_batch or recipe.batch,
-        "fallbacks": 0,
+        "micro_batch": ladder.plan.chunk,
+        "fallbacks": ladder.fallbacks,
     }
     for reason in protocol.TASK_SKIP_REASONS:
         metrics["skipped_" + reason.replace(" ", "_")] = trainer.loader.skips[reason]
@@ -171,13 +187,13 @@ class _Trainer:
     def __init__(
         self,
         own: Resident,
-        plan: Plan,
+        ladder: Ladder,
         share: TaskShare,
         settings: FederationSettings,
         limits: Limits,
         number: int,
     ) -> None:
-        self.own, self.plan, self.share, self.settings = own, plan, share, settings
+        self.own, self.ladder, self.share, self.settings = own, ladder, share, settings
         self.limits, self.number = limits, number
         self.reports: list[TaskReport] = []
         self.paused: list[float] = []
@@ -190,7 +206,20 @@ class _Trainer:
 
     def _step(self, names: Collection[str]) -> TaskStep:
         seed = self.settings.seed
-        return TaskStep(self.own.model, self.plan, unfrozen=False, seed=seed, trained=names)
+        return TaskStep(self.own.model, self.ladder.plan, unfrozen=False, seed=seed, trained=names)
+
+    def run(self, evaluate_only: bool) -> tuple[float, float]:
+        """Take the round; the scores before and after."""
+        settings, parts = self.settings, self.own.parts
+        with contextlib.closing(self.loader.cache):
+            before = self.score()
+            if settings.method == "fedrep":
+                self.train(parts.personal, settings.head_updates or settings.local_updates)
+                if not evaluate_only:
+                    self.train(parts.shared, settings.local_updates)
+            elif not evaluate_only:
+                self.train(parts.trained, settings.local_updates)
+            return before, self.score() if self.reports else before
 
     def score(self) -> float:
         """Of the model as it is on the client's own test clips."""
@@ -212,6 +241,8 @@ class _Trainer:
         first, taken = self.number * updates, len(self.reports)
         for update in range(first, first + updates):
             self.paused.append(self.limits.wait())
+            if self.ladder.watch():
+                step.change_plan(self.ladder.plan)
             epoch, place = divmod(update, batches)
             clips = self.loader.order(share.train, settings.seed, share.key, epoch)
             made = self.loader.batch(clips[place * size : (place + 1) * size])

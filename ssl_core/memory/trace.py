@@ -76,28 +76,37 @@ def _is_about_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _lstm(x: Tensor, weight: Tensor, recurrent: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    """What `mkldnn_rnn_layer` returns; of its workspace what is in use when it does."""
+    """What `mkldnn_rnn_layer` returns; of its workspace what is in use when it does.
+
+    While it runs, it has a copy of the weights in a layout of its own.
+    """
     steps, clips, units = x.shape[0], x.shape[1], recurrent.shape[1]
     training = others[-1]
     used = x.new_empty(int(LSTM_KEPT * steps * clips * units) if training else 0)
-    last = (x.new_empty(clips, units), x.new_empty(clips, units))
-    return x.new_empty(steps, clips, units), *last, used
+    out = x.new_empty(steps, clips, units)
+    packed = (torch.empty_like(weight), torch.empty_like(recurrent))
+    del packed
+    return out, x.new_empty(clips, units), x.new_empty(clips, units), used
 
 
 def _lstm_backward(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
-    """What `mkldnn_rnn_layer_backward` returns; before that the rest of its workspace is in use.
+    """What `mkldnn_rnn_layer_backward` returns; before that all of its workspace is in use.
 
-    The size of the workspace is that of oneDNN 3 (`set_workspace_sizes` in its `rnn_utils.cpp`).
+    Weights and their gradients are there in a layout of its own as well, as measured. The size of
+    the workspace is what torch 2.11 was seen to ask for: 15 numbers a frame for each unit, of which
+    6 are as many as the input's where that is wider.
     """
     steps, clips, width = x.shape
     own, recurrent = weights[:2]
     units = recurrent.shape[1]
     rows = (steps + 1) * clips
-    rest = rows * (6 * (max(width, units) + 16) + 9 * units + 32)
-    x.new_empty(max(0, rest - int(LSTM_KEPT * steps * clips * units)))
+    whole = rows * (6 * (max(width, units) + 16) + 9 * units + 32)
+    workspace = x.new_empty(max(0, whole - int(LSTM_KEPT * steps * clips * units)))
+    packed = [torch.empty_like(weight) for weight in (own, recurrent) for _ in range(2)]
     bias = own.new_empty(len(own))
     state = x.new_empty(clips, units)
     made = (torch.empty_like(x), torch.empty_like(own), torch.empty_like(recurrent))
+    del workspace, packed
     return *made, bias, torch.empty_like(bias), state, torch.empty_like(state)
 
 

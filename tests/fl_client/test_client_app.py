@@ -13,13 +13,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client import local_training, protocol
+from fl_client import ladder, local_training, protocol
 from fl_client.client_app import app
 from fl_client.encoding import Encoding
 from fl_client.settings import FederationSettings
 from fl_server.broadcast import Broadcast
+from ssl_core.memory.plan import Plan
+from ssl_core.planned_step import PlannedStep
 from ssl_core.step import StepReport, TrainingStep
-from ssl_core.wav2vec2.model import PretrainingModel
+from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
 SPEAKERS = ("40711", "40712", "40713", "40714")
@@ -110,6 +112,36 @@ def test_the_same_task_gives_the_same_update(ask: Callable[..., Message]) -> Non
     )
     assert all(first[name].data == again[name].data for name in first)
     assert any(first[name].data != other[name].data for name in first)
+
+
+def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
+    ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors are others then; here a move to the CPU is made to do what one to a GPU does."""
+    there: set[int] = set()
+    init = PlannedStep.__init__
+
+    def move(model: PretrainingModel, device: object) -> PretrainingModel:
+        if id(model) not in there:
+            there.add(id(model))
+            model._apply(torch.clone)
+        return model
+
+    def moving(
+        step: PlannedStep, model: PretrainingModel, backbone: Backbone | None, plan: Plan
+    ) -> None:
+        move(model, plan.device)
+        init(step, model, backbone, plan)
+
+    usual = ask(MessageType.TRAIN, task(weights())).content[protocol.UPDATE]
+    monkeypatch.setattr(PretrainingModel, "to", move)
+    monkeypatch.setattr(PlannedStep, "__init__", moving)
+    local_training._resident_model.cache_clear()
+    again = ask(MessageType.TRAIN, task(weights())).content[protocol.UPDATE]
+    local_training._resident_model.cache_clear()
+    assert there
+    assert all(usual[name].data == again[name].data for name in usual)
+    assert any(np.any(array.numpy()) for array in again.values())
 
 
 @pytest.mark.parametrize("encoding", ["fp32", "int8"])
@@ -245,7 +277,7 @@ def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
     usual = ask(MessageType.TRAIN, task(weights()))
     room = iter([4 * 2**30, 4 * 2**30] + [810 * 2**20] * 20)
     monkeypatch.setattr(
-        local_training, "this_machine", lambda: SimpleNamespace(process_bytes=next(room))
+        ladder, "this_machine", lambda: SimpleNamespace(process_bytes=next(room))
     )
     reply = ask(MessageType.TRAIN, task(weights()), device="auto")
     metrics = reply.content[protocol.METRICS]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_run import SMALL, Simulate, environment, simulate  # noqa: F401
 
-from fl_client.local_training import budget_of
+from fl_client.ladder import budget_of
 from fl_client.settings import FederationSettings
 from partitions.errors import UsageError
 from simulation.fleet import make_fleet, parse_fleet

@@ -164,9 +164,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(simulator: Simulator
     assert f"--resume {run}" in stderr
     assert "Traceback" not in stderr
     assert not (run / "checkpoints" / "round-00004").exists()
-    refused = simulator.resume("stopped", "--method", "fedrep")
-    assert refused.returncode == 2, refused.stderr
-    assert "method was 'fedper' there and is 'fedrep' now" in refused.stderr
     resumed = simulator.resume("stopped", "--workers", "2")
     assert resumed.returncode == 0, resumed.stderr
     assert "going on with" in resumed.stderr
@@ -222,7 +219,6 @@ def test_wrong_input_is_one_clear_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from partitions import command
     from simulation import run
 
     def never(*_: Any, **__: Any) -> None:
@@ -242,11 +238,46 @@ def test_wrong_input_is_one_clear_line(
     options, code, text = WRONG[name]
     output = ["--output", str(tmp_path / "run")]
     arguments = simulator.command(*output, *(part.format(tmp=tmp_path) for part in options))
+    assert_refused(arguments[len(RUN) :], code, text.format(tmp=tmp_path), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--method", "fedrep", "method was 'fedper' there and is 'fedrep' now"),
+        ("--share", "layers", "share was 'lora' there and is 'layers' now"),
+        ("--rounds", "5", "rounds was 4 there and is 5 now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    option: str,
+    value: str,
+    reason: str,
+    simulator: Simulator,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fl_server.server_app import open_run
+    from simulation.run import parse
+
+    settings, _, _ = parse(simulator.command("--output", str(tmp_path / "run"))[len(RUN) :])
+    open_run(settings)
+    assert_refused(["--resume", str(tmp_path / "run"), option, value], 2, reason, capsys)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def assert_refused(
+    arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one line and an exit code."""
+    from partitions import command
+    from simulation.run import main
+
     with pytest.raises(SystemExit) as stopped:
-        command.run(lambda _: run.main(arguments[len(RUN) :]))
+        command.run(lambda _: main(arguments))
     said = capsys.readouterr().err
     assert stopped.value.code == code, said
-    assert text.format(tmp=tmp_path) in said
+    assert text in said
     assert "Traceback" not in said
     assert len(said.strip().splitlines()) == 1
-    assert not (tmp_path / "run").exists()

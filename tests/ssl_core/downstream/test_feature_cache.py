@@ -12,6 +12,7 @@ import pytest
 import torch
 from noise_files import write_noise
 from small_models import backbone_of, small_recipe
+from transformers import Wav2Vec2FeatureExtractor
 
 from partitions.errors import Interrupted
 from partitions.manifest import Piece
@@ -425,6 +426,19 @@ def test_what_is_kept_is_what_the_model_makes(audio: Path, head: str) -> None:
             )[0]
         assert found.shape == exact.shape
         assert (found - exact).abs().max() < 1e-5
+
+
+def test_waveforms_are_normalised_as_transformers_does(audio: Path) -> None:
+    plain, normal = loader(audio), loader(audio, source=upstream(normalise=True))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+    for clip in CLIPS:
+        waveform, found = plain.waveform(clip), normal.waveform(clip)
+        assert waveform is not None
+        assert found is not None
+        expected = extractor(waveform, sampling_rate=16_000).input_values[0]
+        assert found.dtype == np.float32
+        assert np.abs(found - expected).max() < 1e-5
+        assert np.abs(found - waveform).max() > 0.1
 
 
 def test_a_changed_file_is_computed_anew(audio: Path) -> None:

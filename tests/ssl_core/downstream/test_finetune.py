@@ -294,7 +294,7 @@ def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_bytes(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", backbone]
-    arguments += ["--threads", "1", "--epochs", "60", "--batch", "1"]
+    arguments += ["--threads", "1", "--epochs", "25", "--batch", "1"]
     assert main([*arguments, "--output", str(whole)]) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "ssl_core.finetune", *arguments, "--output", str(stopped)],
@@ -586,6 +586,24 @@ def test_bad_corpora_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2, error
     assert "did you mean 'train-clean-100'" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_beam_search_reads_the_test_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder")
+    root = utterances(tmp_path / "speech")
+    arguments = ["--task", "asr", "--data", str(root), "--checkpoint", "logmel", *OPTIONS]
+    arguments += ["--set", "lstm-units=8", "--output", str(tmp_path / "run"), "--words"]
+    code, error = failed([*arguments, str(tmp_path / "words")], capsys)
+    assert (code, "need a beam search" in error) == (2, True), error
+    code, error = failed([*arguments, str(tmp_path / "words"), "--beam", "5"], capsys)
+    assert (code, "words: no such file" in error) == (2, True), error
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "words").write_text("A\nBAD\nDAB\n")
+    assert main([*arguments, str(tmp_path / "words"), "--beam", "5"]) == 0
+    found = column(predictions(tmp_path / "run"), "predicted")
+    assert {word for text in found for word in text.split()} <= {"A", "BAD", "DAB"}
 
 
 def test_an_interrupt_exits_with_130(

@@ -1,5 +1,7 @@
 """A clip gives in a padded batch what it gives alone, which is what it gives in transformers."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,6 +167,22 @@ def test_dropout_of_the_lstm_follows_the_seed() -> None:
     assert torch.equal(first, again)
     assert not torch.allclose(first, plain)
     assert not torch.allclose(first, other)
+
+
+def test_the_loss_of_a_text_is_nats_a_symbol() -> None:
+    """The probability of a text is that of all paths that are read as it, added up."""
+    torch.manual_seed(0)
+    module, x = make_head(small_recipe("linear-ctc"), 16, 2), torch.randn(1, 4, 16)
+    shares = module(x, (4,)).logits[0].softmax(-1).detach()
+    for text in ("A", "AB", "AA", "BAB"):
+        found = 0.0
+        for path in itertools.product(range(3), repeat=4):
+            joined = [symbol for symbol, _ in itertools.groupby(path) if symbol]
+            if "".join("AB"[symbol - 1] for symbol in joined) == text:
+                found += float(torch.stack([shares[n, s] for n, s in enumerate(path)]).prod())
+        targets = torch.tensor([["AB".index(symbol) + 1 for symbol in text]])
+        loss = float(module.losses(module(x, (4,)), (4,), targets).detach())
+        assert loss == pytest.approx(-math.log(found) / len(text), rel=1e-5)
 
 
 def test_a_text_longer_than_its_clip_teaches_nothing() -> None:
