@@ -49,7 +49,7 @@ def change_plan(plan: Plan, assignments: str) -> Plan:
 def _changes(assignments: str) -> dict[str, dict[str, Any]]:
     """Values by section and field name."""
     changed: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
-    for word in shlex.split(assignments):
+    for word in words_of(assignments):
         name, equals, text = word.partition("=")
         section, _, field = name.partition(".")
         if not equals or section not in _SECTIONS:
@@ -62,6 +62,18 @@ def _changes(assignments: str) -> dict[str, dict[str, Any]]:
             raise UsageError(f"--set {word}: not a setting{hint}")
         changed[section][field.replace("-", "_")] = scalar(text)
     return changed
+
+
+def words_of(assignments: str) -> list[str]:
+    """The words of a text, quoted ones whole.
+
+    Raises:
+        UsageError: a quotation that does not end.
+    """
+    try:
+        return shlex.split(assignments)
+    except ValueError as error:
+        raise UsageError(f"--set {assignments}: {error}") from None
 
 
 def scalar(text: str) -> Any:

@@ -58,8 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request.add_argument(
         "--task",
         default="",
-        help=f"choose the length that matches this downstream task: {', '.join(MATCHED)}",
+        help=f"choose the length that matches this downstream task: {', '.join(MATCHED)}; with "
+        "--frozen or --unfrozen, plan its fine-tuning",
     )
+    for name in ("frozen", "unfrozen"):
+        request.add_argument(
+            f"--{name}", dest="backbone", action="store_const", const=name, default="",
+            help=f"fine-tune --task with a backbone that is {name}",
+        )  # fmt: skip
     request.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -132,6 +138,7 @@ def plan_device(options: argparse.Namespace) -> int:
         precision=options.precision,
         optimizer_state=options.optimizer_state,
         task=options.task,
+        backbone=options.backbone,
         time_limit=options.time_limit,
         federated=not options.alone,
     )

@@ -11,7 +11,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 
 WORDS = ("follow", "marvin", "sheila", "visual")
-SPEAKERS = ("aa00", "bb11", "cc22", "dd33", "ee44", "ff55")
+SPEAKERS = ("aa00c1e7", "bb11d2f8", "cc22e3a9", "dd33f4ba", "ee44a5cb", "ff55b6dc")
 SAMPLES = 4800
 SMALL = ModelConfig(
     feat_extract_norm="layer",

@@ -1,7 +1,6 @@
 """The settings of fine-tuning a task: the same on the command line and in YAML."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.tasks import asr, emotion, kws, slots, speaker
 from ssl_core.memory.plan import Plan
-from ssl_core.overrides import scalar
+from ssl_core.overrides import scalar, words_of
 
 ALL_FOLDS = "all"
 
@@ -25,11 +24,7 @@ def change_recipe(recipe: TaskRecipe, assignments: str) -> TaskRecipe:
         UsageError: an unknown name (the nearest is named) or a bad value.
     """
     changes = {}
-    try:
-        words = shlex.split(assignments)
-    except ValueError as error:
-        raise UsageError(f"--set {assignments}: {error}") from None
-    for word in words:
+    for word in words_of(assignments):
         name, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f"--set {word}: write NAME=VALUE, such as head-rate=1e-3")
@@ -139,13 +134,8 @@ class TaskSettings:
             subsets = (_names(self.train), _names(self.valid), _names(self.test))
             return asr.read(root, *subsets, self.seed, progress)
         if self.task == "speaker":
-            data = speaker.read_identification(root, self.seed, self.split, progress)
-        else:
-            data = speaker.read_verification(root, self.seed, progress)
-        if not recipe.chunk:
-            return data
-        chunks = (chunk for clip in data.train for chunk in speaker.chunks(clip, recipe.chunk))
-        return dataclasses.replace(data, train=tuple(chunks))
+            return speaker.read_identification(root, self.seed, self.split, recipe.chunk, progress)
+        return speaker.read_verification(root, self.seed, recipe.chunk, progress)
 
     def folds(self) -> tuple[int, ...]:
         """The folds to take in turn.

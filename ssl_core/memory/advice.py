@@ -1,4 +1,7 @@
-"""What to train on a device: a length, a batch, a precision and a plan that fit, and why."""
+"""What to train on a device: a length, a batch, a precision and a plan that fit, and why.
+
+Of pretraining, or of fine-tuning a task where the request says `frozen` or `unfrozen`.
+"""
 
 import dataclasses
 import itertools
@@ -10,10 +13,12 @@ from partitions.units import format_bytes, format_length, format_seconds
 from ssl_core.memory.devices import DeviceProfile
 from ssl_core.memory.estimate import estimate
 from ssl_core.memory.plan import OptimizerState, Plan, Precision
-from ssl_core.memory.planner import Decision, Option, choose, describe, leanest
-from ssl_core.memory.rates import update_seconds
-from ssl_core.memory.trace import count_parameters
+from ssl_core.memory.planner import Decision, Option, choose, describe, leanest, unit_of
+from ssl_core.memory.rates import task_seconds, update_seconds
+from ssl_core.memory.task_work import TaskWork, Work, task_work
+from ssl_core.memory.trace import count_parameters, count_trained
 from ssl_core.overrides import resolve
+from ssl_core.wav2vec2.config import ModelConfig
 
 LENGTHS = (15.0, 10.0, 5.0, 1.0)
 """The paper's, the longest first."""
@@ -51,6 +56,9 @@ class Request:
     """`auto`: fp32 if it fits, else bf16, else int8."""
     task: str = ""
     """Downstream task to pretrain for, of `MATCHED`; it decides the length."""
+    backbone: Literal["", "frozen", "unfrozen"] = ""
+    """Where it is given, the task is not pretrained for but fine-tuned, at its own batch and mean
+    length; what is frozen is computed once, before."""
     time_limit: float | None = None
     """Seconds an update may take on the device."""
     federated: bool = True
@@ -87,7 +95,40 @@ def messages_bytes(profile: DeviceProfile, request: Request) -> int:
     """
     if not request.federated or (profile.accelerator == "cuda" and not profile.shared):
         return 0
-    return 2 * 4 * count_parameters(resolve(request.model, request.set)[0])
+    config, work = work_of(request)
+    if isinstance(work, TaskWork):
+        return 2 * 4 * count_trained(config, work)
+    return 2 * 4 * count_parameters(config)
+
+
+def work_of(request: Request) -> tuple[ModelConfig, Work]:
+    """The architecture, and what it is trained for.
+
+    Raises:
+        UsageError: an unknown preset, setting or task, or a backbone without a task.
+    """
+    config, recipe = resolve(request.model, request.set)
+    if not request.backbone:
+        return config, recipe
+    if not request.task:
+        raise UsageError(f"--{request.backbone} is of fine-tuning: say which --task")
+    return config, task_work(request.task, unfrozen=request.backbone == "unfrozen", cached=True)
+
+
+def _seconds(
+    profile: DeviceProfile, request: Request, plan: Plan, slowdown: float = 1.0
+) -> float | None:
+    config, work = work_of(request)
+    if isinstance(work, TaskWork):
+        return task_seconds(profile, config, work, plan, slowdown)
+    return update_seconds(profile, config, plan, slowdown)
+
+
+def _validate(config: ModelConfig, work: Work, plan: Plan) -> None:
+    if isinstance(work, TaskWork):
+        work.validate_for(config, plan)
+    else:
+        plan.validate_for(config, work)
 
 
 def advise(profile: DeviceProfile, request: Request) -> Advice:
@@ -99,25 +140,25 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
     Raises:
         UsageError: an unknown task, or a time limit on a device of which no times are known.
     """
-    config, recipe = resolve(request.model, request.set)
+    config, work = work_of(request)
     held = messages_bytes(profile, request)
     passed: list[str] = []
     advice = None
     candidates = list(_candidates(profile, request))
     for plan in candidates:
-        plan.validate_for(config, recipe)
+        _validate(config, work, plan)
     hopeless = _hopeless(profile, request, candidates)
     for plan in candidates:
         if plan.optimizer_state in hopeless and plan != candidates[-1]:
             continue
-        decision = choose(config, recipe, plan, profile.process_bytes, profile.clientapp, held)
+        decision = choose(config, work, plan, profile.process_bytes, profile.clientapp, held)
         if decision.chosen is None:
             over = decision.leanest.estimate.total - decision.available
             passed.append(f"{_size(plan)}: {format_bytes(over)} too much at the leanest")
             advice = Advice(profile, request, decision, plan, None, tuple(passed))
             continue
         option = decision.chosen
-        seconds = update_seconds(profile, config, option.plan, option.slowdown)
+        seconds = _seconds(profile, request, option.plan, option.slowdown)
         if request.time_limit is not None:
             if seconds is None:
                 raise UsageError(
@@ -138,16 +179,21 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
 
 def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
     lengths: Sequence[float] = LENGTHS
+    batches: Sequence[int] = BATCHES
+    _, work = work_of(request)
+    if isinstance(work, TaskWork):
+        lengths, batches = (work.recipe.length,), (work.recipe.batch,)
     if request.length is not None:
         lengths = (request.length,)
-    elif request.task:
+    elif request.task and not request.backbone:
         if request.task not in MATCHED:
             raise UsageError(f"no task '{request.task}': choose from {', '.join(MATCHED)}")
         lengths = [length for length in LENGTHS if length <= MATCHED[request.task]]
-    if request.length is None and request.longest is not None:
+    if request.length is None and request.longest is not None and not request.backbone:
         shorter = [length for length in lengths if length < request.longest]
         lengths = [*([request.longest] if not request.task else []), *shorter]
-    batches = BATCHES if request.batch is None else (request.batch,)
+    if request.batch is not None:
+        batches = (request.batch,)
     states: Sequence[OptimizerState] = ("fp32", "bf16", "int8")
     if request.optimizer_state != "auto":
         states = (request.optimizer_state,)
@@ -182,41 +228,42 @@ def choose_for(profile: DeviceProfile, precision: Precision | Literal["auto"]) -
 
 def _hopeless(profile: DeviceProfile, request: Request, candidates: list[Plan]) -> set[str]:
     """Kinds of optimiser state with which not even the smallest candidate fits."""
-    config, recipe = resolve(request.model, request.set)
+    config, work = work_of(request)
     held = messages_bytes(profile, request)
     smallest = {plan.optimizer_state: plan for plan in candidates}
     return {
         kind
         for kind, plan in smallest.items()
-        if estimate(config, recipe, leanest(config, recipe, plan), profile.clientapp, held).total
+        if estimate(config, work, leanest(config, work, plan), profile.clientapp, held).total
         > profile.process_bytes
     }
 
 
 def _would_fit(profile: DeviceProfile, request: Request) -> tuple[str, ...]:
     """Changes of a request that fit, of those a person would think of."""
-    config, recipe = resolve(request.model, request.set)
+    config, work = work_of(request)
+    unit = unit_of(work)
     held, found = messages_bytes(profile, request), []
     *_, last = _candidates(profile, request)
     for words, changes in (
         ("moments in bf16 (not exact)", {"optimizer_state": "bf16"}),
         ("moments in 8 bits (not exact)", {"optimizer_state": "int8"}),
-        ("crops of 5s", {"length": 5.0}),
-        ("crops of 1s", {"length": 1.0}),
+        (f"{unit} of 5s", {"length": 5.0}),
+        (f"{unit} of 1s", {"length": 1.0}),
         ("a batch of 4", {"batch": 4}),
         ("a batch of 1", {"batch": 1}),
-        ("crops of 1s in a batch of 1", {"length": 1.0, "batch": 1}),
+        (f"{unit} of 1s in a batch of 1", {"length": 1.0, "batch": 1}),
         (
-            "crops of 1s in a batch of 1, moments in 8 bits (not exact)",
+            f"{unit} of 1s in a batch of 1, moments in 8 bits (not exact)",
             {"length": 1.0, "batch": 1, "optimizer_state": "int8"},
         ),
     ):
         plan = dataclasses.replace(last, **changes)
         if plan == last or plan.length > last.length or plan.batch > last.batch:
             continue
-        lean = leanest(config, recipe, plan)
-        need = estimate(config, recipe, lean, profile.clientapp, held).total
-        seconds = update_seconds(profile, config, lean)
+        lean = leanest(config, work, plan)
+        need = estimate(config, work, lean, profile.clientapp, held).total
+        seconds = _seconds(profile, request, lean)
         slow = request.time_limit is not None and (seconds or 0) > request.time_limit
         if need <= profile.process_bytes and not slow:
             found.append(f"{words}: {format_bytes(need)}")
@@ -253,6 +300,18 @@ def settings(plan: Plan) -> str:
     return " ".join(words)
 
 
+def task_settings(request: Request, plan: Plan) -> str:
+    """The options of `ssl_core.finetune` that ask for this plan, as far as it has them."""
+    words = f"--task {request.task} --{request.backbone} --batch {plan.batch}"
+    split = f" --micro-batch {plan.chunk}" if plan.chunk < plan.batch else ""
+    return f"{words} --precision {plan.precision}{split}"
+
+
+def _options(advice: Advice, plan: Plan) -> str:
+    request = advice.request
+    return task_settings(request, plan) if request.backbone else settings(plan)
+
+
 def explain(advice: Advice) -> list[str]:
     """Lines for people."""
     profile, decision = advice.profile, advice.decision
@@ -265,7 +324,8 @@ def explain(advice: Advice) -> list[str]:
         ]
         return lines
     option = decision.chosen
-    lines.append(f"{_size(option.plan)}: {describe(option.plan)}")
+    unit = decision.unit
+    lines.append(f"{_size(option.plan)}: {describe(option.plan, unit)}")
     lines.append(f"peak {format_bytes(option.estimate.total)} of {room}")
     if option.plan.inexact:
         lines.append(f"not exact: {', '.join(option.plan.inexact)}")
@@ -276,7 +336,7 @@ def explain(advice: Advice) -> list[str]:
     if decision.faster is not None:
         gain = 100 * (1 - decision.faster.slowdown / option.slowdown)
         lines.append(
-            f"runner-up: {describe(decision.faster.plan)}, {gain:.0f} % faster, takes "
+            f"runner-up: {describe(decision.faster.plan, unit)}, {gain:.0f} % faster, takes "
             f"{format_bytes(decision.faster.estimate.total)}"
         )
     else:
@@ -284,9 +344,9 @@ def explain(advice: Advice) -> list[str]:
     if decision.leanest.plan != option.plan:
         lines.append(
             f"when memory shrinks: down to {format_bytes(decision.leanest.estimate.total)} "
-            f"({describe(decision.leanest.plan)})"
+            f"({describe(decision.leanest.plan, unit)})"
         )
-    lines.append(f"as options: {settings(option.plan)}")
+    lines.append(f"as options: {_options(advice, option.plan)}")
     return lines
 
 
@@ -307,12 +367,14 @@ def result(advice: Advice) -> dict[str, Any]:
     return {
         "device": advice.profile.name,
         "model": advice.request.model,
+        "task": advice.request.task,
+        "backbone": advice.request.backbone,
         "available": decision.available,
         "fits": decision.chosen is not None,
         "chosen": of(decision.chosen),
         "seconds": advice.seconds,
         "inexact": list(decision.chosen.plan.inexact) if decision.chosen else [],
-        "options": settings(decision.chosen.plan) if decision.chosen else "",
+        "options": _options(advice, decision.chosen.plan) if decision.chosen else "",
         "runner_up": of(decision.faster),
         "leanest": of(decision.leanest),
         "passed_over": list(advice.passed_over),

@@ -16,6 +16,8 @@ from ssl_core.memory.devices import DeviceProfile
 from ssl_core.memory.plain import plain_operations
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.table2 import DEVICES, paper_cells
+from ssl_core.memory.task_work import TaskWork
+from ssl_core.memory.trace import count_operations
 from ssl_core.wav2vec2.config import ModelConfig, preset
 
 
@@ -65,6 +67,40 @@ def update_seconds(
     Raises:
         UsageError: `timed_as` is no device of the table.
     """
+    operations = plain_operations(config, plan.length, plan.batch)
+    seconds = _seconds(profile, plan, operations)
+    return None if seconds is None else plan.accumulation * slowdown * seconds
+
+
+def task_seconds(
+    profile: DeviceProfile, config: ModelConfig, work: TaskWork, plan: Plan, slowdown: float = 1.0
+) -> float | None:
+    """Seconds an update of a task takes on a device, estimated from those of pretraining.
+
+    Operations are those of the step that keeps everything; an LSTM, which takes many small steps,
+    takes longer than they say.
+
+    Args:
+        profile: `timed_as` names the device of Table 2 that it is like.
+        config: architecture.
+        work: the task.
+        plan: of the step.
+        slowdown: of the plan against the fastest.
+
+    Raises:
+        UsageError: `timed_as` is no device of the table.
+    """
+    seconds = _seconds(profile, plan, _task_operations(config, work, plan.length, plan.batch))
+    return None if seconds is None else slowdown * seconds
+
+
+@functools.lru_cache(maxsize=64)
+def _task_operations(config: ModelConfig, work: TaskWork, length: float, batch: int) -> int:
+    return count_operations(config, work, Plan(length=length, batch=batch, keep_attention=True))
+
+
+def _seconds(profile: DeviceProfile, plan: Plan, operations: int) -> float | None:
+    """Of a step of so many operations."""
     if not profile.timed_as:
         return None
     if profile.timed_as not in DEVICES:
@@ -75,6 +111,4 @@ def update_seconds(
     rate = paper_rate(profile.timed_as, "fp32" if plan.precision == "fp32" else "mixed")
     if rate is None:
         return None
-    operations = plain_operations(config, plan.length, plan.batch)
-    seconds = rate.overhead + operations / rate.operations
-    return plan.accumulation * slowdown * seconds / profile.times_faster
+    return (rate.overhead + operations / rate.operations) / profile.times_faster

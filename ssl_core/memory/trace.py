@@ -38,6 +38,8 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 
 PAGE = 4096
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+"""On a CPU these have input, weights and output, or their gradients, in oneDNN's layout as well."""
 LSTM_KEPT = 4.2
 """Of oneDNN's LSTM, what of its workspace is in use after the forward pass: the four gates and a
 little more, in units of its output; as measured for the LSTMs of speech recognition."""
@@ -222,6 +224,11 @@ class LiveMemory(_Scalars):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.follow(leaf)
+        if func in _CONVOLUTIONS:
+            involved = [x for x in (*args[:3], result) if isinstance(x, Tensor) and x.dim() > 1]
+            with self:
+                copies = [torch.empty_like(tensor) for tensor in involved]
+            del copies
         return result
 
 
@@ -316,3 +323,11 @@ def count_parameters(config: ModelConfig) -> int:
     """Parameters of the pretraining model."""
     with FakeTensorMode():
         return sum(parameter.numel() for parameter in PretrainingModel(config).parameters())
+
+
+@functools.lru_cache(maxsize=64)
+def count_trained(config: ModelConfig, work: TaskWork) -> int:
+    """Parameters that fine-tuning a task trains."""
+    with FakeTensorMode():
+        step = make_step(make_model(config, work), work, Plan())
+        return sum(p.numel() for p in step.model.parameters() if p.requires_grad)

@@ -94,8 +94,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
                 raise UsageError(f"{field.name} must be in [0, 1), not {value}")
-        if not 0 < self.mask_time_prob <= 1:
-            raise UsageError(f"mask_time_prob must be in (0, 1], not {self.mask_time_prob}")
+        if not 0 <= self.mask_time_prob <= 1:
+            raise UsageError(f"mask_time_prob must be in [0, 1], not {self.mask_time_prob}")
 
     def frames(self, samples: int) -> int:
         """Frames that the feature extractor makes of a waveform of so many samples."""

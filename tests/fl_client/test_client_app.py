@@ -276,9 +276,7 @@ def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
 ) -> None:
     usual = ask(MessageType.TRAIN, task(weights()))
     room = iter([4 * 2**30, 4 * 2**30] + [810 * 2**20] * 20)
-    monkeypatch.setattr(
-        ladder, "this_machine", lambda: SimpleNamespace(process_bytes=next(room))
-    )
+    monkeypatch.setattr(ladder, "this_machine", lambda: SimpleNamespace(process_bytes=next(room)))
     reply = ask(MessageType.TRAIN, task(weights()), device="auto")
     metrics = reply.content[protocol.METRICS]
     assert metrics["fallbacks"] >= 1

@@ -201,8 +201,8 @@ def test_a_node_has_its_part_its_speakers_or_all(corpus: Path, pool: Pool) -> No
     assert [names(part) for part in parts] == [
         {clip.name for clip in part} for part in divide_pool(pool, 3, "speaker", 0, False)
     ]
-    mine = task_share_of({"speakers": " aa00, ff55 ", "client-key": 9}, run)
-    assert (mine.key, {clip.speaker for clip in mine.train}) == (9, {"aa00", "ff55"})
+    mine = task_share_of({"speakers": " aa00c1e7, ff55b6dc ", "client-key": 9}, run)
+    assert (mine.key, {clip.speaker for clip in mine.train}) == (9, {"aa00c1e7", "ff55b6dc"})
     assert len(mine.train) == len(mine.test) == 8
     assert names(task_share_of({"client-key": 4}, run)) == {clip.name for clip in pool.clips}
 
@@ -216,7 +216,7 @@ def test_a_device_has_data_of_its_own(corpus: Path, tmp_path: Path) -> None:
 
 def test_what_a_node_cannot_have_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--speakers: not in .*: gg66, hh77"):
-        task_share_of({"speakers": "hh77,aa00,gg66"}, settings(corpus))
+        task_share_of({"speakers": "hh77,aa00c1e7,gg66"}, settings(corpus))
     with pytest.raises(UsageError, match="data: give the corpus of kws35"):
         task_share_of({}, settings(""))
     with pytest.raises(DataError, match=r"no such folder: .*gone"):

@@ -231,7 +231,7 @@ def test_wrong_input_is_one_clear_line(
     speech = tmp_path / "speech" / "train-a" / "1" / "1"
     speech.mkdir(parents=True)
     for number in range(8):
-        clip = f"{WORDS[0]}/aa00_nohash_0.wav"
+        clip = f"{WORDS[0]}/aa00c1e7_nohash_0.wav"
         (speech / f"1-1-{number:04d}.wav").write_bytes((simulator.data / clip).read_bytes())
     lines = [f"1-1-{number:04d} SECRET WORDS" for number in range(8)]
     (speech / "1-1.trans.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -40,7 +40,11 @@ _PARTS = {"1": "train", "2": "valid", "3": "test"}
 
 
 def read_identification(
-    root: Path, seed: int = 0, split: Split = "paper", progress: bool = False
+    root: Path,
+    seed: int = 0,
+    split: Split = "paper",
+    seconds: float = CHUNK_SECONDS,
+    progress: bool = False,
 ) -> TaskData:
     """List the clips of VoxCeleb1 with the speaker as their label.
 
@@ -51,9 +55,10 @@ def read_identification(
             whole corpus) and validates on a random tenth of the utterances of each, at least one
             where there are two; accuracy is reported on those, so `test` holds the same clips.
             Other utterances of the same video may be in `train`. "official" is `iden_split.txt`.
+        seconds: of the chunks that `train` is cut into; 0 leaves files whole.
         progress: show a progress bar on stderr where that is a terminal.
 
-    Clips of `train` are chunks of `CHUNK_SECONDS`; the others are whole files. Files that are
+    Clips of `valid` and `test` are whole files. Files that are
     missing, unreadable or empty are counted in `skips`.
 
     Raises:
@@ -71,10 +76,12 @@ def read_identification(
         tested = _speakers_of(_trials(folder))
         train, valid = _tenth(folder, tested, seed, skips, progress)
         test = valid
-    return _identification(folder, train, valid, test, skips)
+    return _identification(folder, train, valid, test, skips, seconds)
 
 
-def read_verification(root: Path, seed: int = 0, progress: bool = False) -> TaskData:
+def read_verification(
+    root: Path, seed: int = 0, seconds: float = CHUNK_SECONDS, progress: bool = False
+) -> TaskData:
     """List the clips of VoxCeleb1 to train an embedding on, and the trials of `veri_test.txt`.
 
     `train` and `valid` are those of the identification with the paper's split, whose speakers no
@@ -113,7 +120,7 @@ def read_verification(root: Path, seed: int = 0, progress: bool = False) -> Task
         for path, samples in found.items()
         if isinstance(samples, int)
     ]
-    return _identification(folder, train, valid, test, skips, trials)
+    return _identification(folder, train, valid, test, skips, seconds, trials)
 
 
 def chunks(clip: Clip, seconds: float = CHUNK_SECONDS) -> list[Clip]:
@@ -147,6 +154,7 @@ def _identification(
     valid: list[Clip],
     test: list[Clip],
     skips: Skips,
+    seconds: float,
     trials: tuple[Trial, ...] = (),
 ) -> TaskData:
     labels = tuple(sorted({clip.label for clip in train}))
@@ -155,8 +163,9 @@ def _identification(
             f"clips of {len(labels)} speakers to train on in {root}, two are needed; unpack the "
             f"development part of {CORPUS} there"
         )
-    cut = [chunk for clip in train for chunk in chunks(clip)]
-    return task_data(root, cut, valid, test, labels, skips, trials)
+    if seconds:
+        train = [chunk for clip in train for chunk in chunks(clip, seconds)]
+    return task_data(root, train, valid, test, labels, skips, trials)
 
 
 def _locate(root: Path) -> Path:

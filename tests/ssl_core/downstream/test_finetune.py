@@ -392,14 +392,14 @@ def test_what_is_not_kept_is_said(
 def spoil(root: Path) -> dict[str, int]:
     """Spoil clips to train on, and make others unusual; the reasons to leave out the former."""
     folder = root / "up"
-    soundfile.write(folder / "aa00_nohash_0.wav", np.zeros(4800), 16_000)
+    soundfile.write(folder / "aa00c1e7_nohash_0.wav", np.zeros(4800), 16_000)
     write_tone(folder / "aa01_nohash_0.wav", 500, 300)
     name = folder / "aa02_nohash_0.wav"
     soundfile.write(name, np.random.default_rng(0).uniform(-1, 1, 40_000), 16_000, format="FLAC")
     name.write_bytes(name.read_bytes()[:40_000])
     nothing = np.full(4800, np.nan)
     soundfile.write(folder / "aa03_nohash_0.wav", nothing, 16_000, subtype="FLOAT")
-    write_tone(root / "no" / "aa00_nohash_0.wav", 500, 4800, channels=2)
+    write_tone(root / "no" / "aa00c1e7_nohash_0.wav", 500, 4800, channels=2)
     write_tone(root / "no" / "aa01_nohash_0.wav", 500, 9600, rate=44_100)
     write_tone(root / "no" / "aa02_nohash_0.wav", 500, 2400, rate=8_000)
     return {"silent": 1, "too short": 1, "truncated": 1, "not finite": 1}

@@ -31,10 +31,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("speech") / "speech_commands_v0.02"
     valid, test = [], []
     for word in (*kws.COMMANDS, *OTHERS):
-        for number, speaker in enumerate(("aa00", "bb11", "cc22", "dd33")):
+        for number, speaker in enumerate(("aa00c1e7", "bb11d2f8", "cc22e3a9", "dd33f4ba")):
             write_noise(root / word / f"{speaker}_nohash_{number}.wav")
-        valid.append(f"{word}/cc22_nohash_2.wav")
-        test.append(f"{word}/dd33_nohash_3.wav")
+        valid.append(f"{word}/cc22e3a9_nohash_2.wav")
+        test.append(f"{word}/dd33f4ba_nohash_3.wav")
     for name, seconds in (("hum", 20), ("tap", 10)):
         write_noise(root / kws.NOISE / f"{name}.wav", seconds * 16_000)
     (root / kws.NOISE / "README.md").write_text("noise")
@@ -56,13 +56,13 @@ def test_the_official_lists_decide_the_split(commands: Path) -> None:
     assert [len(clips_of(data, split)) for split in SPLITS] == [26, 13, 13]
     first = data.train[0]
     assert (first.name, first.speaker, first.label, first.piece.samples) == (
-        "bed/aa00_nohash_0.wav",
-        "aa00",
+        "bed/aa00c1e7_nohash_0.wav",
+        "aa00c1e7",
         "bed",
         1600,
     )
-    assert {clip.speaker for clip in data.valid} == {"cc22"}
-    assert {clip.speaker for clip in data.test} == {"dd33"}
+    assert {clip.speaker for clip in data.valid} == {"cc22e3a9"}
+    assert {clip.speaker for clip in data.test} == {"dd33f4ba"}
     assert data.skips == {}
 
 
@@ -146,12 +146,12 @@ def test_no_noise_matters_to_twelve_classes_only(own: Path) -> None:
 
 
 def test_bad_files_are_counted_by_reason(own: Path) -> None:
-    (own / "cat" / "aa00_nohash_0.wav").write_bytes(b"")
-    (own / "cat" / "bb11_nohash_1.wav").write_bytes(b"not audio")
+    (own / "cat" / "aa00c1e7_nohash_0.wav").write_bytes(b"")
+    (own / "cat" / "bb11d2f8_nohash_1.wav").write_bytes(b"not audio")
     (own / "dog" / "notes.txt").write_text("x")
-    (own / "dog" / "dd33_nohash_3.wav").unlink()
+    (own / "dog" / "dd33f4ba_nohash_3.wav").unlink()
     with open(own / "validation_list.txt", "a") as stream:
-        stream.write("zebra/ee44_nohash_0.wav\n\nzebra/ee44_nohash_0.wav\n")
+        stream.write("zebra/ee44a5cb_nohash_0.wav\n\nzebra/ee44a5cb_nohash_0.wav\n")
     data = kws.read(own, 35, 0)
     assert data.skips == {
         "name not speaker_nohash_number.wav": 1,
@@ -161,8 +161,8 @@ def test_bad_files_are_counted_by_reason(own: Path) -> None:
         "word without clips to train on": 2,
     }
     assert data.skipped_examples["missing"] == (
-        "zebra/ee44_nohash_0.wav",
-        "dog/dd33_nohash_3.wav",
+        "zebra/ee44a5cb_nohash_0.wav",
+        "dog/dd33f4ba_nohash_3.wav",
     )
     assert "cat" not in data.labels
 
@@ -189,8 +189,8 @@ def test_a_list_with_an_unsafe_path_names_its_line(own: Path) -> None:
 
 def test_a_file_in_both_lists_is_an_error(own: Path) -> None:
     with open(own / "testing_list.txt", "a") as stream:
-        stream.write("cat/cc22_nohash_2.wav\n")
-    with pytest.raises(DataError, match=r":14: cat/cc22.* is in validation_list\.txt too"):
+        stream.write("cat/cc22e3a9_nohash_2.wav\n")
+    with pytest.raises(DataError, match=r":14: cat/cc22e3a9.* is in validation_list\.txt too"):
         kws.read(own, 35, 0)
 
 
