@@ -57,6 +57,7 @@ class Work(NamedTuple):
     clips: int
     precision: str
     keep_extracted: bool
+    micro_batch: int
 
 
 def read(work: Work) -> TaskData:
@@ -74,7 +75,11 @@ Epoch = Callable[[int], tuple[float, list[float]]]
 def ours(work: Work, data: TaskData, recipe: TaskRecipe) -> Epoch:
     """Our epochs, as `ssl_core.finetune` takes them."""
     model = TaskModel.new(load_upstream(work.checkpoint, "base", 0), recipe, len(data.labels), 0)
-    plan = Plan(batch=recipe.batch, precision="bf16" if work.precision == "bf16" else "fp32")
+    plan = Plan(
+        batch=recipe.batch,
+        micro_batch=work.micro_batch,
+        precision="bf16" if work.precision == "bf16" else "fp32",
+    )
     step = TaskStep(model, plan, unfrozen=work.unfrozen, seed=0)
     keep = not work.unfrozen or work.keep_extracted
     loader = ClipLoader(data.root, data.labels, step, 2**34 if keep else 0)
@@ -266,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=48, help="training clips")
     parser.add_argument("--epochs", type=int, default=10, help="frozen epochs")
     parser.add_argument("--unfrozen-epochs", type=int, default=2, help="unfrozen epochs")
+    parser.add_argument(
+        "--micro-batch", type=int, default=2, help="clips of ours in memory at a time, unfrozen"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--worker", help="for internal use")
     options = parser.parse_args(arguments)
@@ -282,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def work(name: str, unfrozen: bool, keep: bool = True) -> Work:
             data = str(options.data.resolve())
             clips, precision = options.clips, options.precision
-            return Work(name, str(checkpoint), data, unfrozen, clips, precision, keep)
+            split = options.micro_batch if name == OURS and unfrozen else 0
+            return Work(name, str(checkpoint), data, unfrozen, clips, precision, keep, split)
 
         frozen = alternately([work(OURS, False), work(PEER, False)], options.epochs, folder)
         unfrozen = alternately(
