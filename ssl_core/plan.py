@@ -14,8 +14,9 @@ from rich.table import Table
 
 from partitions import command
 from partitions.atomic import write_text
+from partitions.errors import UsageError
 from partitions.units import format_bytes, parse_length
-from ssl_core.memory import paper_report, table2
+from ssl_core.memory import paper_report, table2, task_report
 from ssl_core.memory.advice import MATCHED, Request, advise, explain
 from ssl_core.memory.advice import result as advice_result
 from ssl_core.memory.devices import (
@@ -47,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     what.add_argument(
         "--figure2", action="store_true", help="memory and operations by length, as in Figure 2"
+    )
+    what.add_argument(
+        "--table3",
+        action="store_true",
+        help="the paper's Table 3, fine-tuning tasks (the first time, some minutes)",
+    )
+    what.add_argument(
+        "--figure3", action="store_true", help="memory over ten epochs of two tasks, as in Figure 3"
     )
     request = parser.add_argument_group("for --device, what is fixed; the rest is chosen")
     request.add_argument("--model", default="base", help="preset: base or tiny")
@@ -88,10 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="not in a federation: no room for Flower's messages",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --figure3: fine-tune base here as well, some minutes for each line",
+    )
     parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
     parser.add_argument("--output", type=Path, help="folder for the figure and its JSON")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(arguments)
+    if options.measure and not options.figure3:
+        raise UsageError("--measure goes with --figure3")
     if options.device:
         return plan_device(options)
     if options.list:
@@ -102,6 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, rows = "table2", paper_report.table2_rows(progress=not options.json)
         table, result = paper_report.table2_table(rows), table2_result(rows)
         lines = table2_lines(result)
+    elif options.table3:
+        name, rows = "table3", task_report.table3_rows(progress=not options.json)
+        table, result = task_report.table3_table(rows), task_report.table3_result(rows)
+        lines = task_report.table3_lines(result)
+    elif options.figure3:
+        name, rows = "figure3", task_report.figure3_rows(options.measure, not options.json)
+        table, lines, result = task_report.figure3_table(rows), [], {"cells": rows}
     else:
         name, rows = "figure2", paper_report.figure2_rows()
         table, lines = paper_report.figure2_table(rows), []
@@ -114,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.output / f"{name}.json", json.dumps(result, indent=2) + "\n")
         if options.table2:
             paper_report.plot_table2(rows, options.output / "table2.png")
+        elif options.figure3:
+            task_report.plot_figure3(rows, options.output / "figure3.png")
         elif options.figure2:
             paper_report.plot_figure2(rows, options.output / "figure2.png")
     if options.json:

@@ -7,7 +7,7 @@ seed. How a batch is split changes nothing but the rounding.
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.model import EXTRACTOR, Stage, TaskModel
+from ssl_core.memory import allocator
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.planned_step import AppliedInBackward, PlannedStep
@@ -125,6 +126,15 @@ class TaskStep(PlannedStep):
                 groups[HEAD if name.startswith("head.") else BACKBONE].append((name, parameter))
         state = self.plan.optimizer_state
         return {key: AdamW(group, self.recipe, state) for key, group in groups.items() if group}
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Looks after freed memory in the head's layers too."""
+        head = self.model.head
+        layers = [module for module in head.modules() if not any(module.children())]
+        weights = [weight for weight in head.parameters() if weight.requires_grad]
+        with super()._settling(), allocator.settling(layers, weights):
+            yield
 
     def update(
         self, batch: Batch, update: int, rates: Mapping[str, float], key: int = 0

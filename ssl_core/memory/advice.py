@@ -57,8 +57,8 @@ class Request:
     task: str = ""
     """Downstream task to pretrain for, of `MATCHED`; it decides the length."""
     backbone: Literal["", "frozen", "unfrozen"] = ""
-    """Where it is given, the task is not pretrained for but fine-tuned, at its own batch and mean
-    length; what is frozen is computed once, before."""
+    """Where it is given, the task is not pretrained for but fine-tuned, at its own batch and
+    length of clips; what is frozen is computed once, before."""
     time_limit: float | None = None
     """Seconds an update may take on the device."""
     federated: bool = True
@@ -182,7 +182,7 @@ def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
     batches: Sequence[int] = BATCHES
     _, work = work_of(request)
     if isinstance(work, TaskWork):
-        lengths, batches = (work.recipe.length,), (work.recipe.batch,)
+        lengths, batches = (work.length,), (work.recipe.batch,)
     if request.length is not None:
         lengths = (request.length,)
     elif request.task and not request.backbone:

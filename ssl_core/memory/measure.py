@@ -11,8 +11,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +60,8 @@ class Measurement(NamedTuple):
     """Bytes resident at most."""
     seconds: float
     """Of the last update."""
+    footprint: Sequence[tuple[float, int]] = ()
+    """Seconds since the model began to be made, and bytes resident then, where it was sampled."""
 
 
 def measure(
@@ -72,6 +75,7 @@ def measure(
     task: str = "",
     unfrozen: bool = False,
     cached: bool = False,
+    sample: float = 0.0,
 ) -> Measurement:
     """Take updates in a new process, on noise or on speech.
 
@@ -85,6 +89,7 @@ def measure(
         task: fine-tune this one, on noise, rather than pretrain.
         unfrozen: whether the task's backbone is trained.
         cached: whether the task's clips go through what is frozen once, before.
+        sample: seconds between samples of the memory; 0 takes none.
 
     Raises:
         ShortwaveError: the process failed or was killed.
@@ -100,6 +105,7 @@ def measure(
             "task": task,
             "unfrozen": unfrozen,
             "cached": cached,
+            "sample": sample,
         }
     )
     done = subprocess.run(
@@ -130,15 +136,37 @@ def _work(order: dict[str, Any]) -> Measurement:
     begin = prepare(order, plan)
     imports = resident_bytes()
     reset_peak()
-    update = begin()
     seconds = 0.0
-    for number in range(order["updates"]):
-        start = time.perf_counter()
-        applied = update(number)
-        seconds = time.perf_counter() - start
-        if not applied:
-            raise ShortwaveError(f"update {number} had a gradient that is not finite")
-    return Measurement(imports, peak_bytes(), seconds)
+    with _sampled(order["sample"]) as footprint:
+        update = begin()
+        for number in range(order["updates"]):
+            start = time.perf_counter()
+            applied = update(number)
+            seconds = time.perf_counter() - start
+            if not applied:
+                raise ShortwaveError(f"update {number} had a gradient that is not finite")
+    return Measurement(imports, peak_bytes(), seconds, footprint)
+
+
+@contextlib.contextmanager
+def _sampled(interval: float) -> Iterator[list[tuple[float, int]]]:
+    """Collect what is resident, every so many seconds; nothing for 0."""
+    found: list[tuple[float, int]] = []
+    done, start = threading.Event(), time.perf_counter()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            found.append((round(time.perf_counter() - start, 3), resident_bytes()))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    if interval:
+        thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        if interval:
+            thread.join()
 
 
 def _pretraining(order: dict[str, Any], plan: "Plan") -> Callable[[], Update]:

@@ -131,6 +131,75 @@ def plain_step(
     return Estimate(best)
 
 
+def backbone_parameters(config: ModelConfig) -> int:
+    """Parameters of what downstream tasks use: all but the quantiser and the projections on it."""
+    width = config.hidden_size
+    codes = config.num_codevector_groups * config.num_codevectors_per_group
+    quantiser = (config.conv_dim[-1] + 1) * codes
+    quantiser += codes * (config.codevector_dim // config.num_codevector_groups)
+    projections = (width + config.codevector_dim + 2) * config.proj_codevector_dim
+    return parameter_counts(config)[0] - quantiser - projections
+
+
+def plain_task_step(
+    config: ModelConfig,
+    length: float,
+    batch: int,
+    accelerator: Accelerator,
+    head: dict[str, int],
+    *,
+    unfrozen: bool,
+    allocator: float = ALLOCATOR,
+) -> Estimate:
+    """Estimate the peak of a plain fine-tuning step with Adam in fp32.
+
+    `Wav2Vec2Model` of transformers under a head, as SpeechBrain's recipes train it: a whole batch
+    at once; the extractor, which they do not train, and a frozen backbone without a graph. The step
+    is looked at in four moments: in the extractor, in a layer of the transformer, at the end of the
+    forward pass, and in the optimiser step.
+
+    Args:
+        config: architecture; all layers run.
+        length: seconds in a clip.
+        batch: clips.
+        accelerator: dropout masks take 1 byte on CUDA and as much as their input on a CPU.
+        head: bytes of the head's `parameters`, `optimizer state` and `activations` at its peak.
+        unfrozen: whether the transformer is trained.
+        allocator: see `ALLOCATOR`.
+
+    Returns:
+        Bytes by name at that moment, above imports and CUDA context.
+    """
+    samples = round(length * SAMPLE_RATE)
+    lengths, width = conv_lengths(config, samples), config.hidden_size
+    kept = kept_activations(config, samples, batch, "fp32", accelerator)
+    weights = 4 * backbone_parameters(config)
+    trained = weights if unfrozen else 0
+    fixed = {
+        "parameters": weights + head["parameters"],
+        "Adam moments": 2 * trained + head["optimizer state"],
+    }
+    # in and out of the first norm, the largest tensors there are
+    extractor = {"extractor": 2 * 4 * batch * config.conv_dim[0] * lengths[0]}
+    frames = batch * lengths[-1]
+    scores = frames * lengths[-1] * config.num_attention_heads
+    layer = {
+        "transformer": 4 * (2 * scores + frames * (6 * width + 2 * config.intermediate_size)),
+    }
+    forward = {"head": head["activations"]}
+    if unfrozen:
+        names = ("transformer activations", "attention weights")
+        forward |= {name: kept[name] for name in names}
+    gradients = {"gradients": trained + head["optimizer state"] // 2}
+    best: dict[str, int] = {}
+    for moment in (extractor, layer, forward, gradients):
+        moving = sum(size for name, size in moment.items() if name != "gradients")
+        parts = fixed | moment | {"allocator": int(allocator * moving)}
+        if sum(parts.values()) > sum(best.values()):
+            best = parts
+    return Estimate(best)
+
+
 def kept_activations(
     config: ModelConfig,
     samples: int,

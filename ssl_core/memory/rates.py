@@ -78,7 +78,8 @@ def task_seconds(
     """Seconds an update of a task takes on a device, estimated from those of pretraining.
 
     Operations are those of the step that keeps everything; an LSTM, which takes many small steps,
-    takes longer than they say.
+    takes longer than they say. None for a head on features that were computed before as well: the
+    paper has no such step.
 
     Args:
         profile: `timed_as` names the device of Table 2 that it is like.
@@ -90,6 +91,8 @@ def task_seconds(
     Raises:
         UsageError: `timed_as` is no device of the table.
     """
+    if work.cached and not work.unfrozen:
+        return None
     seconds = _seconds(profile, plan, _task_operations(config, work, plan.length, plan.batch))
     return None if seconds is None else slowdown * seconds
 

@@ -62,9 +62,19 @@ class TaskWork:
         return self.share != "none"
 
     @property
+    def length(self) -> float:
+        """Seconds of a training clip: of the pieces they are cut into, or their mean."""
+        return self.recipe.chunk or self.recipe.length
+
+    @property
     def trains_extractor(self) -> bool:
         """Whether the convolutions are trained."""
         return self.share == "backbone" and self.recipe.train_extractor
+
+    @property
+    def convolves(self) -> bool:
+        """Whether there are convolutions in the backward pass."""
+        return self.unfrozen or self.recipe.head == "x-vector"
 
     def validate_for(self, config: ModelConfig, plan: Plan) -> None:
         """Check a plan against the model and the task.

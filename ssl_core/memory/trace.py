@@ -289,6 +289,24 @@ def _trace_task(config: ModelConfig, work: TaskWork, plan: Plan, memory: LiveMem
     step.update(batch.rows(range(min(plan.batch, 2 * plan.chunk))), 0, rates(work))
 
 
+def trace_head(config: ModelConfig, work: TaskWork, plan: Plan) -> dict[str, int]:
+    """Bytes of a head alone, trained on frames: parameters, optimiser state and the rest."""
+    memory, work = LiveMemory(), dataclasses.replace(work, share="none", cached=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model(config, work)
+        with memory:
+            memory.label("parameters")
+            for parameter in model.head.parameters():
+                memory.follow(parameter)
+            memory.label("optimizer state")
+            step = make_step(model, work, plan)
+            memory.label("activations")
+            step.update(make_batch(step, work, torch.zeros), 0, rates(work))
+    parts = memory.peak_parts
+    fixed = {name: parts.get(name, 0) for name in ("parameters", "optimizer state")}
+    return fixed | {"activations": memory.peak - sum(fixed.values())}
+
+
 def _name_gradients(model: nn.Module, memory: LiveMemory) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
