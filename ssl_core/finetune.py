@@ -28,7 +28,7 @@ from ssl_core.downstream.settings import TaskSettings
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.downstream.tasks import slots
 from ssl_core.downstream.training import FineTuning
-from ssl_core.run_directory import CONFIG, RunDirectory
+from ssl_core.run_directory import RunDirectory, resumed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,20 +109,7 @@ def parse(arguments: Sequence[str] | None) -> FinetuneSettings:
         listed = {str(key).replace("-", "_"): value for key, value in read_yaml(config).items()}
         values = listed | values
     if values.get("resume"):
-        path = Path(values["resume"])
-        RunDirectory.reopen(path)
-        stored = from_mapping(FinetuneSettings, read_yaml(path / CONFIG), str(path / CONFIG))
-        changed = [
-            name
-            for name, value in values.items()
-            if name not in ("resume", "keep", "cache") and value != getattr(stored, name, value)
-        ]
-        if changed:
-            raise UsageError(
-                f"--resume {path}: --{changed[0].replace('_', '-')} was "
-                f"{getattr(stored, changed[0])!r} in that run"
-            )
-        values = dataclasses.asdict(stored) | values
+        values = resumed(FinetuneSettings, values, free=("resume", "keep", "cache"))
     return from_mapping(FinetuneSettings, values, "options")
 
 

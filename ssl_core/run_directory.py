@@ -1,10 +1,11 @@
 """The run directory: config as run, metrics, TensorBoard events, checkpoints, report."""
 
+import dataclasses
 import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ except ImportError:  # not on Windows
 
 from partitions import atomic
 from partitions.errors import DataError, UsageError
+from partitions.settings import from_mapping, read_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -149,6 +151,30 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def resumed(kind: type[Any], values: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """All settings of the run that `values["resume"]` names, with those given.
+
+    Args:
+        kind: dataclass of the settings.
+        values: given settings by field name.
+        free: names that may differ from the run's own, `resume` among them.
+
+    Raises:
+        UsageError: no run is there, or a setting is not what it was.
+    """
+    path = Path(values["resume"])
+    RunDirectory.reopen(path)
+    stored = from_mapping(kind, read_yaml(path / CONFIG), str(path / CONFIG))
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name in known and name not in free and value != getattr(stored, name):
+            raise UsageError(
+                f"--resume {path}: --{name.replace('_', '-')} was {getattr(stored, name)!r} in "
+                "that run"
+            )
+    return dataclasses.asdict(stored) | dict(values)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from ssl_core.crops import CropBatch, Crops, ahead, describe
 from ssl_core.evaluation import evaluate
 from ssl_core.figures import plot_curves
 from ssl_core.memory.plan import Plan
-from ssl_core.run_directory import CONFIG, RunDirectory
+from ssl_core.run_directory import RunDirectory, resumed
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.step_settings import StepSettings
 from ssl_core.wav2vec2 import hf
@@ -82,20 +82,7 @@ def parse(arguments: Sequence[str] | None) -> TrainSettings:
         from_mapping(TrainSettings, listed, str(config))
         values = listed | values
     if values.get("resume"):
-        path = Path(values["resume"])
-        RunDirectory.reopen(path)
-        stored = from_mapping(TrainSettings, read_yaml(path / CONFIG), str(path / CONFIG))
-        changed = [
-            name
-            for name, value in values.items()
-            if name not in ("resume", "keep") and value != getattr(stored, name)
-        ]
-        if changed:
-            raise UsageError(
-                f"--resume {path}: --{changed[0].replace('_', '-')} was "
-                f"{getattr(stored, changed[0])!r} in that run"
-            )
-        values = dataclasses.asdict(stored) | values
+        values = resumed(TrainSettings, values, free=("resume", "keep"))
     return from_mapping(TrainSettings, values, "options")
 
 
