@@ -11,6 +11,7 @@ Flower's `ClientApp.__call__` and changes the reply, so that all of the project'
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import random
@@ -468,14 +469,25 @@ class Trial:
     def client_app(self) -> Any:
         """The victim's ClientApp, at a random moment of its life in round `at` or later."""
         log, taken = self.lab.node_log(self.victim), self.at
+        # An app of the message before may not be gone yet. They are told apart by their ids: what
+        # the kernel says of a process's start may differ from the clock by a second or more.
+        old: set[int] = set()
+
+        def apps() -> list[Any]:
+            return self.lab.started_by(self.node, "flwr-clientapp")
+
+        def young() -> list[Any]:
+            return [process for process in apps() if process.pid not in old]
+
+        def begins(taken: int) -> bool:
+            there = {process.pid for process in apps()}
+            if _read(log).count(_TRAIN) > taken:
+                return True
+            old.update(there)
+            return self.ended()
+
         while True:
-            self.round_begins(taken)
-            since = time.time() - 1.0  # An app of the message before may not be gone yet.
-
-            def young(since: float = since) -> list[Any]:
-                found = self.lab.started_by(self.node, "flwr-clientapp")
-                return [process for process in found if process.create_time() >= since]
-
+            self.wait(functools.partial(begins, taken), f"round {taken + 1}")
             self.wait(lambda: self.ended() or young(), "a ClientApp")
             self.sleep(self.rng.uniform(0, 5))
             text, found = _read(log), young()
@@ -484,6 +496,7 @@ class Trial:
             if self.ended():
                 raise TimeUp("the run was over before the fault")
             taken = _read(log).count(_TRAIN)
+            old.update(process.pid for process in found)
 
     @property
     def node(self) -> "subprocess.Popen[bytes]":
