@@ -18,7 +18,7 @@ from fl_client.environment import be_quiet
 from partitions import command
 from partitions.errors import UsageError
 from partitions.librispeech import list_audio
-from partitions.units import parse_length, parse_size
+from partitions.units import parse_length, parse_names, parse_size
 from ssl_core.memory.devices import AUTO, find_profile
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -152,7 +152,7 @@ def _check_data(options: argparse.Namespace) -> int:
     if options.checkpoint and not options.task:
         raise UsageError("--checkpoint is for a --task; the run sends what it pretrains")
     if not options.task:
-        list_audio(options.data, tuple(filter(None, options.subset.split(","))))
+        list_audio(options.data, parse_names(options.subset))
         return 0
     given = (options.task, str(options.data), options.subset, str(options.checkpoint or ""))
     return subprocess.run([sys.executable, "-m", "fl_client.check_task", *given]).returncode

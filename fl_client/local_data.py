@@ -10,6 +10,7 @@ from partitions.demo_corpus import demo_corpus
 from partitions.errors import UsageError
 from partitions.manifest import Manifest, prepare, read_manifest
 from partitions.speakers import How, held_out_speakers, partition, select
+from partitions.units import parse_names
 
 
 class Share(NamedTuple):
@@ -63,12 +64,12 @@ def share_of(node: Mapping[str, Any], settings: FederationSettings) -> Share:
     """
     data = str(node.get("data", "") or settings.data)
     subset = str(node.get("subset", "") or settings.subset)
-    subsets = tuple(name.strip() for name in subset.split(",") if name.strip())
+    subsets = parse_names(subset)
     source = (data, subsets, settings.seconds, str(node.get("manifest", "")))
     manifest = load_manifest(*source)
     excluded = held_out(manifest, settings)
     if node.get("speakers"):
-        wanted = [name.strip() for name in str(node["speakers"]).split(",") if name.strip()]
+        wanted = parse_names(str(node["speakers"]))
         unknown = sorted(set(wanted) - set(manifest.speakers))
         if unknown:
             raise UsageError(f"--speakers: not in {manifest.root}: {', '.join(unknown)}")

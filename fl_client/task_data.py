@@ -12,6 +12,7 @@ from partitions.errors import DataError, UsageError
 from partitions.manifest import Manifest
 from partitions.manifest import Sequence as Voice
 from partitions.speakers import How, partition
+from partitions.units import parse_names
 from ssl_core.downstream.clips import Clip
 from ssl_core.downstream.settings import TaskSettings
 from ssl_core.randomness import generator
@@ -153,7 +154,7 @@ def task_share_of(node: Mapping[str, Any], settings: FederationSettings) -> Task
     pool = load_pool(changed.task_settings())
     key, clips = int(node.get("client-key", 0)), pool.clips
     if node.get("speakers"):
-        wanted = {name.strip() for name in str(node["speakers"]).split(",") if name.strip()}
+        wanted = set(parse_names(str(node["speakers"])))
         unknown = sorted(wanted - {clip.speaker for clip in clips})
         if unknown:
             raise UsageError(f"--speakers: not in {pool.root}: {', '.join(unknown)}")

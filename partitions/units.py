@@ -1,4 +1,4 @@
-"""Lengths and sizes as a person writes them (`5s`, `15.8s`, `8GB`), and back."""
+"""Lengths, sizes and lists of names as a person writes them (`5s`, `8GB`, `a, b`), and back."""
 
 import math
 import re
@@ -46,6 +46,11 @@ def parse_size(text: str | float) -> int:
     if size <= 0:
         raise UsageError(f"a size of '{text}' is empty: it must be above zero, as in 8GB")
     return size
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names from a text that separates them by commas; none from an empty one."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def format_length(seconds: float) -> str:

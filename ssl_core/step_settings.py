@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from partitions.settings import to_yaml
-from partitions.units import parse_length
+from partitions.units import parse_length, parse_names
 from ssl_core.devices import choose_device, choose_precision
 from ssl_core.memory.plan import Plan
 from ssl_core.overrides import change_plan, resolve
@@ -62,7 +62,7 @@ class StepSettings:
     @property
     def subsets(self) -> tuple[str, ...]:
         """The chosen subsets."""
-        return tuple(name.strip() for name in self.subset.split(",") if name.strip())
+        return parse_names(self.subset)
 
     def as_config(self) -> str:
         """A run's `config.yaml`; says which settings of the plan are not exact."""

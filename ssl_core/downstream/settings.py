@@ -6,7 +6,7 @@ from typing import Literal
 
 from partitions.errors import UsageError
 from partitions.settings import from_mapping, to_yaml
-from partitions.units import parse_size
+from partitions.units import parse_names, parse_size
 from ssl_core.devices import choose_device, choose_precision
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.recipe import TaskRecipe, recipe_of
@@ -131,7 +131,7 @@ class TaskSettings:
         if self.task == "emotion":
             return emotion.read(root, fold, self.seed, progress)
         if self.task == "asr":
-            subsets = (_names(self.train), _names(self.valid), _names(self.test))
+            subsets = (parse_names(self.train), parse_names(self.valid), parse_names(self.test))
             return asr.read(root, *subsets, self.seed, progress)
         if self.task == "speaker":
             return speaker.read_identification(root, self.seed, self.split, recipe.chunk, progress)
@@ -154,7 +154,3 @@ class TaskSettings:
     def as_config(self) -> str:
         """A run's `config.yaml`."""
         return to_yaml(self)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
