@@ -10,6 +10,7 @@ encoding. The last line is one JSON object.
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ ENCODINGS = ("int8", "int4")
 KINDS = {
     "superlink": ("flower-superlink",),
     "serverapp": ("flwr-serverapp",),
-    "clientapp": ("flwr-clientapp",),
+    "clientapp": ("flwr-clientapp", "warm_start.py"),
     "supernode": ("flower-supernode", "fl_client"),
 }
 """Words in the command line of each kind of process; Flower's starters are left out."""
@@ -196,17 +197,34 @@ class Lab:
 
     def _watch(self) -> None:
         """Largest proportional set size of all processes together, and of each kind."""
-        while not self._stop.wait(0.5):
+        known: dict[int, str] = {}  # what it is of each process that was seen, empty for others
+        for looks in itertools.count():
+            if self._stop.wait(0.5):
+                return
+            if looks % 8 == 0:  # one that was seen before its own program ran is something else now
+                known.clear()
             sizes = dict.fromkeys(KINDS, 0)
-            for process in self.processes.mine():
-                with contextlib.suppress(psutil.Error, OSError):
-                    words = " ".join(process.cmdline())
-                    found = [k for k, names in KINDS.items() if any(n in words for n in names)]
-                    if found:
-                        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                        sizes[found[0]] += 1024 * int(text.split("Pss:")[1].split()[0])
+            there = set(psutil.pids())
+            for identifier in there - known.keys():
+                known[identifier] = self._kind(identifier)
+            for identifier, kind in list(known.items()):
+                if identifier not in there:
+                    del known[identifier]
+                elif kind:
+                    with contextlib.suppress(OSError, IndexError):
+                        text = Path(f"/proc/{identifier}/smaps_rollup").read_text()
+                        sizes[kind] += 1024 * int(text.split("Pss:")[1].split()[0])
             for kind, size in (sizes | {"together": sum(sizes.values())}).items():
                 self.peaks[kind] = max(self.peaks.get(kind, 0), size)
+
+    def _kind(self, identifier: int) -> str:
+        """Which of `KINDS` a process of this lab is; a child that has yet to begin is looked at."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(identifier)
+            if process.environ().get("FLWR_HOME") == str(self.processes.home):
+                words = " ".join(process.cmdline())
+                return next((k for k, names in KINDS.items() if any(n in words for n in names)), "")
+        return ""
 
     def run(self, app: Path, config: str) -> str:
         """`flwr run`, to its end."""

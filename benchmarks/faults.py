@@ -93,7 +93,7 @@ def spoilt(array):
     if FAULT == "truncated":
         data = data[: len(data) // 2]
     else:
-        header = 10 + int.from_bytes(data[8:10], "little")  # of the .npy format, version 1
+        header = 8 + int.from_bytes(data[:8], "little")  # of the safetensors format
         data = data[:header] + (PATTERN * len(data))[: len(data) - header]
     return Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=data)
 

@@ -14,6 +14,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from fl_client import warm_start
 from fl_client.environment import be_quiet
 from partitions import command
 from partitions.errors import UsageError
@@ -98,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="pause training while less memory than this is available, as in 500MB",
     )
     parser.add_argument(
+        "--cold-start",
+        action="store_true",
+        help="start Python and PyTorch anew in every round: takes seconds longer, and keeps about "
+        "300 MB less in memory between rounds",
+    )
+    parser.add_argument(
         "--insecure", action="store_true", help="do not encrypt, even off this machine"
     )
     parser.add_argument(
@@ -130,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
     here = str(Path(sys.executable).parent)
     os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
+    os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
+    if not options.cold_start:
+        warm_start.begin()
     sys.argv = [
         "flower-supernode",
         "--superlink",

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord
 
 from fl_client.protocol import ProtocolError
-from fl_client.updates import Floats, view
+from fl_client.updates import Floats, Views
 
 Encoding = Literal["fp32", "bf16", "int8", "int4", "topk"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
@@ -23,6 +23,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TOP_SHARE = 0.05
 """Share of a tensor's values that `topk` sends, the largest ones."""
+
+
+_BLOCK = 2**17
+"""Values that are encoded at a time."""
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -46,12 +50,20 @@ def _decode_bf16(data: Bytes, shape: tuple[int, ...]) -> Floats:
     return wide.view(np.float32).reshape(shape)
 
 
-def _scaled(value: Floats, levels: int) -> tuple[Floats, Floats]:
-    """Scales `[channel]`, and integers in -levels..levels as floats `[channel, value]`."""
-    rows = value.reshape(_rows(value.shape), -1)
-    scales = np.max(np.abs(rows), axis=1, initial=0.0).astype(np.float32) / np.float32(levels)
-    safe = np.where(scales > 0, scales, np.float32(1))
-    return scales, np.rint(rows / safe[:, None])
+def _scale(value: Floats, levels: int, scales: Floats, codes: npt.NDArray[np.int8]) -> None:
+    """Write scales `[channel]`, and integers in -levels..levels `[channel, value]`.
+
+    By some rows at a time, whose numbers in between stay in the processor's cache.
+    """
+    rows: Any = value.reshape(codes.shape)
+    step = max(1, _BLOCK // max(1, codes.shape[1]))
+    for first in range(0, len(rows), step):
+        own = rows[first : first + step]
+        largest = np.maximum(own.max(axis=1, initial=0.0), -own.min(axis=1, initial=0.0))
+        found = largest.astype(np.float32) / np.float32(levels)
+        scaled = own / np.where(found > 0, found, np.float32(1)).reshape(-1, 1)
+        scales[first : first + step] = found
+        codes[first : first + step] = np.rint(scaled, out=scaled)
 
 
 def _times(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
@@ -61,8 +73,11 @@ def _times(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
 
 
 def _encode_int8(value: Floats) -> Bytes:
-    scales, codes = _scaled(value, 127)
-    return np.concatenate([scales.view(np.uint8), codes.astype(np.int8).reshape(-1).view(np.uint8)])
+    rows = _rows(value.shape)
+    data = np.empty(4 * rows + value.size, np.uint8)
+    codes = data[4 * rows :].view(np.int8).reshape(rows, -1)
+    _scale(value, 127, data[: 4 * rows].view(np.float32), codes)
+    return data
 
 
 def _decode_int8(data: Bytes, shape: tuple[int, ...]) -> Floats:
@@ -73,10 +88,11 @@ def _decode_int8(data: Bytes, shape: tuple[int, ...]) -> Floats:
 
 
 def _encode_int4(value: Floats) -> Bytes:
-    scales, codes = _scaled(value, 7)
-    flat = (codes.reshape(-1) + 8).astype(np.uint8)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(8))
+    rows = _rows(value.shape)
+    scales, codes = np.empty(rows, np.float32), np.zeros(-(-value.size // 2) * 2, np.int8)
+    _scale(value, 7, scales, codes[: value.size].reshape(rows, -1))
+    codes += 8
+    flat = codes.view(np.uint8)
     return np.concatenate([scales.view(np.uint8), flat[::2] | (flat[1::2] << 4)])
 
 
@@ -124,7 +140,8 @@ class _Code(NamedTuple):
 _CODES: dict[str, _Code] = {
     "fp32": _Code(
         lambda value: value.reshape(-1).view(np.uint8),
-        lambda data, shape: data.view(np.float32).reshape(shape),
+        # Behind an odd number of bytes it is not aligned.
+        lambda data, shape: np.require(data.view(np.float32), requirements="A").reshape(shape),
         lambda shape: 4 * _count(shape),
     ),
     "bf16": _Code(_encode_bf16, _decode_bf16, lambda shape: 2 * _count(shape)),
@@ -170,25 +187,29 @@ class Decoded(Mapping[str, Floats]):
         """Read `record`, whose tensors have these shapes.
 
         Raises:
-            ProtocolError: a tensor that is not known.
+            ProtocolError: a tensor that is not known, or arrays that cannot be read.
         """
-        unknown = sorted(set(record) - set(shapes))
+        self._views = Views(record)
+        unknown = sorted(set(self._views) - set(shapes))
         if unknown:
             raise ProtocolError(f"{len(unknown)} unknown tensors, such as {unknown[0]}")
-        self._record, self._shapes, self._encoding = record, shapes, encoding
+        self._shapes, self._encoding = shapes, encoding
 
     def __getitem__(self, name: str) -> Floats:
         """Decode a tensor."""
-        data: Any = view(self._record[name])
         try:
-            return decode(data, self._shapes[name], self._encoding)
+            return decode(self._views[name], self._shapes[name], self._encoding)
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         """Names of the tensors that are there."""
-        return iter(self._record)
+        return iter(self._views)
 
     def __len__(self) -> int:
         """How many tensors are there."""
-        return len(self._record)
+        return len(self._views)
+
+    def release(self, name: str) -> None:
+        """Forget a tensor that is not needed any more; see `Views.release`."""
+        self._views.release(name)

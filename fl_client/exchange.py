@@ -1,12 +1,12 @@
 """From a message to the model, and from the trained model to the update that goes back."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fl_client import encoding, protocol, updates
@@ -53,24 +53,27 @@ class _Plain:
     """fp32 both ways; nothing is kept."""
 
     def __init__(self, model: Weights, weights: ArrayRecord) -> None:
-        self.own, self.weights = model.state_dict(), weights
-        if self.own.keys() != set(weights):
-            wrong = sorted(self.own.keys() ^ set(weights))
+        self.own, self.weights = model.state_dict(), updates.Views(weights)
+        if self.own.keys() != set(self.weights):
+            wrong = sorted(self.own.keys() ^ set(self.weights))
             raise protocol.ProtocolError(f"the weights do not fit the model: {wrong[0]} and others")
 
     def load(self) -> None:
-        for name, value in updates.unpack(self.weights):
+        for name, value in self.weights.items():
             own = self.own[name]
             if tuple(value.shape) != tuple(own.shape):
                 raise protocol.ProtocolError(f"{name} is {value.shape}, not {tuple(own.shape)}")
-            own.copy_(_tensor(value))
+            own.copy_(updates.as_tensor(value))
 
     def difference(self) -> ArrayRecord:
-        result = ArrayRecord()
+        return updates.pack(self._differences())
+
+    def _differences(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         for name in list(self.weights):
-            start = _tensor(updates.view(self.weights.pop(name)))
-            result[name] = Array(self.own[name].cpu().sub(start).numpy())
-        return result
+            start = updates.as_tensor(self.weights[name])
+            yield name, self.own[name].cpu().sub(start).numpy()
+            del start
+            self.weights.release(name)
 
 
 class _Encoded:
@@ -88,6 +91,7 @@ class _Encoded:
         self.number, self.folded = int(task["round"]), int(task["folded_round"])
         self._receive(weights, int(task["base_round"]), str(task["encoding"]))
         self.start = client.load("weights", self.number)
+        self._untouched = True
 
     def _receive(self, weights: ArrayRecord, base: int, how: str) -> None:
         if how not in encoding.ENCODINGS:
@@ -104,12 +108,16 @@ class _Encoded:
             if base >= 0:
                 own.copy_(before[name])
             if name in received:
-                value = _tensor(np.ascontiguousarray(received[name]))
+                value = updates.as_tensor(np.ascontiguousarray(received[name]))
                 own.copy_(own.cpu().add_(value) if base >= 0 else value)
-                del weights[name]
+                del value
+                received.release(name)
         self.client.save("weights", self.number, self.own)
 
     def load(self) -> None:
+        if self._untouched:  # what was received is still in the model
+            self._untouched = False
+            return
         for name, own in self.own.items():
             own.copy_(self.start[name])
 
@@ -120,7 +128,15 @@ class _Encoded:
                 left = self.client.load("residual", self.folded)
             except StateLost:
                 left = {}  # a client that was set up anew: some of one update is lost
-        result = ArrayRecord()
+        sent: list[str] = []
+        result = updates.pack(self._encoded(left, sent))
+        self.client.save("residual", self.number, _Halved(self.own, tuple(sent)), self.folded)
+        return result
+
+    def _encoded(
+        self, left: Mapping[str, Tensor], sent: list[str]
+    ) -> Iterator[tuple[str, encoding.Bytes]]:
+        """The update's tensors, encoded; what that leaves out stays in the model's place."""
         for name, own in self.own.items():
             # What is left out replaces the weights, which nobody needs any more.
             own.sub_(self.start[name].to(own.device))
@@ -130,14 +146,13 @@ class _Encoded:
             if not array.any():
                 continue
             data = encoding.encode(array, self.kind)
-            result[name] = Array(data)
+            sent.append(name)
+            yield name, data
             own.sub_(
                 torch.from_numpy(
                     np.ascontiguousarray(encoding.decode(data, array.shape, self.kind))
                 ).to(own.device)
             )
-        self.client.save("residual", self.number, _Halved(self.own, tuple(result)), self.folded)
-        return result
 
 
 class _Halved(Mapping[str, Tensor]):
@@ -154,10 +169,3 @@ class _Halved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _tensor(value: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor on memory that may be read-only and is only read here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(value)

@@ -36,8 +36,11 @@ class RoundResult(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _resident_model(config: ModelConfig) -> PretrainingModel:
-    """The model of this process; every round and client passes through it."""
-    return PretrainingModel(config)
+    """The model of this process; every round and client passes through it.
+
+    Its weights come with each message, so it begins without any.
+    """
+    return PretrainingModel.unset(config)
 
 
 def train_round(

@@ -5,9 +5,9 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from partitions.errors import ShortwaveError
 
 WEIGHTS = "weights"
-"""ArrayRecord, server to client: the global weights by parameter name, fp32."""
+"""ArrayRecord, server to client: bundles of the global weights by parameter name."""
 UPDATE = "update"
-"""ArrayRecord, client to server: local minus global weights by parameter name."""
+"""ArrayRecord, client to server: bundles of local minus global weights by parameter name."""
 TASK = "task"
 """ConfigRecord, server to client: what to do."""
 METRICS = "metrics"

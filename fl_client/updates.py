@@ -1,71 +1,122 @@
-"""Weights and updates as Flower's arrays, read without copying."""
+"""Weights and updates as Flower's arrays: many tensors in each, read without copying.
+
+Flower makes an object of every array and one of every 5 MiB of it, and a request of each object on
+every leg of its way. A model's two hundred small arrays cost its SuperLink more than their bytes
+do. So tensors travel in bundles, in the safetensors format.
+"""
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from flwr.app import Array, ArrayRecord
 
 from fl_client.protocol import ProtocolError
+from ssl_core.tensor_file import Entry, read_header, write_stream
 
 Floats = npt.NDArray[np.float32]
-NUMPY = "numpy.ndarray"
-"""How flwr names the `.npy` serialisation of an array."""
+BUNDLE = 15 * 2**20
+"""Bytes of a bundle, about, if it holds more than one tensor: what a client has in memory of a
+message beside the model while it reads the one or writes the other."""
+FORMAT = "safetensors"
+_TYPES: dict[torch.dtype, "np.dtype[Any]"] = {
+    torch.float32: np.dtype(np.float32),
+    torch.uint8: np.dtype(np.uint8),
+}
 
 
-def view(array: Array) -> npt.NDArray[Any]:
-    """A read-only view of an array's data, in place.
-
-    Raises:
-        ProtocolError: the data is not what the array says it is.
-    """
-    try:
-        stream = io.BytesIO(memoryview(array.data)[:4096])
-        major, _ = np.lib.format.read_magic(stream)
-        reader = (
-            np.lib.format.read_array_header_1_0
-            if major == 1
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = reader(stream)
-        if dtype.hasobject or fortran:
-            raise ValueError("not a plain array")
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(array.data, dtype, count, stream.tell()).reshape(shape)
-    except Exception as error:  # NumPy reads the header as Python: whatever bytes are, it raises
-        raise ProtocolError(f"an array cannot be read: {error}") from None
+def as_tensor(value: npt.NDArray[Any]) -> torch.Tensor:
+    """A tensor on memory that may be read-only and is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(value)
 
 
 def pack(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> ArrayRecord:
-    """Named tensors as an ArrayRecord."""
-    return ArrayRecord({name: Array(value) for name, value in tensors})
+    """Named tensors as an ArrayRecord of bundles.
 
+    Args:
+        tensors: fp32 or uint8, by names that differ.
+    """
+    record, bundle, size = ArrayRecord(), dict[str, torch.Tensor](), 0
 
-def unpack(record: ArrayRecord) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Named tensors of an ArrayRecord, one at a time, without copying."""
-    for name, array in record.items():
-        yield name, view(array)
+    def close() -> None:
+        stream = io.BytesIO()
+        write_stream(stream, bundle)
+        bundle.clear()
+        data = stream.getvalue()
+        record[f"{len(record):04d}"] = Array("uint8", (len(data),), FORMAT, data)
+
+    for name, value in tensors:
+        if bundle and size + value.nbytes > BUNDLE:
+            close()
+            size = 0
+        bundle[name] = as_tensor(value)
+        size += value.nbytes
+    if bundle:
+        close()
+    return record
 
 
 class Views(Mapping[str, npt.NDArray[Any]]):
-    """Named tensors of an ArrayRecord, each read in place when it is asked for."""
+    """Named tensors of an ArrayRecord, each read in place when it is asked for, read-only."""
 
     def __init__(self, record: ArrayRecord) -> None:
+        """Read where they are.
+
+        Raises:
+            ProtocolError: a bundle that is broken, or a name that is there twice.
+        """
         self._record = record
+        self._places: dict[str, tuple[str, Entry]] = {}
+        self._left: dict[str, int] = {}
+        for key, array in record.items():
+            try:
+                if array.stype != FORMAT:
+                    raise ValueError(f"it is in the format '{array.stype}'")
+                stream = io.BytesIO(memoryview(array.data)[:_HEADER])
+                entries = read_header(stream, len(array.data))
+            except (ValueError, RecursionError) as error:
+                raise ProtocolError(f"an array cannot be read: {error}") from None
+            for name, entry in entries.items():
+                if entry.dtype not in _TYPES:
+                    kind = str(entry.dtype).removeprefix("torch.")
+                    raise ProtocolError(f"an array cannot be read: {name} is {kind}")
+                if name in self._places:
+                    raise ProtocolError(f"{name} is there twice")
+                self._places[name] = (key, entry)
+            self._left[key] = len(entries)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """A tensor; `ProtocolError` when its data is not what it says it is."""
-        return view(self._record[name])
+        """A tensor, on the message's own memory."""
+        key, (dtype, shape, start, end) = self._places[name]
+        kind = _TYPES[dtype]
+        count = (end - start) // kind.itemsize
+        data: Any = self._record[key].data
+        return np.frombuffer(data, kind, count, start).reshape(shape)
+
+    def release(self, name: str) -> None:
+        """Forget a tensor; memory is free when all of its bundle are, and no view is left."""
+        key, _ = self._places.pop(name)
+        self._left[key] -= 1
+        if not self._left[key]:
+            del self._record[key]
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
-        return iter(self._record)
+        return iter(self._places)
 
     def __len__(self) -> int:
         """How many tensors."""
-        return len(self._record)
+        return len(self._places)
+
+
+_HEADER = 2**20
+"""Bytes in which a bundle's header has to end: some ten thousand tensors."""
 
 
 def size(record: ArrayRecord) -> int:

@@ -17,6 +17,8 @@ FRACTION_BITS = 22
 LARGEST_CHANGE = 16.0
 """A coordinate that moves further than this in one round is not training."""
 _CAPACITY = 2.0 ** (62 - FRACTION_BITS)
+_BLOCK = 2**16
+"""Values that are added at a time, so that what is in between stays in the processor's cache."""
 
 
 class RejectedUpdate(ShortwaveError):
@@ -72,9 +74,11 @@ class Fold:
             raise RejectedUpdate("the sum of this round's updates would overflow")
         factor = float(weight) * 2.0**FRACTION_BITS
         for name in update:
-            value = update[name]
-            scaled = np.multiply(value, factor, out=np.empty(value.shape), dtype=np.float64)
-            self.sums[name] += np.rint(scaled, out=scaled).astype(np.int64)
+            value, total = update[name].reshape(-1), self.sums[name].reshape(-1)
+            for first in range(0, value.size, _BLOCK):
+                part = slice(first, first + _BLOCK)
+                scaled = np.multiply(value[part], factor, dtype=np.float64)
+                total[part] += np.rint(scaled, out=scaled).astype(np.int64)
         self._largest += largest * weight
         self.weight += weight
         self.count += 1

@@ -27,6 +27,8 @@ from ssl_core.randomness import generator
 from ssl_core.schedule import gumbel_temperature, learning_rate
 
 _LONGEST_PAUSE = 1.0
+_PAUSE = 0.01
+"""Seconds between two looks, for each reply that is waited for, up to the longest."""
 _DOUBLE = "two clients say they are number"
 
 
@@ -102,7 +104,7 @@ def _replies(
             pause = 0.02
         elif waiting:
             wait(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            pause = min(pause * 1.5, max(0.25, _PAUSE * len(waiting)), _LONGEST_PAUSE)
 
 
 class Roster:

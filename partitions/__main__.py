@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from partitions import atomic, command
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
 from partitions.figures import save_figure
-from partitions.lengths import plot_lengths, recut, table
+from partitions.length_figure import plot_lengths
+from partitions.lengths import recut, table
 from partitions.librispeech import find_utterances
 from partitions.manifest import prepare, write_manifest
 from partitions.speakers import HELD_OUT_SHARE, How, held_out_speakers, partition, seconds_of

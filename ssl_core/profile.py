@@ -25,9 +25,9 @@ from partitions.progress import track
 from partitions.units import format_bytes, format_length, parse_length
 from ssl_core.memory.estimate import estimate
 from ssl_core.memory.measure import measure
+from ssl_core.memory.operations import count_operations
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.planner import fastest, leanest
-from ssl_core.memory.trace import count_operations
 from ssl_core.overrides import change_plan, resolve
 from ssl_core.wav2vec2.config import ModelConfig, Recipe
 

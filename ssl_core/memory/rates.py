@@ -13,11 +13,11 @@ import numpy as np
 
 from partitions.errors import UsageError
 from ssl_core.memory.devices import DeviceProfile
+from ssl_core.memory.operations import count_operations
 from ssl_core.memory.plain import plain_operations
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.table2 import DEVICES, paper_cells
 from ssl_core.memory.task_work import TaskWork
-from ssl_core.memory.trace import count_operations
 from ssl_core.wav2vec2.config import ModelConfig, preset
 
 

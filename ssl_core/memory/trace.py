@@ -21,7 +21,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.task_work import (
@@ -45,7 +44,7 @@ LSTM_KEPT = 4.2
 little more, in units of its output; as measured for the LSTMs of speech recognition."""
 
 
-class _Scalars(TorchDispatchMode):
+class Scalars(TorchDispatchMode):
     """Reads 1 wherever a number is asked of a tensor that has none.
 
     Whole numbers, which say how long things are, stay real as far as they follow from real ones.
@@ -136,7 +135,7 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
 """Operations that torch cannot run on tensors without contents, and what they make."""
 
 
-class LiveMemory(_Scalars):
+class LiveMemory(Scalars):
     """Follows all storages made inside it, those inside the project's own operations too."""
 
     def __init__(self) -> None:
@@ -239,18 +238,6 @@ def _likeness(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> int:
-    """Of a forward pass; a backward pass has twice as many."""
-    return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
-
-
-_OPERATIONS = {
-    torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
-    torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
-}
-"""Of operations that torch's flop counter does not know."""
-
-
 def trace(config: ModelConfig, work: Work, plan: Plan) -> LiveMemory:
     """Take one update on fake tensors; what was live at its peak, by part.
 
@@ -313,27 +300,6 @@ def _name_gradients(model: nn.Module, memory: LiveMemory) -> None:
             parameter.register_post_accumulate_grad_hook(
                 lambda own: memory.rename(own.grad, "gradients")
             )
-
-
-def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:
-    """Floating point operations of matrix products and convolutions in one update.
-
-    Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
-    """
-    config = dataclasses.replace(config, layerdrop=0.0)
-    plan = dataclasses.replace(plan, device="cpu")
-    counter = FlopCounterMode(display=False, custom_mapping=_OPERATIONS)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
-        if isinstance(work, TaskWork):
-            task_step = make_step(make_model(config, work), work, plan)
-            with counter:
-                task_step.update(make_batch(task_step, work, torch.zeros), 0, rates(work))
-        else:
-            step = TrainingStep(PretrainingModel(config), work, plan, seed=0, total_updates=1)
-            batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
-            with counter:
-                step.update([batch] * plan.accumulation, 0)
-    return int(counter.get_total_flops())
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssl_core.wav2vec2.dropout import keep_mask
 
@@ -141,23 +140,6 @@ def _(
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
-    """Pairs of frames, summed over crops."""
-    return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
-
-
-@register_flop_formula(torch.ops.shortwave.attention)
-def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
-    return 4 * query[2] * _pairs(query, key, others[-1])
-
-
-@register_flop_formula(torch.ops.shortwave.attention_backward)
-def _(
-    query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return (8 if weights[0] else 10) * query[2] * _pairs(query, key, others[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

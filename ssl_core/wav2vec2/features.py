@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.precision import compute_dtype
@@ -194,37 +193,6 @@ def _(
     windows: Tensor, kernels: Tensor, weight: Tensor, grad: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(kernels), torch.empty_like(weight)
-
-
-def _convolution_flops(outputs: tuple[int, ...], weight: tuple[int, ...], times: int) -> int:
-    return 2 * times * outputs[0] * outputs[1] * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.shortwave.activated_convolution)
-def _(x: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return _convolution_flops((x[0], x[1] // stride), weight, 1)
-
-
-@register_flop_formula(torch.ops.shortwave.activated_convolution_backward)
-def _(
-    x: Any, weight: Any, grad: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return _convolution_flops(grad, weight, 2)
-
-
-@register_flop_formula(torch.ops.shortwave.first_convolutions)
-def _(
-    windows: Any, kernels: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    first = 2 * windows[1] * math.prod(kernels)
-    return first + _convolution_flops((windows[0], windows[1] // stride), weight, 1)
-
-
-@register_flop_formula(torch.ops.shortwave.first_convolutions_backward)
-def _(
-    windows: Any, kernels: Any, weight: Any, grad: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return 4 * windows[1] * math.prod(kernels) + _convolution_flops(grad, weight, 2)
 
 
 def _keep_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ssl_core.wav2vec2 import context
 from ssl_core.wav2vec2.config import ModelConfig
@@ -146,8 +147,27 @@ class Backbone(nn.Module):
         return self.encoder(at_least_fp32(hidden), keep, seeds, lengths=lengths)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` does."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, unless it is to fill a tensor for the first time."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 class PretrainingModel(nn.Module):
     """wav2vec 2.0 with the quantiser and the two projections of pretraining."""
+
+    @classmethod
+    def unset(cls, config: ModelConfig) -> "PretrainingModel":
+        """Build for weights that are all still to come; saves the time it takes to draw some."""
+        with _Undrawn():
+            return cls(config)
 
     def __init__(self, config: ModelConfig) -> None:
         """Build with initial weights drawn from torch's global generator."""

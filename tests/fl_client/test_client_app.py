@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Writer
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client import ladder, local_training, protocol
+from fl_client import ladder, local_training, protocol, updates
 from fl_client.client_app import app
 from fl_client.encoding import Encoding
 from fl_client.settings import FederationSettings
@@ -71,7 +71,7 @@ TASK = {
 
 
 def task(tensors: dict[str, torch.Tensor], **asked: Any) -> RecordDict:
-    record = ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
+    record = updates.pack((name, value.numpy()) for name, value in tensors.items())
     instructions = ConfigRecord(TASK | asked)
     return RecordDict({protocol.WEIGHTS: record, protocol.TASK: instructions})
 
@@ -97,7 +97,7 @@ def test_an_update_is_the_change_of_the_weights_and_the_agreed_metrics(
     metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
     assert (metrics["updates"], metrics["applied"], metrics["crops"]) == (2, 2, 4)
     assert metrics["samples"] == 4 * 16_000
-    update = {name: array.numpy() for name, array in reply.content[protocol.UPDATE].items()}
+    update = updates.Views(reply.content.array_records[protocol.UPDATE])
     assert {name: value.shape for name, value in update.items()} == {
         name: tuple(value.shape) for name, value in start.items()
     }
@@ -141,7 +141,7 @@ def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
     local_training._resident_model.cache_clear()
     assert there
     assert all(usual[name].data == again[name].data for name in usual)
-    assert any(np.any(array.numpy()) for array in again.values())
+    assert any(np.any(value) for value in updates.Views(again).values())
 
 
 @pytest.mark.parametrize("encoding", ["fp32", "int8"])
@@ -232,7 +232,7 @@ def test_named_speakers_are_the_whole_share(ask: Callable[..., Message]) -> None
 def distance(one: Message, other: Message) -> float:
     """Between two updates, relative: Adam makes much of the last bits of small gradients."""
     a, b = (
-        np.concatenate([array.numpy().ravel() for array in reply.content[protocol.UPDATE].values()])
+        np.concatenate([a.ravel() for a in updates.Views(reply.content[protocol.UPDATE]).values()])
         for reply in (one, other)
     )
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fl_client.encoding import ENCODINGS, TOP_SHARE, Decoded, Encoding, decode, encode
 from fl_client.protocol import ProtocolError
+from fl_client.updates import pack
 
 SHAPES = [(7,), (), (3, 5), (1, 1, 9), (4, 3, 2), (1, 6, 5), (300, 17)]
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk": 48 * TOP_SHARE}
@@ -73,11 +73,11 @@ def test_what_is_left_out_comes_with_the_next_updates(encoding: Encoding) -> Non
 def test_forged_bytes_are_refused(encoding: Encoding) -> None:
     good = encode(values((6, 8)), encoding)
     for bad in (good[:-1], np.append(good, good[:1]), good[:0]):
-        record = ArrayRecord({"w": Array(np.ascontiguousarray(bad))})
+        record = pack([("w", np.ascontiguousarray(bad))])
         with pytest.raises(ProtocolError, match=r"w: \d+ bytes are not \(6, 8\)"):
             Decoded(record, {"w": (6, 8)}, encoding)["w"]
     with pytest.raises(ProtocolError, match="1 unknown tensors, such as w"):
-        Decoded(ArrayRecord({"w": Array(good)}), {"v": (6, 8)}, encoding)
+        Decoded(pack([("w", good)]), {"v": (6, 8)}, encoding)
 
 
 def test_a_place_outside_the_tensor_is_refused() -> None:

@@ -19,6 +19,7 @@ from fl_client import protocol
 from fl_client.client_app import app
 from fl_client.settings import FederationSettings
 from fl_client.task_training import Resident
+from fl_client.updates import Views
 from fl_server.jobs import FineTuning, describe_round, job_of
 from fl_server.personal_report import write_personal_report
 from fl_server.rounds import Federation, RoundResult
@@ -223,9 +224,9 @@ def test_every_client_scores_the_last_weights(lab: Lab) -> None:
             "updates": 0, "base_round": -1, "encoding": "fp32", "folded_round": folded[key],
             "backbone": Resident(lab.settings(), 4).backbone,
         }  # fmt: skip
-        record = message.content.array_records[protocol.WEIGHTS]
+        sent = Views(message.content.array_records[protocol.WEIGHTS])
         for name, value in weights_of(run, 2).items():
-            assert record[name].numpy().tobytes() == value.numpy().tobytes()
+            assert sent[name].tobytes() == value.numpy().tobytes()
 
 
 @pytest.mark.slow
@@ -504,7 +505,7 @@ def test_weights_of_all_rounds_come_from_one_federation(lab: Lab) -> None:
         for name in identifiers:
             record = grid.replies[name].content.array_records.get(protocol.UPDATE)
             if record is not None:
-                updates.append({n: torch.from_numpy(a.numpy()) for n, a in record.items()})
+                updates.append({n: torch.tensor(a) for n, a in Views(record).items()})
         return identifiers
 
     grid.push_messages = noted  # type: ignore[method-assign]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitions.errors import DataError, UsageError
-from partitions.lengths import TOO_SHORT, Band, band, plot_lengths, recut, summary, table
+from partitions.length_figure import plot_lengths
+from partitions.lengths import TOO_SHORT, Band, band, recut, summary, table
 from partitions.librispeech import Corpus, Utterance, find_utterances
 from partitions.manifest import Piece
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from partitions.errors import UsageError
+from ssl_core.memory import operations
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.step import TrainingStep, Weights, combine
@@ -333,7 +333,7 @@ def flops(name: str) -> int:
     """Floating point operations of a forward pass and its gradient, 5 s x 4."""
     config = preset(name)
     draws = draw(config, 4, 80_000, np.random.default_rng(0))
-    counter = FlopCounterMode(display=False)
+    counter = operations.counter()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = PretrainingModel(config)
         assert draws.noise is not None

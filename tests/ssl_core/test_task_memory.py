@@ -13,12 +13,13 @@ from ssl_core.memory.advice import Request, advise, explain
 from ssl_core.memory.devices import find_profile
 from ssl_core.memory.estimate import estimate
 from ssl_core.memory.measure import measure
+from ssl_core.memory.operations import count_operations
 from ssl_core.memory.plain import backbone_parameters, plain_task_step
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.planner import choose, describe, fallbacks, fitting, ladder, leanest
 from ssl_core.memory.table3 import paper_task_cells, task_need
 from ssl_core.memory.task_work import LABELS, TaskWork, task_work
-from ssl_core.memory.trace import count_operations, count_trained, trace, trace_head
+from ssl_core.memory.trace import count_trained, trace, trace_head
 from ssl_core.plan import main
 from ssl_core.wav2vec2.config import preset
 

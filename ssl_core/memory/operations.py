@@ -1,0 +1,107 @@
+"""Floating point operations of a training step, counted by torch's flop counter.
+
+Apart from the step, which runs without it: torch's counter brings a compiler along, 50 MiB of it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from ssl_core.memory.plan import Plan
+from ssl_core.memory.task_work import TaskWork, Work, make_batch, make_model, make_step, rates
+from ssl_core.memory.trace import Scalars
+from ssl_core.step import TrainingStep
+from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.model import PretrainingModel
+
+
+def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
+    """Pairs of frames, summed over crops."""
+    return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
+
+
+@register_flop_formula(torch.ops.shortwave.attention)
+def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
+    return 4 * query[2] * _pairs(query, key, others[-1])
+
+
+@register_flop_formula(torch.ops.shortwave.attention_backward)
+def _(
+    query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return (8 if weights[0] else 10) * query[2] * _pairs(query, key, others[-1])
+
+
+def _convolution_flops(outputs: tuple[int, ...], weight: tuple[int, ...], times: int) -> int:
+    return 2 * times * outputs[0] * outputs[1] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.shortwave.activated_convolution)
+def _(x: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _convolution_flops((x[0], x[1] // stride), weight, 1)
+
+
+@register_flop_formula(torch.ops.shortwave.activated_convolution_backward)
+def _(
+    x: Any, weight: Any, grad: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return _convolution_flops(grad, weight, 2)
+
+
+@register_flop_formula(torch.ops.shortwave.first_convolutions)
+def _(
+    windows: Any, kernels: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    first = 2 * windows[1] * math.prod(kernels)
+    return first + _convolution_flops((windows[0], windows[1] // stride), weight, 1)
+
+
+@register_flop_formula(torch.ops.shortwave.first_convolutions_backward)
+def _(
+    windows: Any, kernels: Any, weight: Any, grad: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 4 * windows[1] * math.prod(kernels) + _convolution_flops(grad, weight, 2)
+
+
+def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> int:
+    """Of a forward pass; a backward pass has twice as many."""
+    return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
+
+
+_OPERATIONS = {
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
+    torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
+}
+"""Of operations that torch's flop counter does not know."""
+
+
+def counter() -> FlopCounterMode:
+    """Torch's counter, which knows the project's own operations as well."""
+    return FlopCounterMode(display=False, custom_mapping=_OPERATIONS)
+
+
+def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:
+    """Floating point operations of matrix products and convolutions in one update.
+
+    Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
+    """
+    config = dataclasses.replace(config, layerdrop=0.0)
+    plan = dataclasses.replace(plan, device="cpu")
+    counted = counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), Scalars():
+        if isinstance(work, TaskWork):
+            task_step = make_step(make_model(config, work), work, plan)
+            with counted:
+                task_step.update(make_batch(task_step, work, torch.zeros), 0, rates(work))
+        else:
+            step = TrainingStep(PretrainingModel(config), work, plan, seed=0, total_updates=1)
+            batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
+            with counted:
+                step.update([batch] * plan.accumulation, 0)
+    return int(counted.get_total_flops())
