@@ -3,7 +3,8 @@
 A real SuperLink, K SuperNodes and as many ClientApps on loopback exchange weights of base's size,
 with plain Flower (its FedAvg strategy, fp32) and with this project in its encodings, one after the
 other in one process tree. Plain Flower's client and server hold transformers' model, as its users'
-do. Clients do not train, they add noise: only the exchange is measured. The
+do. Clients do not train, they add noise: only the exchange is measured. Seconds are from the end of
+the first round to that of the last, checkpoints included, which plain Flower does not write. The
 held-out loss after some rounds of `tiny` on real speech is that of the Ray simulation, for each
 encoding. The last line is one JSON object.
 """
@@ -31,9 +32,11 @@ from benchmarks.flower_processes import (
     wait_until,
     write_tones,
 )
+from fl_client.environment import LEAN
 from partitions import command
-from partitions.errors import ShortwaveError
+from partitions.errors import ShortwaveError, UsageError
 from partitions.units import format_bytes
+from ssl_core import checkpoint
 from ssl_core.memory.trace import count_parameters
 from ssl_core.wav2vec2.config import preset
 
@@ -41,10 +44,10 @@ ENCODINGS = ("int8", "int4")
 KINDS = {
     "superlink": ("flower-superlink",),
     "serverapp": ("flwr-serverapp",),
-    "clientapp": ("flwr-clientapp", "warm_start.py"),
+    "clientapp": ("flwr-clientapp",),
     "supernode": ("flower-supernode", "fl_client"),
 }
-"""Words in the command line of each kind of process; Flower's starters are left out."""
+"""Words in name or command line of each kind of process; Flower's starters are left out."""
 CONNECTION = "exchange"
 PLAIN_APP = """
 import time
@@ -150,7 +153,10 @@ class Lab:
         self.clients, self.data, self.plain = clients, data, plain
         self.cgroup, self.options = cgroup, options
         self.processes = FlowerProcesses(
-            folder / "home", XDG_STATE_HOME=str(folder / "state"), OMP_WAIT_POLICY="passive"
+            folder / "home",
+            XDG_STATE_HOME=str(folder / "state"),
+            OMP_WAIT_POLICY="passive",
+            **({} if plain else LEAN),
         )
         self.peaks: dict[str, int] = {}
         self._stop = threading.Event()
@@ -222,7 +228,7 @@ class Lab:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(identifier)
             if process.environ().get("FLWR_HOME") == str(self.processes.home):
-                words = " ".join(process.cmdline())
+                words = " ".join([process.name(), *process.cmdline()])
                 return next((k for k, names in KINDS.items() if any(n in words for n in names)), "")
         return ""
 
@@ -245,7 +251,7 @@ def run_plain(folder: Path, clients: int, rounds: int) -> dict[str, Any]:
             raise ShortwaveError(f"plain Flower did not finish: {text[-2000:]}")
         stamps = [float(line) for line in times.read_text().split()]
     size = 4 * count_parameters(preset("base"))
-    seconds = (stamps[-1] - stamps[0]) / rounds
+    seconds = (stamps[-1] - stamps[1]) / (rounds - 1)
     return {"bytes": 2 * clients * size, "seconds": seconds, "peaks": lab.peaks}
 
 
@@ -268,17 +274,18 @@ def run_ours(folder: Path, clients: int, rounds: int, encoding: str) -> dict[str
             app,
             f"model='base' length='1s' batch=1 local-updates=1 rounds={rounds} "
             f"clients-per-round={clients} min-clients={clients} held-out=0.0 "
-            f"encoding='{encoding}' output='{run}' data='{data}'",
+            f"encoding='{encoding}' keep={rounds} output='{run}' data='{data}'",
         )
         path = run / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if len(rows) < rounds:
             raise ShortwaveError(f"{encoding} did not finish: {text[-2000:]}")
+    ends = [path.stat().st_mtime for _, path in checkpoint.numbered(run / "checkpoints")]
     if any(row["failures"] for row in rows):
         raise ShortwaveError(f"{encoding}: a client failed: {text[-2000:]}")
     return {
         "bytes": sum(row["bytes_sent"] + row["bytes_received"] for row in rows) / rounds,
-        "seconds": sum(row["round_seconds"] for row in rows) / rounds,
+        "seconds": (ends[-1] - ends[0]) / (rounds - 1),
         "peaks": lab.peaks,
     }
 
@@ -356,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accuracy-rounds", type=positive, default=20, help="of the simulation")
     parser.add_argument("--accuracy", action="store_true", help="the held-out loss alone")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        raise UsageError("--rounds: the first is not counted, so at least 2")
     console = Console(stderr=True)
     result: dict[str, Any] = {}
     if not options.accuracy:

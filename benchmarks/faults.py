@@ -345,6 +345,7 @@ class Lab:
         ]  # fmt: skip
         launch = ["-m", "fl_client"]
         if number in self.doubles:  # fl_client puts the folder of the interpreter first on PATH
+            words.append("--cold-start")  # which runs the `flwr-clientapp` that is there
             launch = ["-c", "import runpy, sys; sys.executable = sys.argv.pop(1); "
                       "runpy.run_module('fl_client', run_name='__main__')",
                       str(self.doubles[number] / "python")]  # fmt: skip
@@ -363,12 +364,13 @@ class Lab:
         return self._start("user", self.streams[-1], *words)
 
     def started_by(self, process: "subprocess.Popen[bytes] | None", name: str) -> list[Any]:
-        """Processes of this name below another."""
+        """Processes of this name below another; not the stand-in that waits for a ClientApp."""
         found = []
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(process.pid if process else 0).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if any(Path(word).name == name for word in child.cmdline()[:3]):
+                    words = [Path(word).name for word in child.cmdline()[:6]]
+                    if "warm_start.py" not in words and name in (child.name(), *words[:3]):
                         found.append(child)
         return found
 

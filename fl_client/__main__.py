@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fl_client import warm_start
-from fl_client.environment import be_quiet
+from fl_client.environment import be_lean, be_quiet
 from partitions import command
 from partitions.errors import UsageError
 from partitions.librispeech import list_audio
@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value:
             node += f" {name.replace('_', '-')}={value}"
     be_quiet()
+    be_lean()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
     here = str(Path(sys.executable).parent)
     os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
