@@ -152,6 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *security,
     ]
     print(f"SuperNode for {options.superlink}, device {options.device}: {node}", flush=True)
+    if "--insecure" in security and not options.insecure:
+        print(
+            "not encrypted, as the SuperLink is on this machine; for one elsewhere give "
+            "--root-certificates (`python -m fl_server certificates` makes them)",
+            flush=True,
+        )
     from flwr.supernode.cli import flower_supernode
 
     flower_supernode()

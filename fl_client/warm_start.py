@@ -102,7 +102,8 @@ def _wait(listener: socket.socket, alive: int) -> int:
     Raises:
         SystemExit: in the children, when their app has ended.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the SuperNode
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the SuperNode, with which it ends
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children go by themselves
     for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
         del sys.modules[name]  # the app brings its own
@@ -123,6 +124,7 @@ def _run_app(connection: socket.socket) -> None:
     """Be the ClientApp that was asked for, in this process, to its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
     try:
         streams = array.array("i", [0, 0])
