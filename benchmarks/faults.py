@@ -311,7 +311,7 @@ class Lab:
             **os.environ,
             **QUIET,
             "FLWR_HOME": str(home),
-            # One for all runs beside each other: plans and recut corpora, keyed by what they are of.
+            # One for all runs: plans and recut corpora, keyed by what they are of.
             "XDG_CACHE_HOME": str(self.folder.parent / "cache"),
             "XDG_STATE_HOME": str(self.folder / "state" / name),
             "TMPDIR": str(self.folder / "tmp"),
