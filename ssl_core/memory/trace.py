@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +35,7 @@ from ssl_core.memory.task_work import (
 from ssl_core.step import TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
+from ssl_core.wav2vec2.operators import BODIES, FLOPS
 
 PAGE = 4096
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -192,7 +192,7 @@ class LiveMemory(_Scalars):
             peak, parts = self.peak, self.peak_parts
             self.peak = entry
             with self:
-                result = body._init_fn(*args, **kwargs)
+                result = body(*args, **kwargs)
             self._inside[key] = self.peak - entry
             if peak >= self.peak:
                 self.peak, self.peak_parts = peak, parts
@@ -216,7 +216,7 @@ class LiveMemory(_Scalars):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation, and follow what it returns."""
-        body = OPDEFS.get(func._name) if func.namespace == "shortwave" else None
+        body = BODIES.get(func._name)
         if body is not None and func._name != "shortwave::keep_mask":
             result = self._run_inside(func, body, args, kwargs or {})
         else:
@@ -322,7 +322,7 @@ def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:
     """
     config = dataclasses.replace(config, layerdrop=0.0)
     plan = dataclasses.replace(plan, device="cpu")
-    counter = FlopCounterMode(display=False, custom_mapping=_OPERATIONS)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS | _OPERATIONS)
     with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
         if isinstance(work, TaskWork):
             task_step = make_step(make_model(config, work), work, plan)

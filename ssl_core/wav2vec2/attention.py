@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssl_core.wav2vec2.dropout import keep_mask
+from ssl_core.wav2vec2.operators import operator
 
 BLOCK = 2**21
 """Elements of the matrices of frames by frames that are made at a time."""
@@ -54,7 +54,7 @@ def _probabilities(query: Tensor, key: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(2, 3), dim=-1)
 
 
-@torch.library.custom_op("shortwave::attention", mutates_args=())
+@operator("attention")
 def dropping_attention(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -94,7 +94,7 @@ def dropping_attention(
     return out, all_weights, all_masks
 
 
-@torch.library.custom_op("shortwave::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _dropping_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
@@ -124,7 +124,7 @@ def _dropping_attention_backward(
     return grads
 
 
-@dropping_attention.register_fake
+@dropping_attention.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -135,7 +135,7 @@ def _(
     )  # fmt: skip
 
 
-@_dropping_attention_backward.register_fake
+@_dropping_attention_backward.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
@@ -148,12 +148,12 @@ def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
     return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
 
 
-@register_flop_formula(torch.ops.shortwave.attention)
+@dropping_attention.flops
 def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
     return 4 * query[2] * _pairs(query, key, others[-1])
 
 
-@register_flop_formula(torch.ops.shortwave.attention_backward)
+@_dropping_attention_backward.flops
 def _(
     query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -174,7 +174,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None, None, None
 
 
-dropping_attention.register_autograd(_gradient, setup_context=_keep)
+dropping_attention.gradient(_gradient, _keep)
 
 
 def attention(

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.features import frame_mask
 from ssl_core.wav2vec2.precision import compute_dtype
+from ssl_core.wav2vec2.recompute import recomputed
 
 
 class FeatureProjection(nn.Module):
@@ -230,15 +230,7 @@ class Encoder(nn.Module):
             wanted = frames if index == running[-1] else None
             own = None if seeds is None else seeds + index + 1
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    self.layers[index],
-                    x,
-                    wanted,
-                    own,
-                    lengths,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                x = recomputed(self.layers[index], x, wanted, own, lengths)
             else:
                 x = self.layers[index](x, wanted, own, lengths)
         if frames is not None and not running:

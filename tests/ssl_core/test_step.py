@@ -16,6 +16,7 @@ from ssl_core.step import TrainingStep, Weights, combine
 from ssl_core.step_settings import StepSettings
 from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
+from ssl_core.wav2vec2.operators import FLOPS
 
 TINY = preset("tiny")
 WEIGHTS = Weights(diversity=0.3, penalty=10.0, temperature=1.5)
@@ -333,7 +334,7 @@ def flops(name: str) -> int:
     """Floating point operations of a forward pass and its gradient, 5 s x 4."""
     config = preset(name)
     draws = draw(config, 4, 80_000, np.random.default_rng(0))
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = PretrainingModel(config)
         assert draws.noise is not None
