@@ -52,9 +52,9 @@ CASES = (
         "asr",
         "by-heart",
         ("--test", "test-other", "--score-train", "yes"),
-        "lstm-units=256 head-rate=1e-3 dropout=0 anneal=1 backbone-anneal=1",
-        60,
-        30,
+        "lstm-units=256 head-rate=2e-3 dropout=0 anneal=1 backbone-anneal=1 batch=4",
+        50,
+        40,
         "wer",
     ),
 )
