@@ -56,8 +56,9 @@ TASK_METRICS = (
     "updates",
     "applied",
     "loss",  # mean over the clips trained on
-    "test_clips",  # of the client's own that it does not train on
-    "test_before",  # score on them of the model as received, with the client's personal part
+    "test_clips",  # of the client's own that it does not train on, as far as they can be used
+    "test_before",  # score on them of the model as received, with the client's personal part; 0
+    # without any
     "test_after",  # score on them after training
     "train_seconds",
     "paused_seconds",

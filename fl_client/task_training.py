@@ -29,7 +29,7 @@ from partitions.units import SAMPLE_RATE
 from ssl_core.downstream.loading import ClipLoader
 from ssl_core.downstream.model import TaskModel, load_upstream
 from ssl_core.downstream.rates import Rates
-from ssl_core.downstream.scoring import score_clips
+from ssl_core.downstream.scoring import NoUsableClips, score_clips
 from ssl_core.downstream.sharing import Parts, divide
 from ssl_core.downstream.task_step import TaskReport, TaskStep
 from ssl_core.memory.allocator import is_out_of_memory
@@ -163,7 +163,7 @@ def train_task_round(
         "updates": len(trainer.reports),
         "applied": len(reports),
         "loss": float(np.mean([report.loss for report in reports])) if reports else 0.0,
-        "test_clips": len(share.test),
+        "test_clips": trainer.scored,
         "test_before": before,
         "test_after": after,
         "train_seconds": time.monotonic() - started,
@@ -196,6 +196,8 @@ class _Trainer:
         self.own, self.ladder, self.share, self.settings = own, ladder, share, settings
         self.limits, self.number = limits, number
         self.reports: list[TaskReport] = []
+        self.scored = 0
+        """Test clips that could be used."""
         self.paused: list[float] = []
         # The last evaluation comes after the last round; the schedule ends with that.
         self.rates = Rates(own.model.recipe).at(min(number, settings.rounds - 1))
@@ -222,9 +224,14 @@ class _Trainer:
             return before, self.score() if self.reports else before
 
     def score(self) -> float:
-        """Of the model as it is on the client's own test clips."""
+        """Of the model as it is on the client's own test clips; 0 when none can be used."""
         recipe = self.own.model.recipe
-        return score_clips(self.loader, self.share.test, recipe.batch).score(recipe.metric)
+        try:
+            found = score_clips(self.loader, self.share.test, recipe.batch)
+        except NoUsableClips:
+            return 0.0
+        self.scored = len(found.clips)
+        return found.score(recipe.metric)
 
     def train(self, names: Collection[str], updates: int) -> None:
         """Take updates of some of the parameters, passing through the clips in a seeded order.

@@ -236,25 +236,32 @@ class FineTuning:
         return {}
 
     def row(self, result: RoundResult) -> dict[str, Any]:
-        """See `Job`; scores are means over clients, each counting once."""
+        """See `Job`; scores are means over clients that have one, each counting once."""
         metrics = dict(result.metrics)
+        scored = [client for client in result.clients if client["test_clips"]]
         for name in ("test_before", "test_after"):
-            values = torch.tensor([client[name] for client in result.clients])
+            values = torch.tensor([client[name] for client in scored] or [0.0])
             metrics[name], metrics[f"{name}_deviation"] = (
                 float(values.mean()),
                 float(values.std(correction=0)),
             )
         done = (result.number + 1) * self.settings.local_updates
-        return {"updates_done": done, **metrics, "clients": _clients(result)}
+        lost = len(result.clients) - len(scored)
+        return {
+            "updates_done": done, **metrics, "clients_not_scored": lost,
+            "clients": _clients(result),
+        }  # fmt: skip
 
     def line(self, row: Mapping[str, Any]) -> str:
         """See `Job`."""
         metric = self.own.model.recipe.metric
         name = "accuracy" if metric == "eer" else metric
+        lost = row["clients_not_scored"]
         return (
             f"loss {row['loss']:.3f}  | clients' own clips: {name} "
             f"{100 * row['test_before']:.1f} % before training, {100 * row['test_after']:.1f} % "
             f"after (spread {100 * row['test_after_deviation']:.1f})"
+            + (f", {lost} clients without a usable test clip" if lost else "")
         )
 
     def warning(self, result: RoundResult) -> str | None:

@@ -29,11 +29,13 @@ def write_personal_report(
         folder: the run directory.
         settings: of the run.
         metric: of the task.
-        found: metrics of the clients' last evaluation, by key.
+        found: metrics of the clients' last evaluation, by key; those without a usable test clip
+            have no score, and are counted apart.
         failures: a line for each client that has none.
     """
     name = "accuracy" if metric == "eer" else metric
-    keys = sorted(found)
+    keys = sorted(key for key in found if found[key]["test_clips"])
+    unscored = sorted(found.keys() - keys)
     scores = np.array([found[key]["test_after"] for key in keys])
     result = {
         "task": settings.task,
@@ -48,10 +50,12 @@ def write_personal_report(
             str(key): {"score": found[key]["test_after"], "clips": int(found[key]["test_clips"])}
             for key in keys
         },
+        "not_scored": unscored,
         "failures": list(failures),
     }
     write_text(folder / REPORT, json.dumps(result, indent=2) + "\n")
     lines = [f"  {failure}" for failure in failures]
+    lines += [f"  client {key}: none of its test clips can be used, not scored" for key in unscored]
     if not keys:
         return [*lines, "no client could be evaluated"]
     shown = min(len(keys), _NAMED)

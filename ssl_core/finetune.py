@@ -14,7 +14,7 @@ from rich.console import Console
 
 from partitions import command
 from partitions.errors import DataError, Interrupted, UsageError
-from partitions.settings import add_options, from_mapping, from_texts, read_yaml
+from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
 from partitions.units import format_seconds
 from ssl_core.downstream import results
 from ssl_core.downstream.clips import TaskData
@@ -22,7 +22,7 @@ from ssl_core.downstream.decoding import Decoder, beam_search, greedy
 from ssl_core.downstream.export import export
 from ssl_core.downstream.loading import ClipLoader, check
 from ssl_core.downstream.model import LOGMEL, TaskModel, load_upstream
-from ssl_core.downstream.recipe import TaskRecipe
+from ssl_core.downstream.recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.scoring import Scored, score_clips, verify
 from ssl_core.downstream.settings import TaskSettings
 from ssl_core.downstream.task_step import TaskStep
@@ -56,6 +56,14 @@ class FinetuneSettings(TaskSettings):
     """Run directory; empty makes one under `runs/`."""
     resume: str = ""
     """Run directory to go on with (its own settings are used)."""
+
+    def as_config(self) -> str:
+        """A run's `config.yaml`; what `recipe` says is in its `set`, as the file may change."""
+        if not self.recipe:
+            return super().as_config()
+        listed = dataclasses.asdict(recipe_of(self.task, Path(self.recipe))).items()
+        words = [f"{name.replace('_', '-')}={value}" for name, value in listed]
+        return to_yaml(dataclasses.replace(self, recipe="", set=" ".join([*words, self.set])))
 
     def validate(self) -> None:
         """Check values and that they fit together.

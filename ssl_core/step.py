@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ssl_core import randomness, schedule
 from ssl_core.memory.plan import Plan
@@ -27,6 +26,7 @@ from ssl_core.wav2vec2.config import Recipe
 from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
 from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
+from ssl_core.wav2vec2.recompute import recomputed
 
 Waveforms = npt.NDArray[np.float32]
 
@@ -133,9 +133,7 @@ class TrainingStep(PlannedStep):
 
     def _features(self, waveforms: Tensor, recompute: bool) -> Tensor:
         if recompute:
-            features = checkpoint(
-                self.model.features, waveforms, use_reentrant=False, preserve_rng_state=False
-            )
+            features = recomputed(self.model.features, waveforms)
         else:
             features = self.model.features(waveforms)
         scaled: Tensor = _ScaleGradient.apply(features, self.recipe.feature_grad_scale)

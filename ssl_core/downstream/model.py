@@ -116,9 +116,21 @@ def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
     config = hf.load_config(path)
     with torch.device("meta"):
         backbone = Backbone(config)
-    backbone.to_empty(device="cpu")
+    _allocate(backbone)
     load_backbone(backbone, hf.load_weights(path), checkpoint)
     return Upstream(backbone, checkpoint, _normalises(path))
+
+
+def _allocate(module: nn.Module) -> None:
+    """Give parameters on the meta device memory of their own, whatever is in it.
+
+    As `to_empty` does, but that imports sympy for it.
+    """
+    for own in module.modules():
+        for name, parameter in own.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(own, name, nn.Parameter(memory))
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> None:

@@ -15,6 +15,10 @@ from ssl_core.downstream.model import Stage
 from ssl_core.wav2vec2.precision import autocast
 
 
+class NoUsableClips(DataError):
+    """There is nothing to run a model on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """What a model made of some clips."""
@@ -48,7 +52,7 @@ def score_clips(
         decode: how logits become text; None is greedily.
 
     Raises:
-        DataError: none of the clips can be used.
+        NoUsableClips: none of the clips can be used.
     """
     step = loader.step
     model, recipe = step.model, step.model.recipe
@@ -84,7 +88,7 @@ def score_clips(
     finally:
         model.train()
     if not used:
-        raise DataError(f"none of the clips can be used, such as: {loader.examples[0]}")
+        raise NoUsableClips(f"none of the clips can be used, such as: {loader.examples[0]}")
     expected = tuple(clip.text if recipe.transcribes else clip.label for clip in used)
     return Scored(
         tuple(used),

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
@@ -24,6 +23,7 @@ from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.planned_step import AppliedInBackward, PlannedStep
 from ssl_core.wav2vec2.precision import at_least_fp32, autocast
+from ssl_core.wav2vec2.recompute import recomputed
 
 HEAD, BACKBONE = "head", "backbone"
 """Groups of parameters with a rate each."""
@@ -216,8 +216,6 @@ class TaskStep(PlannedStep):
             with torch.no_grad():
                 return self.model.extract(x, samples)
         if self.plan.recompute_features:
-            extracted: Tensor = checkpoint(
-                self.model.extract, x, samples, use_reentrant=False, preserve_rng_state=False
-            )
+            extracted: Tensor = recomputed(self.model.extract, x, samples)
             return extracted
         return self.model.extract(x, samples)

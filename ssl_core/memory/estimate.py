@@ -18,16 +18,16 @@ from ssl_core.memory.trace import trace
 from ssl_core.wav2vec2.config import ModelConfig
 
 MIB = 2**20
-RUNTIME = 545 * MIB
+RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
-LIBRARIES = {"fp32": 142 * MIB, "bf16": 194 * MIB, "fp16": 194 * MIB}
+LIBRARIES = {"fp32": 90 * MIB, "bf16": 142 * MIB, "fp16": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
-graph, small gaps: 107 to 120 MiB (fp32) and 160 to 172 MiB (bf16) were measured for `tiny`, up to
-150 and 184 where freed memory is kept, of which `allocator.spare` is the larger part."""
-FORWARD = {"fp32": 105 * MIB, "bf16": 157 * MIB, "fp16": 157 * MIB}
+graph, small gaps: 64 MiB (fp32) were measured for `tiny`, 11 to 67 above `allocator.spare` for
+`base` with its packed weights; 52 more in bf16."""
+FORWARD = {"fp32": 70 * MIB, "bf16": 122 * MIB, "fp16": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
-backbone: 90 to 95 MiB (fp32) were measured for `tiny`, 37 to 87 above `allocator.spare` for `base`;
-16 bits as much more as in `LIBRARIES`."""
+backbone: 10 to 23 MiB above `allocator.spare` were measured for `base`, up to 50 in other such
+cells; 16 bits as much more as in `LIBRARIES`."""
 PACKED = 0.18
 """Packed copies of weights, as a share of all parameters: 10 to 45 MiB measured for `base`."""
 SPLIT = 0.03

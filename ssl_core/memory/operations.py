@@ -4,14 +4,12 @@ Apart from the step, which runs without it: torch's counter brings a compiler al
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.memory.plan import Plan
 from ssl_core.memory.task_work import TaskWork, Work, make_batch, make_model, make_step, rates
@@ -19,54 +17,7 @@ from ssl_core.memory.trace import Scalars
 from ssl_core.step import TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
-
-
-def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
-    """Pairs of frames, summed over crops."""
-    return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
-
-
-@register_flop_formula(torch.ops.shortwave.attention)
-def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
-    return 4 * query[2] * _pairs(query, key, others[-1])
-
-
-@register_flop_formula(torch.ops.shortwave.attention_backward)
-def _(
-    query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return (8 if weights[0] else 10) * query[2] * _pairs(query, key, others[-1])
-
-
-def _convolution_flops(outputs: tuple[int, ...], weight: tuple[int, ...], times: int) -> int:
-    return 2 * times * outputs[0] * outputs[1] * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.shortwave.activated_convolution)
-def _(x: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return _convolution_flops((x[0], x[1] // stride), weight, 1)
-
-
-@register_flop_formula(torch.ops.shortwave.activated_convolution_backward)
-def _(
-    x: Any, weight: Any, grad: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return _convolution_flops(grad, weight, 2)
-
-
-@register_flop_formula(torch.ops.shortwave.first_convolutions)
-def _(
-    windows: Any, kernels: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    first = 2 * windows[1] * math.prod(kernels)
-    return first + _convolution_flops((windows[0], windows[1] // stride), weight, 1)
-
-
-@register_flop_formula(torch.ops.shortwave.first_convolutions_backward)
-def _(
-    windows: Any, kernels: Any, weight: Any, grad: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return 4 * windows[1] * math.prod(kernels) + _convolution_flops(grad, weight, 2)
+from ssl_core.wav2vec2.operators import FLOPS
 
 
 def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> int:
@@ -83,7 +34,7 @@ _OPERATIONS = {
 
 def counter() -> FlopCounterMode:
     """Torch's counter, which knows the project's own operations as well."""
-    return FlopCounterMode(display=False, custom_mapping=_OPERATIONS)
+    return FlopCounterMode(display=False, custom_mapping=FLOPS | _OPERATIONS)
 
 
 def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +34,7 @@ from ssl_core.memory.task_work import (
 from ssl_core.step import TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
+from ssl_core.wav2vec2.operators import BODIES
 
 PAGE = 4096
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
@@ -191,7 +191,7 @@ class LiveMemory(Scalars):
             peak, parts = self.peak, self.peak_parts
             self.peak = entry
             with self:
-                result = body._init_fn(*args, **kwargs)
+                result = body(*args, **kwargs)
             self._inside[key] = self.peak - entry
             if peak >= self.peak:
                 self.peak, self.peak_parts = peak, parts
@@ -215,7 +215,7 @@ class LiveMemory(Scalars):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation, and follow what it returns."""
-        body = OPDEFS.get(func._name) if func.namespace == "shortwave" else None
+        body = BODIES.get(func._name)
         if body is not None and func._name != "shortwave::keep_mask":
             result = self._run_inside(func, body, args, kwargs or {})
         else:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_core.wav2vec2.dropout import keep_mask
+from ssl_core.wav2vec2.operators import operator
 
 BLOCK = 2**21
 """Elements of the matrices of frames by frames that are made at a time."""
@@ -53,7 +54,7 @@ def _probabilities(query: Tensor, key: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(2, 3), dim=-1)
 
 
-@torch.library.custom_op("shortwave::attention", mutates_args=())
+@operator("attention")
 def dropping_attention(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -93,7 +94,7 @@ def dropping_attention(
     return out, all_weights, all_masks
 
 
-@torch.library.custom_op("shortwave::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _dropping_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
@@ -123,7 +124,7 @@ def _dropping_attention_backward(
     return grads
 
 
-@dropping_attention.register_fake
+@dropping_attention.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -134,12 +135,29 @@ def _(
     )  # fmt: skip
 
 
-@_dropping_attention_backward.register_fake
+@_dropping_attention_backward.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
+    """Pairs of frames, summed over crops."""
+    return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
+
+
+@dropping_attention.flops
+def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
+    return 4 * query[2] * _pairs(query, key, others[-1])
+
+
+@_dropping_attention_backward.flops
+def _(
+    query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return (8 if weights[0] else 10) * query[2] * _pairs(query, key, others[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -156,7 +174,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None, None, None
 
 
-dropping_attention.register_autograd(_gradient, setup_context=_keep)
+dropping_attention.gradient(_gradient, _keep)
 
 
 def attention(

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
+from ssl_core.wav2vec2 import positions
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.features import frame_mask
 from ssl_core.wav2vec2.precision import compute_dtype
+from ssl_core.wav2vec2.recompute import recomputed
 
 
 class FeatureProjection(nn.Module):
@@ -37,28 +38,34 @@ class PositionalConvolution(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         taps = config.num_conv_pos_embeddings
-        conv = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            taps,
-            padding=taps // 2,
-            groups=config.num_conv_pos_embedding_groups,
-        )
-        self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
+        # On the meta device, torch would import its compiler to take the norm.
+        with torch.device("cpu"):
+            conv = nn.Conv1d(
+                config.hidden_size,
+                config.hidden_size,
+                taps,
+                padding=taps // 2,
+                groups=config.num_conv_pos_embedding_groups,
+            )
+            self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
         frames, taps = x.shape[1], self.conv.kernel_size[0]
+        exact = compute_dtype(x) in (torch.float32, torch.float64)
+        if x.device.type == "cpu" and exact and len(x) * frames >= positions.LEAST:
+            assert self.conv.bias is not None
+            return F.gelu(positions.correlate(x, self.conv.weight) + self.conv.bias)
         # Taps that are farther from the middle than any two frames meet nothing but padding.
         first, last = max(0, taps // 2 - frames + 1), min(taps, taps // 2 + frames)
-        positions = F.conv1d(
+        convolved = F.conv1d(
             x.transpose(1, 2),
             self.conv.weight[:, :, first:last],
             self.conv.bias,
             padding=taps // 2 - first,
             groups=self.conv.groups,
         )
-        return F.gelu(positions[:, :, :frames]).transpose(1, 2)
+        return F.gelu(convolved[:, :, :frames]).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -230,15 +237,7 @@ class Encoder(nn.Module):
             wanted = frames if index == running[-1] else None
             own = None if seeds is None else seeds + index + 1
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    self.layers[index],
-                    x,
-                    wanted,
-                    own,
-                    lengths,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                x = recomputed(self.layers[index], x, wanted, own, lengths)
             else:
                 x = self.layers[index](x, wanted, own, lengths)
         if frames is not None and not running:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_core.wav2vec2.operators import operator
 
-@torch.library.custom_op("shortwave::keep_mask", mutates_args=())
+
+@operator("keep_mask")
 def keep_mask(
     seeds: Tensor, site: int, shape: Sequence[int], rate: float, device: torch.device
 ) -> Tensor:
@@ -48,19 +50,19 @@ def keep_mask(
     return mask
 
 
-@keep_mask.register_fake
+@keep_mask.shapes
 def _(seeds: Tensor, site: int, shape: Sequence[int], rate: float, device: torch.device) -> Tensor:
     return torch.empty((len(seeds), *shape), dtype=torch.uint8, device=device)
 
 
-@torch.library.custom_op("shortwave::drop", mutates_args=())
+@operator("drop")
 def drop(x: Tensor, seeds: Tensor, site: int, rate: float) -> Tensor:
     """Dropout of `[batch, ...]`; see `keep_mask`."""
     mask = keep_mask(seeds, site, x.shape[1:], rate, x.device)
     return torch.mul(x, mask).mul_(1 / (1 - rate))
 
 
-@drop.register_fake
+@drop.shapes
 def _(x: Tensor, seeds: Tensor, site: int, rate: float) -> Tensor:
     return torch.empty_like(x)
 
@@ -74,7 +76,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return drop(grad, *ctx.saved_tensors, ctx.site, ctx.rate), None, None, None
 
 
-drop.register_autograd(_gradient, setup_context=_keep_seeds)
+drop.gradient(_gradient, _keep_seeds)
 
 
 class Dropout(nn.Module):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.operators import operator
 from ssl_core.wav2vec2.precision import compute_dtype
 
 BLOCK = 2048
@@ -95,7 +96,7 @@ class _Products:
         return taps.transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("shortwave::activated_convolution", mutates_args=())
+@operator("activated_convolution")
 def activated_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Convolve the GELU of `x` over time, without padding; keeps `x`, nothing else.
 
@@ -116,7 +117,7 @@ def activated_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("shortwave::activated_convolution_backward", mutates_args=())
+@operator("activated_convolution_backward")
 def _activated_convolution_backward(
     x: Tensor, weight: Tensor, grad: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ def _activated_convolution_backward(
     return grad_x, products.weight_gradient()
 
 
-@torch.library.custom_op("shortwave::first_convolutions", mutates_args=())
+@operator("first_convolutions")
 def first_convolutions(windows: Tensor, kernels: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The second convolution of the GELU of the first, which is never kept.
 
@@ -156,7 +157,7 @@ def first_convolutions(windows: Tensor, kernels: Tensor, weight: Tensor, stride:
     return out
 
 
-@torch.library.custom_op("shortwave::first_convolutions_backward", mutates_args=())
+@operator("first_convolutions_backward")
 def _first_convolutions_backward(
     windows: Tensor, kernels: Tensor, weight: Tensor, grad: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
@@ -174,8 +175,8 @@ def _first_convolutions_backward(
     return grad_kernels, products.weight_gradient()
 
 
-@activated_convolution.register_fake
-@first_convolutions.register_fake
+@activated_convolution.shapes
+@first_convolutions.shapes
 def _(x: Tensor, *parts: Tensor | int) -> Tensor:
     weight, stride = parts[-2], parts[-1]
     assert isinstance(weight, Tensor)
@@ -183,16 +184,47 @@ def _(x: Tensor, *parts: Tensor | int) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] // stride, len(weight))
 
 
-@_activated_convolution_backward.register_fake
+@_activated_convolution_backward.shapes
 def _(x: Tensor, weight: Tensor, grad: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-@_first_convolutions_backward.register_fake
+@_first_convolutions_backward.shapes
 def _(
     windows: Tensor, kernels: Tensor, weight: Tensor, grad: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(kernels), torch.empty_like(weight)
+
+
+def _convolution_flops(outputs: tuple[int, ...], weight: tuple[int, ...], times: int) -> int:
+    return 2 * times * outputs[0] * outputs[1] * math.prod(weight)
+
+
+@activated_convolution.flops
+def _(x: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _convolution_flops((x[0], x[1] // stride), weight, 1)
+
+
+@_activated_convolution_backward.flops
+def _(
+    x: Any, weight: Any, grad: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return _convolution_flops(grad, weight, 2)
+
+
+@first_convolutions.flops
+def _(
+    windows: Any, kernels: Any, weight: Any, stride: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    first = 2 * windows[1] * math.prod(kernels)
+    return first + _convolution_flops((windows[0], windows[1] // stride), weight, 1)
+
+
+@_first_convolutions_backward.flops
+def _(
+    windows: Any, kernels: Any, weight: Any, grad: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 4 * windows[1] * math.prod(kernels) + _convolution_flops(grad, weight, 2)
 
 
 def _keep_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -210,8 +242,8 @@ def _first_gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]
     return None, *_first_convolutions_backward(windows, kernels, weight, grad, ctx.stride), None
 
 
-activated_convolution.register_autograd(_convolution_gradient, setup_context=_keep_convolution)
-first_convolutions.register_autograd(_first_gradient, setup_context=_keep_convolution)
+activated_convolution.gradient(_convolution_gradient, _keep_convolution)
+first_convolutions.gradient(_first_gradient, _keep_convolution)
 
 
 def frame_mask(lengths: Sequence[int], x: Tensor) -> Tensor:

@@ -198,6 +198,24 @@ def test_metrics_are_those_agreed_and_say_what_was_done(lab: Lab) -> None:
     assert not any(metrics[name] for name in metrics if name.startswith("skipped_"))
 
 
+def test_a_client_whose_test_clips_are_broken_trains_and_is_not_scored(
+    lab: Lab, tmp_path: Path
+) -> None:
+    settings = lab.settings()
+    share = lab.share(settings)
+    broken = dataclasses.replace(
+        share.test[0], piece=dataclasses.replace(share.test[0].piece, path="gone.wav")
+    )
+    whole = lab.round(settings)
+    result = lab.round(settings, share=share._replace(test=(broken,)))
+    assert same(result, whole)
+    metrics = result.metrics
+    assert [metrics[name] for name in ("test_clips", "test_before", "test_after")] == [0, 0, 0]
+    assert sum(metrics[name] for name in metrics if name.startswith("skipped_")) == 1
+    some = lab.round(settings, share=share._replace(test=(broken, *share.test[1:])))
+    assert some.metrics["test_clips"] == len(share.test) - 1
+
+
 def test_a_personal_head_is_kept_and_taken_up_in_the_next_round(lab: Lab) -> None:
     settings = lab.settings()
     lab.round(settings, 0)

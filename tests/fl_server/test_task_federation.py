@@ -433,6 +433,11 @@ def test_scores_of_a_round_are_means_over_clients_each_counting_once(lab: Lab) -
         "after (spread 25.0)  | 1 s, sent 1 KiB, received 2 KiB, "
         f"{skipped} clips skipped, 1 of 3 clients failed"
     )
+    assert row["clients_not_scored"] == 0
+    clients.append({**values, "key": 2, "test_clips": 0.0, "test_before": 0.0, "test_after": 0.0})
+    row = job.row(RoundResult(4, metrics, tuple(clients), ()))
+    assert (row["test_after"], row["clients_not_scored"]) == (0.75, 1)
+    assert "(spread 25.0), 1 clients without a usable test clip" in job.line(row)
 
 
 def test_a_report_says_what_each_client_got(tmp_path: Path) -> None:
@@ -441,10 +446,12 @@ def test_a_report_says_what_each_client_got(tmp_path: Path) -> None:
         10: {"test_after": 1.0, "test_clips": 2.0},
         2: {"test_after": 0.5, "test_clips": 6.0},
         7: {"test_after": 0.0, "test_clips": 1.0},
+        8: {"test_after": 0.0, "test_clips": 0.0},
     }
     lines = write_personal_report(tmp_path, settings, "eer", found, ("client 3: gone",))
     assert lines == [
         "  client 3: gone",
+        "  client 8: none of its test clips can be used, not scored",
         "local, 3 clients on their own clips: accuracy 50.00 % (spread 40.82, from 0.0 to 100.0)",
     ]
     report = report_of(tmp_path)
@@ -454,7 +461,7 @@ def test_a_report_says_what_each_client_got(tmp_path: Path) -> None:
         "7": {"score": 0.0, "clips": 1},
         "10": {"score": 1.0, "clips": 2},
     }
-    assert (report["mean"], report["test_clips"]) == (0.5, 9)
+    assert (report["mean"], report["test_clips"], report["not_scored"]) == (0.5, 9, [8])
 
 
 def test_a_report_of_thousands_of_clients_has_a_figure(tmp_path: Path) -> None:

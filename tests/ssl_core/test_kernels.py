@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2 import attention as attention_module
+from ssl_core.wav2vec2 import positions as positions_module
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.context import FeedForward, PositionalConvolution
@@ -114,15 +115,28 @@ def test_dropout_follows_the_crop_and_its_gradient_the_same_mask() -> None:
 
 
 @pytest.mark.parametrize("taps", [7, 8])
-@pytest.mark.parametrize("frames", [1, 3, 4, 5, 20])
-def test_positions_of_few_frames_leave_out_only_padding(taps: int, frames: int) -> None:
+@pytest.mark.parametrize("least", [0, 10**6], ids=["transformed", "convolved"])
+@pytest.mark.parametrize("frames", [1, 3, 4, 5, 20, 61])
+def test_positions_and_their_gradient_are_those_of_a_plain_convolution(
+    taps: int, frames: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions_module, "LEAST", least)
+    torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=12, num_conv_pos_embeddings=taps, num_conv_pos_embedding_groups=3
     )
     positions = PositionalConvolution(config).double()
-    x = torch.randn(2, frames, 12, dtype=torch.float64)
+    x = torch.randn(2, frames, 12, dtype=torch.float64, requires_grad=True)
     expected = F.gelu(positions.conv(x.transpose(1, 2))[:, :, :frames]).transpose(1, 2)
-    torch.testing.assert_close(positions(x), expected)
+    found = positions(x)
+    torch.testing.assert_close(found, expected)
+    wanted, slope = [x, *positions.parameters()], torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, wanted, slope),
+        torch.autograd.grad(expected, wanted, slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11 * float(other.abs().max()))
 
 
 def test_the_feed_forward_keeps_less_and_gives_the_same() -> None:

@@ -130,7 +130,7 @@ def test_the_fastest_plan_of_a_task_that_fits_is_chosen() -> None:
     task, plan = work(share="backbone"), Plan(length=1.0, batch=8)
     rungs = [rung for _, rung in ladder(plan, task)]
     sizes = [estimate(TINY, task, rung).total for rung in rungs]
-    option = fitting(TINY, task, plan, sizes[3] + 1, 545 * MIB)
+    option = fitting(TINY, task, plan, sizes[3] + 1, 505 * MIB)
     assert option.plan == rungs[3]
     assert option.estimate.total == sizes[3]
     assert describe(option.plan, "clips").startswith("2 of 8 clips at a time")
@@ -140,7 +140,7 @@ def test_the_fastest_plan_of_a_task_that_fits_is_chosen() -> None:
     decision = choose(TINY, task, plan, least - MIB)
     assert decision.chosen is None
     with pytest.raises(UsageError, match=r"8 clips of 1s: nothing fits: .* 1 MiB more .* clips"):
-        fitting(TINY, task, plan, least - MIB, 545 * MIB)
+        fitting(TINY, task, plan, least - MIB, 505 * MIB)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Fine-tuning from the command line: results, resume to the same bytes, errors, the cache."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ from ssl_core.downstream.metrics import (
 )
 from ssl_core.downstream.recipe import FOLDER, TaskRecipe, recipe_of, tasks
 from ssl_core.downstream.settings import TaskSettings, change_recipe
-from ssl_core.finetune import main
+from ssl_core.finetune import main, parse
 from ssl_core.tensor_file import write_tensors
 
 OPTIONS = ["--threads", "1", "--epochs", "2"]
@@ -338,6 +339,22 @@ def test_a_run_is_resumed_with_its_own_settings(
     with pytest.raises(UsageError, match="is not empty: choose another, or go on with --resume"):
         main([*arguments, "--output", run])
     assert main(["--resume", run, "--cache", "1MiB", "--keep", "1", "--epochs", "2"]) == 0
+
+
+def test_a_run_goes_on_by_its_recipe_whatever_becomes_of_the_file(
+    words: Path, tmp_path: Path
+) -> None:
+    file, run = tmp_path / "own.yaml", tmp_path / "run"
+    text = (FOLDER / "kws35.yaml").read_text()
+    file.write_text(text.replace("epochs: 100", "epochs: 2") + "epsilon: 1.0e-7\n")
+    arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", "logmel"]
+    settings = ["--recipe", str(file), "--set", "head-rate=2e-3", "--threads", "1"]
+    assert main([*arguments, *settings, "--output", str(run)]) == 0
+    file.unlink()
+    kept = parse(["--resume", str(run)]).task_recipe()
+    assert (kept.epochs, kept.epsilon, kept.head_rate) == (2, 1e-7, 2e-3)
+    assert dataclasses.replace(kept, epochs=100, epsilon=1e-8, head_rate=1e-3) == recipe_of("kws35")
+    assert main(["--resume", str(run)]) == 0
 
 
 def test_settings_in_a_file(words: Path, tmp_path: Path) -> None:

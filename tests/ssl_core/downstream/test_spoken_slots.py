@@ -12,18 +12,16 @@ from ssl_core.downstream.tasks import slots
 from ssl_core.finetune import main
 
 pytest.importorskip("espeakng_loader", reason="espeak-ng is an optional extra")
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "timers-and-such"
-    script = HERE / "spoken_commands.py"
     # espeak-ng keeps its state for as long as a process lives.
     subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        check=True, env={"PYTHONPATH": str(HERE.parents[2]), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks.spoken_commands", str(folder)], check=True, cwd=ROOT
+    )
     return folder
 
 

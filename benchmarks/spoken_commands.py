@@ -1,4 +1,7 @@
-"""A small tree in Timers and Such's layout, spoken by the demo voices: `python FILE FOLDER`."""
+"""A small tree in Timers and Such's layout, spoken by the demo voices.
+
+`python -m benchmarks.spoken_commands FOLDER [TIMES]` makes it, with so many times as many voices.
+"""
 
 import csv
 import sys
@@ -35,11 +38,12 @@ def command_of(random: Random) -> tuple[str, dict[str, object]]:
     return text, {"intent": "SimpleMath", "slots": slots}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, times: int = 1) -> None:
     """Speak all commands and write the tables."""
-    voices = iter(voices_of(sum(PARTS.values())))
+    parts = {part: times * count for part, count in PARTS.items()}
+    voices = iter(voices_of(sum(parts.values())))
     with Espeak() as espeak:
-        for part, count in PARTS.items():
+        for part, count in parts.items():
             (folder / part).mkdir(parents=True)
             with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as stream:
                 table = csv.writer(stream)
@@ -58,4 +62,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
