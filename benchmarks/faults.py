@@ -876,6 +876,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is hit")
     parser.add_argument("--deadline", type=float, default=40.0, help="seconds a round may take")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=3.0,
+        help="the run's: a round ends once the others have waited so many times as long as they took",
+    )
     parser.add_argument("--limit", type=float, default=180.0, help="seconds a run may take")
     parser.add_argument("--keep", type=Path, help="folder to keep logs and run directories in")
     options = parser.parse_args(arguments)
@@ -900,8 +906,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 encoding = "int8"  # fp32 keeps nothing on the devices
             place = folder / f"{number:03d}-{fault}"
             trial = Trial(
-                fault, place, data, rng, encoding, deadline=options.deadline, limit=options.limit
-            )
+                fault, place, data, rng, encoding, deadline=options.deadline,
+                patience=options.patience, limit=options.limit,
+            )  # fmt: skip
             outcome = trial.run()
             outcomes.append(outcome)
             console.print(_line(outcome), highlight=False, markup=False, soft_wrap=True)
