@@ -880,7 +880,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--patience",
         type=float,
         default=3.0,
-        help="the run's: a round ends once the others have waited so many times as long as they took",
+        help="of the run: a round ends once the others have waited so many times as long",
     )
     parser.add_argument("--limit", type=float, default=180.0, help="seconds a run may take")
     parser.add_argument("--keep", type=Path, help="folder to keep logs and run directories in")
