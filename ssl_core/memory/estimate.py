@@ -22,8 +22,8 @@ RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
 LIBRARIES = {"fp32": 90 * MIB, "bf16": 142 * MIB, "fp16": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
-graph, small gaps: 64 MiB (fp32) were measured for `tiny`, 11 to 67 above `allocator.spare` for
-`base` with its packed weights; 52 more in bf16."""
+graph, small gaps: in fp32 20 to 40 MiB were measured for `tiny`, 79 in micro-batches, as much for
+`base`. In 16 bits what processors with units for bf16 need; others take as little as in fp32."""
 FORWARD = {"fp32": 70 * MIB, "bf16": 122 * MIB, "fp16": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
 backbone: 10 to 23 MiB above `allocator.spare` were measured for `base`, up to 50 in other such
@@ -60,10 +60,11 @@ def estimate(
     if plan.device.startswith("cuda"):
         moving = sum(size for name, size in live.items() if name not in _STAYING)
         return Estimate(parts | {"CUDA allocator": int(plain.ALLOCATOR * moving)})
+    kind = plan.precision if torch.cpu._is_amx_tile_supported() else "fp32"
     if isinstance(work, TaskWork) and not work.convolves:
-        parts["libraries"] = FORWARD[plan.precision]
+        parts["libraries"] = FORWARD[kind]
     else:
-        parts["libraries"] = LIBRARIES[plan.precision] + int(PACKED * live["parameters"])
+        parts["libraries"] = LIBRARIES[kind] + int(PACKED * live["parameters"])
     if plan.keep_freed_memory:
         used = sum(live.values()) + IMPORTED
         split = SPLIT * used if plan.chunk < plan.batch else 0

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ssl_core.wav2vec2 import positions
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
@@ -52,10 +51,6 @@ class PositionalConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
         frames, taps = x.shape[1], self.conv.kernel_size[0]
-        exact = compute_dtype(x) in (torch.float32, torch.float64)
-        if x.device.type == "cpu" and exact and len(x) * frames >= positions.LEAST:
-            assert self.conv.bias is not None
-            return F.gelu(positions.correlate(x, self.conv.weight) + self.conv.bias)
         # Taps that are farther from the middle than any two frames meet nothing but padding.
         first, last = max(0, taps // 2 - frames + 1), min(taps, taps // 2 + frames)
         convolved = F.conv1d(

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fl_client.__main__ import _node_config, _security
-from fl_client.environment import QUIET
+from fl_client.environment import LEAN, QUIET
 from fl_client.settings import FederationSettings
 from partitions.errors import UsageError
 from partitions.settings import to_yaml
@@ -224,7 +224,8 @@ def test_the_shell_gets_every_variable_that_keeps_flower_quiet() -> None:
         capture_output=True,
         text=True,
     ).stdout
-    assert printed.splitlines() == [f"export {name}={value}" for name, value in QUIET.items()]
+    wanted = QUIET | LEAN
+    assert printed.splitlines() == [f"export {name}={value}" for name, value in wanted.items()]
     assert {"FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"} < QUIET.keys()
 
 
