@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = str(Path(sys.executable).parent)
     os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
-    if not options.cold_start:
-        warm_start.begin()
+    if not options.cold_start and not warm_start.begin():
+        print("every round starts Python and PyTorch anew, as with --cold-start", flush=True)
     sys.argv = [
         "flower-supernode",
         "--superlink",

@@ -20,7 +20,8 @@ QUIET = {
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 """Of glibc: give the memory of a message's pieces back when they are freed. What is kept for other
 threads and later pieces is as large as the message otherwise."""
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # glibc's malloc.h
+_NUMBERS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
+"""What `mallopt` calls them (glibc's malloc.h)."""
 
 
 def be_quiet() -> None:
@@ -30,14 +31,14 @@ def be_quiet() -> None:
 
 
 def be_lean() -> None:
-    """Give freed memory back, in this process and in those it starts."""
+    """Give freed memory back, in this process and in those it starts, unless the user set how."""
     for name, value in LEAN.items():
-        os.environ.setdefault(name, value)
-    if platform.libc_ver()[0] == "glibc":
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL(None)
-            library.mallopt(_MMAP_THRESHOLD, int(LEAN["MALLOC_MMAP_THRESHOLD_"]))
-            library.mallopt(_ARENA_MAX, int(LEAN["MALLOC_ARENA_MAX"]))
+        if name in os.environ:
+            continue
+        os.environ[name] = value
+        if platform.libc_ver()[0] == "glibc":
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).mallopt(_NUMBERS[name], int(value))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ssl_core.memory.allocator import is_out_of_memory
 from ssl_core.memory.measure import peak_bytes
 from ssl_core.step import StepReport, TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.model import PretrainingModel
+from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 
 
 class RoundResult(NamedTuple):
@@ -40,7 +40,8 @@ def _resident_model(config: ModelConfig) -> PretrainingModel:
 
     Its weights come with each message, so it begins without any.
     """
-    return PretrainingModel.unset(config)
+    with Undrawn():
+        return PretrainingModel(config)
 
 
 def train_round(

@@ -57,21 +57,29 @@ def begin() -> bool:
     To be called while this process has a single thread.
 
     Returns:
-        False where there is no fork that is safe beside PyTorch (anything but Linux).
+        False where there is no fork that is safe beside PyTorch (anything but Linux), and where
+        the stand-in cannot be written: a full disk, a `TMPDIR` too long for a socket.
     """
     real = shutil.which(APP)
     if sys.platform != "linux" or real is None:
         return False
+    listener = socket.socket(socket.AF_UNIX)
+    folder: Path | None = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="shortwave-"))
+        stand_in, here = folder / APP, str(Path(__file__).resolve())
+        words = [sys.executable, "-I", "-S", here, str(folder / _SOCKET), real]
+        stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+        stand_in.chmod(0o700)
+        listener.bind(str(folder / _SOCKET))
+        listener.listen()
+    except OSError:
+        listener.close()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return False
     for name in IMPORTED:
         importlib.import_module(name)
-    folder = Path(tempfile.mkdtemp(prefix="shortwave-"))
-    stand_in, here = folder / APP, str(Path(__file__).resolve())
-    words = [sys.executable, "-I", "-S", here, str(folder / _SOCKET), real]
-    stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-    stand_in.chmod(0o700)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / _SOCKET))
-    listener.listen()
     gc.collect()
     gc.freeze()  # what a collection touches would have to be copied
     # Who holds the other end lives; the kernel closes it however that process ends.
@@ -131,7 +139,10 @@ def _run_app(connection: socket.socket) -> None:
         room = socket.CMSG_SPACE(len(streams.tobytes()))
         text, extra, _, _ = connection.recvmsg(_LARGEST_ORDER, room)
         while not text.endswith(b"\n"):
-            text += connection.recv(_LARGEST_ORDER)
+            more = connection.recv(_LARGEST_ORDER)
+            if not more:  # who asked has gone
+                raise SystemExit(code)
+            text += more
         streams = array.array("i", extra[0][2])
         for target, stream in enumerate(streams, 1):
             os.dup2(stream, target)

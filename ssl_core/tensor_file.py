@@ -54,7 +54,7 @@ def read_header(stream: IO[bytes], size: int) -> dict[str, Entry]:
             if start < 8 + length or end - start != count * dtype.itemsize:
                 raise ValueError(f"{name} is not where it should be")
             found[name] = Entry(dtype, shape, start, end)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"its header: {error!r}") from None
     if size != max((entry.end for entry in found.values()), default=8 + length):
         raise ValueError("it is cut short")

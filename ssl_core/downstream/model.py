@@ -16,7 +16,7 @@ from ssl_core.downstream.heads import Prediction, TaskHead, make_head, mean_over
 from ssl_core.downstream.recipe import TaskRecipe
 from ssl_core.wav2vec2 import hf
 from ssl_core.wav2vec2.config import preset
-from ssl_core.wav2vec2.model import Backbone, PretrainingModel
+from ssl_core.wav2vec2.model import Backbone, PretrainingModel, Undrawn
 from ssl_core.wav2vec2.precision import at_least_fp32
 
 RANDOM, LOGMEL = "random", "logmel"
@@ -114,23 +114,10 @@ def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
             return Upstream(PretrainingModel(preset(model)).wav2vec2, RANDOM, False)
     path = Path(checkpoint)
     config = hf.load_config(path)
-    with torch.device("meta"):
+    with Undrawn():
         backbone = Backbone(config)
-    _allocate(backbone)
     load_backbone(backbone, hf.load_weights(path), checkpoint)
     return Upstream(backbone, checkpoint, _normalises(path))
-
-
-def _allocate(module: nn.Module) -> None:
-    """Give parameters on the meta device memory of their own, whatever is in it.
-
-    As `to_empty` does, but that imports sympy for it.
-    """
-    for own in module.modules():
-        for name, parameter in own.named_parameters(recurse=False):
-            if parameter.is_meta:
-                memory = torch.empty(parameter.shape, dtype=parameter.dtype)
-                setattr(own, name, nn.Parameter(memory))
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from partitions.atomic import write_text
 from partitions.cache import cache_folder
+from ssl_core.devices import choose_precision
 from ssl_core.memory import allocator, plain
 from ssl_core.memory.parts import Estimate
 from ssl_core.memory.plan import Plan
@@ -60,7 +61,8 @@ def estimate(
     if plan.device.startswith("cuda"):
         moving = sum(size for name, size in live.items() if name not in _STAYING)
         return Estimate(parts | {"CUDA allocator": int(plain.ALLOCATOR * moving)})
-    kind = plan.precision if torch.cpu._is_amx_tile_supported() else "fp32"
+    # Where a processor has no units for 16 bits, as where it is told to choose.
+    kind = plan.precision if choose_precision("auto", "cpu") != "fp32" else "fp32"
     if isinstance(work, TaskWork) and not work.convolves:
         parts["libraries"] = FORWARD[kind]
     else:

@@ -37,30 +37,28 @@ class PositionalConvolution(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         taps = config.num_conv_pos_embeddings
-        # On the meta device, torch would import its compiler to take the norm.
-        with torch.device("cpu"):
-            conv = nn.Conv1d(
-                config.hidden_size,
-                config.hidden_size,
-                taps,
-                padding=taps // 2,
-                groups=config.num_conv_pos_embedding_groups,
-            )
-            self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
+        conv = nn.Conv1d(
+            config.hidden_size,
+            config.hidden_size,
+            taps,
+            padding=taps // 2,
+            groups=config.num_conv_pos_embedding_groups,
+        )
+        self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
         frames, taps = x.shape[1], self.conv.kernel_size[0]
         # Taps that are farther from the middle than any two frames meet nothing but padding.
         first, last = max(0, taps // 2 - frames + 1), min(taps, taps // 2 + frames)
-        convolved = F.conv1d(
+        positions = F.conv1d(
             x.transpose(1, 2),
             self.conv.weight[:, :, first:last],
             self.conv.bias,
             padding=taps // 2 - first,
             groups=self.conv.groups,
         )
-        return F.gelu(convolved[:, :, :frames]).transpose(1, 2)
+        return F.gelu(positions[:, :, :frames]).transpose(1, 2)
 
 
 class Attention(nn.Module):

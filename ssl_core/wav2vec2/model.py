@@ -147,8 +147,12 @@ class Backbone(nn.Module):
         return self.encoder(at_least_fp32(hidden), keep, seeds, lengths=lengths)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves out what `torch.nn.init` does."""
+class Undrawn(TorchFunctionMode):
+    """Inside it a model is built for weights that are all still to come: none is drawn.
+
+    It leaves out what `torch.nn.init` does, which for `base` takes more than a second. The meta
+    device would too, but imports torch's compiler where a norm is taken.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -162,12 +166,6 @@ class _Undrawn(TorchFunctionMode):
 
 class PretrainingModel(nn.Module):
     """wav2vec 2.0 with the quantiser and the two projections of pretraining."""
-
-    @classmethod
-    def unset(cls, config: ModelConfig) -> "PretrainingModel":
-        """Build for weights that are all still to come; saves the time it takes to draw some."""
-        with _Undrawn():
-            return cls(config)
 
     def __init__(self, config: ModelConfig) -> None:
         """Build with initial weights drawn from torch's global generator."""

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +141,37 @@ def test_without_it_flowers_own_command_is_started(device: Device) -> None:
         assert "--runtime-api-address" in output
     finally:
         device.end()
+
+
+@linux
+def test_who_asks_and_goes_at_once_leaves_no_process(device: Device) -> None:
+    try:
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(str(device.stand_in.parent / "socket"))
+            asking.send(b"{")
+        assert device.ask("0").wait(60) == 0
+        until(lambda: len(device.children()) == 1)
+    finally:
+        device.end()
+
+
+@linux
+def test_a_place_too_long_for_a_socket_leaves_every_start_cold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert not warm_start.begin()
+    assert os.environ["PATH"] == str(Path(sys.executable).parent)
+    assert list(long.iterdir()) == []
+
+
+def test_a_device_registers_no_operation_that_the_app_will_register() -> None:
+    code = "import fl_client.__main__, sys; print('ssl_core.wav2vec2.operators' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
 def test_a_client_app_imports_nothing_of_others_that_is_not_there_already() -> None:
