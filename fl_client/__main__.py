@@ -101,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cold-start",
         action="store_true",
-        help="start Python and PyTorch anew in every round: takes seconds longer, and keeps about "
-        "300 MB less in memory between rounds",
+        help="start Python and PyTorch anew in every round: takes seconds longer, and leaves about "
+        "470 MB more to others between rounds",
     )
     parser.add_argument(
         "--insecure", action="store_true", help="do not encrypt, even off this machine"
