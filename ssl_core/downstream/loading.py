@@ -154,15 +154,12 @@ class ClipLoader:
         for group in _groups([clip for clip, _ in usable]):
             chosen = {clip: audio for clip, audio in usable if clip in set(group)}
             samples = [len(audio) for audio in chosen.values()]
-            tensors = [torch.from_numpy(audio) for audio in chosen.values()]
-            waveforms = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+            waveforms = [torch.from_numpy(audio).to(step.device) for audio in chosen.values()]
             with self._lock, torch.no_grad(), autocast(step.device, step.plan.precision):
-                made = step.model.advance(
-                    waveforms.to(step.device), samples, "waveform", stage
-                ).float()
-            lengths = step.model.head_lengths(samples, stage)
-            for clip, frames, length in zip(chosen, made.cpu(), lengths, strict=True):
-                result[clip] = frames[:length].clone()
+                made = step.model.advance(waveforms, samples, "waveform", stage)
+            separate = step.model.separate(made.float().cpu(), samples, stage)
+            for clip, frames in zip(chosen, separate, strict=True):
+                result[clip] = frames.clone()
         self.cache.put([(self.key(clip), value.numpy()) for clip, value in result.items()])
         return result
 

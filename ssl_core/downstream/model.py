@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.downstream.heads import Prediction, TaskHead, make_head, mean_over_frames
 from ssl_core.downstream.recipe import TaskRecipe
-from ssl_core.wav2vec2 import hf
+from ssl_core.wav2vec2 import hf, packing
 from ssl_core.wav2vec2.config import preset
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel, Undrawn
 from ssl_core.wav2vec2.precision import at_least_fp32
@@ -28,6 +28,11 @@ EXTRACTOR = "wav2vec2.feature_extractor."
 Stage = Literal["waveform", "extracted", "frames", "mean"]
 """How far a clip has come: its waveform, the extractor's output, the last hidden states, their mean
 over frames."""
+
+
+Inputs = Sequence[Tensor] | Tensor
+"""A batch: waveforms, `[sample]` each; the extractor's output, `[clip, frame, channel]` or packed
+(`packing`); frames or their means, `[clip, frame, feature]`, padded."""
 
 
 class LogMel(nn.Module):
@@ -184,10 +189,10 @@ class TaskModel(nn.Module):
             return self.wav2vec2.config.conv_dim[-1]
         return self.upstream.width
 
-    def extract(self, waveforms: Tensor, samples: Sequence[int]) -> Tensor:
-        """The extractor's output: `[clip, sample]` to `[clip, frame, channel]`."""
+    def extract(self, waveforms: Iterable[Tensor]) -> Tensor:
+        """The extractor's output for clips of `[sample]`: `[clip, frame, channel]` or packed."""
         assert self.wav2vec2 is not None
-        return self.wav2vec2.feature_extractor(waveforms, samples)
+        return self.wav2vec2.extract(waveforms)
 
     def contextualise(
         self,
@@ -196,32 +201,43 @@ class TaskModel(nn.Module):
         seeds: Tensor | None = None,
         keep: Sequence[bool] | None = None,
     ) -> Tensor:
-        """The extractor's output to the last hidden states, `[clip, frame, feature]`."""
+        """The extractor's output to the last hidden states, `[clip, frame, feature]`, padded."""
         assert self.wav2vec2 is not None
-        return self.wav2vec2.contextualise(extracted, samples, seeds, keep)
+        lengths = self.head_lengths(samples, "frames")
+        packed = packing.packed_lengths(lengths)
+        return packing.pad(self.wav2vec2.contextualise(extracted, packed, seeds, keep), lengths)
 
-    def advance(self, x: Tensor, samples: Sequence[int], start: Stage, end: Stage) -> Tensor:
+    def advance(self, x: Inputs, samples: Sequence[int], start: Stage, end: Stage) -> Tensor:
         """Take a batch from one stage to a later one, without dropout.
 
         Args:
-            x: of stage `start`: `[clip, sample]` or `[clip, frame, ...]`.
+            x: of stage `start`, see `Inputs`.
             samples: of each clip's waveform.
             start: where it is.
             end: where it is to be.
         """
-        if start == "waveform" and end != "waveform":
-            if self.logmel is not None:
-                x, start = self.logmel(x), "frames"
-            else:
-                x, start = self.extract(x, samples), "extracted"
+        if start != "waveform":
+            assert isinstance(x, Tensor)
+        elif self.logmel is not None:
+            frames = [self.logmel(clip[None])[0] for clip in x]
+            x, start = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), "frames"
+        else:
+            x, start = self.extract(x), "extracted"
         if start == "extracted" and end in ("frames", "mean"):
             x, start = self.contextualise(x, samples), "frames"
         if start == "frames" and end == "mean":
-            frames = [self.upstream.frames(own) for own in samples]
-            x = mean_over_frames(at_least_fp32(x), frames)[:, None]
+            lengths = self.head_lengths(samples, "frames")
+            x = mean_over_frames(at_least_fp32(x), lengths)[:, None]
         return x
 
-    def predict(self, x: Tensor, samples: Sequence[int], start: Stage) -> Prediction:
+    def separate(self, x: Tensor, samples: Sequence[int], stage: Stage) -> list[Tensor]:
+        """The clips of a batch that has come to a stage, `[frame, ...]` each."""
+        lengths = self.head_lengths(samples, stage)
+        if stage == "extracted":
+            return list(packing.split(x, lengths))
+        return [clip[:own] for clip, own in zip(x, lengths, strict=True)]
+
+    def predict(self, x: Inputs, samples: Sequence[int], start: Stage) -> Prediction:
         """What the head makes of a batch at any stage, without dropout."""
         x = self.advance(x, samples, start, "frames" if start != "mean" else "mean")
         return self.head(at_least_fp32(x), self.head_lengths(samples, start))

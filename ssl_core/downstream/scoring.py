@@ -71,7 +71,7 @@ def score_clips(
             lengths = model.head_lengths(batch.samples, batch.stage)
             with torch.no_grad(), autocast(step.device, step.plan.precision):
                 stage: Stage = "mean" if batch.stage == "mean" else "frames"
-                x = model.advance(batch.padded(step.device), batch.samples, batch.stage, stage)
+                x = model.advance(batch.on(step.device), batch.samples, batch.stage, stage)
                 # As in training, a head on a frozen backbone takes its products in fp32.
                 with autocast(step.device, step.plan.precision if step.unfrozen else "fp32"):
                     prediction = model.predict(x, batch.samples, stage)

@@ -1,8 +1,8 @@
 """The fine-tuning step: labelled clips, a plan and the rates in, loss and predictions out.
 
 The loss of an update is the mean over its clips. They are taken in the order of their lengths, a
-micro-batch at a time, so that little is padding; what is dropped in a clip follows from its own
-seed. How a batch is split changes nothing but the rounding.
+micro-batch at a time; what is dropped in a clip follows from its own seed. How a batch is split
+changes nothing but the rounding.
 """
 
 import contextlib
@@ -17,11 +17,12 @@ from torch import Tensor
 from partitions.units import SAMPLE_RATE
 from ssl_core import randomness
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.model import EXTRACTOR, Stage, TaskModel
+from ssl_core.downstream.model import EXTRACTOR, Inputs, Stage, TaskModel
 from ssl_core.memory import allocator
 from ssl_core.memory.plan import Plan
 from ssl_core.optimizer import AdamW
 from ssl_core.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.precision import at_least_fp32, autocast
 from ssl_core.wav2vec2.recompute import recomputed
 
@@ -53,10 +54,13 @@ class Batch(NamedTuple):
             targets,
         )
 
-    def padded(self, device: torch.device) -> Tensor:
-        """The inputs as one tensor, `[clip, sample]` or `[clip, frame, feature]`."""
-        joined = torch.nn.utils.rnn.pad_sequence(list(self.inputs), batch_first=True)
-        return joined.to(device)
+    def on(self, device: torch.device) -> Inputs:
+        """The inputs as the model takes them."""
+        if self.stage == "waveform":
+            return [clip.to(device) for clip in self.inputs]
+        if self.stage == "extracted":
+            return packing.join(self.inputs).to(device)
+        return torch.nn.utils.rnn.pad_sequence(list(self.inputs), batch_first=True).to(device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,15 +195,15 @@ class TaskStep(PlannedStep):
         self, batch: Batch, seeds: Tensor, keep: Sequence[bool] | None
     ) -> tuple[Tensor, int]:
         """The loss of each clip, and how many classes were found."""
-        model, x, stage = self.model, batch.padded(self.device), batch.stage
+        model, stage = self.model, batch.stage
+        inputs = batch.on(self.device)
         targets = batch.targets.to(self.device)
         with autocast(self.device, self.plan.precision):
             if self.unfrozen:
-                x = self._extracted(x, batch.samples, stage)
-                x = model.contextualise(x, batch.samples, seeds, keep)
+                x = model.contextualise(self._extracted(inputs, stage), batch.samples, seeds, keep)
             else:
                 with torch.no_grad():
-                    x = model.advance(x, batch.samples, stage, self.stage)
+                    x = model.advance(inputs, batch.samples, stage, self.stage)
         lengths = model.head_lengths(batch.samples, "frames" if self.unfrozen else self.stage)
         with autocast(self.device, self.plan.precision if self.unfrozen else "fp32"):
             prediction = model.head(at_least_fp32(x), lengths, seeds)
@@ -209,13 +213,14 @@ class TaskStep(PlannedStep):
             found = int((prediction.logits.argmax(1) == targets).sum())
         return losses, found
 
-    def _extracted(self, x: Tensor, samples: Sequence[int], stage: Stage) -> Tensor:
+    def _extracted(self, inputs: Inputs, stage: Stage) -> Tensor:
         if stage == "extracted":
-            return x
+            assert isinstance(inputs, Tensor)
+            return inputs
         if not self._extractor:
             with torch.no_grad():
-                return self.model.extract(x, samples)
+                return self.model.extract(inputs)
         if self.plan.recompute_features:
-            extracted: Tensor = recomputed(self.model.extract, x, samples)
+            extracted: Tensor = recomputed(self.model.extract, inputs)
             return extracted
-        return self.model.extract(x, samples)
+        return self.model.extract(inputs)

@@ -141,11 +141,9 @@ def compute_features(step: TaskStep, make: Tensors) -> None:
     """Take clips through the frozen part, as many as `ClipLoader` takes together."""
     plan = step.plan
     clips = max(1, TOGETHER // plan.samples)
-    waveforms = make(clips, plan.samples)
+    waveforms = [make(plan.samples).to(step.device) for _ in range(clips)]
     with torch.no_grad(), autocast(step.device, plan.precision):
-        step.model.advance(
-            waveforms.to(step.device), [plan.samples] * clips, "waveform", step.stage
-        ).float()
+        step.model.advance(waveforms, [plan.samples] * clips, "waveform", step.stage).float()
 
 
 def make_batch(step: TaskStep, work: TaskWork, make: Tensors) -> Batch:

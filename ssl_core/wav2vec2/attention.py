@@ -5,13 +5,15 @@ path that keeps several matrices of frames by frames for every head. Here scores
 are made a few heads at a time and again in the backward pass.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.dropout import keep_mask
 from ssl_core.wav2vec2.operators import operator
 
@@ -19,29 +21,68 @@ BLOCK = 2**21
 """Elements of the matrices of frames by frames that are made at a time."""
 
 
-def _blocks(
-    crops: int, heads: int, wanted: int, frames: int, lengths: Sequence[int]
-) -> list[tuple[slice, slice, slice, slice]]:
-    """Ranges of crops, heads, query frames and frames whose matrices are made together.
+class _Block(NamedTuple):
+    """What is taken together: heads of some crops, and of each the frames that see each other."""
 
-    Clips of different lengths are taken alone, so that padding is neither looked at nor drawn for.
-    """
+    crops: slice
+    """Their seeds; of a batch that is not packed their rows as well."""
+    batch: slice
+    heads: slice
+    rows: slice
+    """Query frames."""
+    columns: slice
+    """Key frames."""
+    first: int
+    """Where the matrices of the crops begin, all heads' of all crops one behind the other."""
+
+    def at(self, x: Tensor, frames: slice) -> Tensor:
+        """Of `[batch, head, frame, width]`, a view."""
+        return x[self.batch, self.heads, frames]
+
+    def mask(self, seeds: Tensor, site: int, heads: int, rate: float, device: Any) -> Tensor:
+        """Which weights are kept, `[crop, head, query frame, frame]`."""
+        shape = (heads, self._sides[0], self._sides[1])
+        return keep_mask(seeds[self.crops], site, shape, rate, device, ())[:, self.heads]
+
+    def of(self, matrices: Tensor, heads: int) -> Tensor:
+        """The block's part of all matrices, `[crop, head, query frame, frame]`, a view."""
+        shape = (self.crops.stop - self.crops.start, heads, *self._sides)
+        own = matrices[self.first : self.first + math.prod(shape)]
+        return own.view(shape)[:, self.heads]
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+def _blocks(query: Tensor, key: Tensor, heads: int, lengths: Sequence[int]) -> Iterator[_Block]:
+    """All of a batch, in parts whose matrices are not larger than `BLOCK` if heads are not."""
+    first = 0
     if lengths:
-        return [
-            (slice(crop, crop + 1), some, slice(0, own), slice(0, own))
-            for crop, own in enumerate(lengths)
-            for _, some, _, _ in _blocks(1, heads, own, own, ())
-        ]
-    rows, columns = slice(0, wanted), slice(0, frames)
-    together = max(1, BLOCK // (wanted * frames))
+        for crop, frames in enumerate(packing.places(lengths)):
+            own = frames.stop - frames.start
+            for _, some in _portions(1, heads, own * own):
+                crops = slice(crop, crop + 1)
+                yield _Block(crops, slice(0, 1), some, frames, frames, first)
+            first += heads * own * own
+        return
+    wanted, frames_of_key = query.shape[1], key.shape[1]
+    for crops, some in _portions(len(query), heads, wanted * frames_of_key):
+        first = crops.start * heads * wanted * frames_of_key
+        yield _Block(crops, crops, some, slice(0, wanted), slice(0, frames_of_key), first)
+
+
+def _portions(crops: int, heads: int, matrix: int) -> Iterator[tuple[slice, slice]]:
+    """Crops and heads that are taken together, of whose matrices each has so many elements."""
+    together = max(1, BLOCK // matrix)
     if together >= heads:
-        step, every = together // heads, slice(0, heads)
-        return [(slice(at, at + step), every, rows, columns) for at in range(0, crops, step)]
-    return [
-        (slice(crop, crop + 1), slice(first, first + together), rows, columns)
-        for crop in range(crops)
-        for first in range(0, heads, together)
-    ]
+        step = together // heads
+        for at in range(0, crops, step):
+            yield slice(at, min(crops, at + step)), slice(0, heads)
+        return
+    for crop in range(crops):
+        for at in range(0, heads, together):
+            yield slice(crop, crop + 1), slice(at, at + together)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -70,27 +111,25 @@ def dropping_attention(
         heads: the hidden size is divided into so many.
         rate: of the dropout.
         keep: return the weights before dropout and the mask, for the backward pass.
-        lengths: frames of each crop, the rest being padding, whose result is zero; none: all.
+        lengths: of packed crops, see `packing`; all frames of a crop are then query frames.
 
     Returns:
-        `[batch, query frame, hidden]`, then weights and mask, `[batch, head, query frame, frame]`
-        or empty.
+        `[batch, query frame, hidden]`, then weights and mask, `[matrix element]` of every crop's
+        and head's matrix of query frames by frames, or empty.
     """
-    out = torch.zeros_like(query) if lengths else torch.empty_like(query)
-    kept = (len(query), heads, query.shape[1], key.shape[1]) if keep else (0,)
+    out = torch.empty_like(query)
+    kept = heads * _pairs(query.shape, key.shape, lengths) if keep else 0
     all_weights, all_masks = query.new_empty(kept), query.new_empty(kept, dtype=torch.uint8)
     q, k, v, o = (_by_head(x, heads) for x in (query, key, value, out))
     scale = q.shape[-1] ** -0.5
-    blocks = _blocks(len(query), heads, query.shape[1], key.shape[1], lengths)
-    for crops, some, rows, columns in blocks:
-        at_row, at = (crops, some, rows), (crops, some, columns)
-        shape = (heads, rows.stop, columns.stop)
-        mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
-        weights = _probabilities(q[at_row] * scale, k[at].contiguous())
+    for block in _blocks(query, key, heads, lengths):
+        rows, columns = block.rows, block.columns
+        mask = block.mask(seeds, site, heads, rate, query.device)
+        weights = _probabilities(block.at(q, rows) * scale, block.at(k, columns).contiguous())
         if keep:
-            square = (crops, some, rows, columns)
-            all_weights[square], all_masks[square] = weights, mask
-        o[at_row] = weights.mul_(mask) @ (v[at] / (1 - rate))
+            block.of(all_weights, heads).copy_(weights)
+            block.of(all_masks, heads).copy_(mask)
+        block.at(o, rows).copy_(weights.mul_(mask) @ (block.at(v, columns) / (1 - rate)))
     return out, all_weights, all_masks
 
 
@@ -99,28 +138,24 @@ def _dropping_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    make = torch.zeros_like if lengths else torch.empty_like
-    grads = make(query), make(key), make(value)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     q, k, v, g = (_by_head(x, heads) for x in (query, key, value, grad))
     grad_q, grad_k, grad_v = (_by_head(x, heads) for x in grads)
     scale = q.shape[-1] ** -0.5
-    blocks = _blocks(len(query), heads, query.shape[1], key.shape[1], lengths)
-    for crops, some, rows, columns in blocks:
-        at_row, at = (crops, some, rows), (crops, some, columns)
-        some_q, some_k = q[at_row] * scale, k[at].contiguous()
+    for block in _blocks(query, key, heads, lengths):
+        rows, columns = block.rows, block.columns
+        some_q, some_k = block.at(q, rows) * scale, block.at(k, columns).contiguous()
         if len(all_weights):
-            square = (crops, some, rows, columns)
-            weights, mask = all_weights[square], all_masks[square]
+            weights, mask = block.of(all_weights, heads), block.of(all_masks, heads)
         else:
             weights = _probabilities(some_q, some_k)
-            shape = (heads, rows.stop, columns.stop)
-            mask = keep_mask(seeds[crops], site, shape, rate, query.device)[:, some]
-        out = g[at_row] / (1 - rate)
-        grad_v[at] = torch.mul(weights, mask).transpose(2, 3) @ out
-        slope = (out @ v[at].contiguous().transpose(2, 3)).mul_(mask)
+            mask = block.mask(seeds, site, heads, rate, query.device)
+        out = block.at(g, rows) / (1 - rate)
+        block.at(grad_v, columns).copy_(torch.mul(weights, mask).transpose(2, 3) @ out)
+        slope = (out @ block.at(v, columns).contiguous().transpose(2, 3)).mul_(mask)
         slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
-        grad_q[at_row] = slope @ some_k.mul_(scale)
-        grad_k[at] = slope.transpose(2, 3) @ some_q
+        block.at(grad_q, rows).copy_(slope @ some_k.mul_(scale))
+        block.at(grad_k, columns).copy_(slope.transpose(2, 3) @ some_q)
     return grads
 
 
@@ -129,7 +164,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kept = (len(query), heads, query.shape[1], key.shape[1]) if keep else (0,)
+    kept = heads * _pairs(query.shape, key.shape, lengths) if keep else 0
     return (
         torch.empty_like(query), query.new_empty(kept), query.new_empty(kept, dtype=torch.uint8)
     )  # fmt: skip
@@ -200,11 +235,10 @@ def attention(
         seeds: `[batch]`, for `keep_mask`.
         site: for `keep_mask`.
         keep: keep the weights of frames by frames for the backward pass.
-        lengths: frames of each crop, the rest being padding; none: all. With it a query is wanted
-            for every frame.
+        lengths: of packed crops, see `packing`; a query is then wanted for every frame.
 
     Returns:
-        `[batch, query frame, hidden]`; zero where there is padding.
+        `[batch, query frame, hidden]`.
     """
     if seeds is not None and rate:
         given = (query, key, value, seeds, site, heads, rate, keep, lengths)
@@ -214,12 +248,7 @@ def attention(
     if not lengths:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     alone = [
-        F.scaled_dot_product_attention(
-            q[crop : crop + 1, :, :own], k[crop : crop + 1, :, :own], v[crop : crop + 1, :, :own]
-        )
-        for crop, own in enumerate(lengths)
+        F.scaled_dot_product_attention(q[:, :, own], k[:, :, own], v[:, :, own])
+        for own in packing.places(lengths)
     ]
-    padded = [
-        F.pad(x.transpose(1, 2).flatten(2), (0, 0, 0, q.shape[2] - x.shape[2])) for x in alone
-    ]
-    return torch.cat(padded)
+    return torch.cat(alone, 2).transpose(1, 2).flatten(2)

@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
-from ssl_core.wav2vec2.features import frame_mask
+from ssl_core.wav2vec2.positions import positions
 from ssl_core.wav2vec2.precision import compute_dtype
 from ssl_core.wav2vec2.recompute import recomputed
+
+SPECTRA_FROM = 256
+"""Frames of a batch from which positions take less time by way of spectra, on a CPU."""
 
 
 class FeatureProjection(nn.Module):
@@ -25,10 +29,12 @@ class FeatureProjection(nn.Module):
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = Dropout(config.feat_proj_dropout, 0)
 
-    def forward(self, features: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, seeds: Tensor | None = None, lengths: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """`[batch, frame, channel]` to (`[batch, frame, hidden]`, the normalised features)."""
         normalised = self.layer_norm(features)
-        return self.dropout(self.projection(normalised), seeds), normalised
+        return self.dropout(self.projection(normalised), seeds, lengths), normalised
 
 
 class PositionalConvolution(nn.Module):
@@ -46,19 +52,31 @@ class PositionalConvolution(nn.Module):
         )
         self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, frame, hidden]` to the same."""
-        frames, taps = x.shape[1], self.conv.kernel_size[0]
-        # Taps that are farther from the middle than any two frames meet nothing but padding.
-        first, last = max(0, taps // 2 - frames + 1), min(taps, taps // 2 + frames)
-        positions = F.conv1d(
-            x.transpose(1, 2),
-            self.conv.weight[:, :, first:last],
-            self.conv.bias,
-            padding=taps // 2 - first,
-            groups=self.conv.groups,
+    def forward(self, x: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+        """`[batch, frame, hidden]` to the same; `lengths`: of packed crops."""
+        weight = self.conv.weight
+        many = x.shape[0] * x.shape[1] >= SPECTRA_FROM
+        if many and x.device.type == "cpu" and compute_dtype(x).itemsize >= 4:
+            taps, before = self._reaching(weight, max(lengths or x.shape[1:2]))
+            mixed = positions(x, taps, before, self.conv.groups, lengths)
+            return F.gelu(mixed if self.conv.bias is None else mixed + self.conv.bias)
+        if not lengths:
+            return self._convolved(x, weight)
+        alone = [self._convolved(own[None], weight) for own in packing.split(x, lengths)]
+        return torch.cat(alone, 1)
+
+    def _reaching(self, weight: Tensor, frames: int) -> tuple[Tensor, int]:
+        """The taps that two frames can meet at, and how many of them stand before the middle."""
+        middle = weight.shape[2] // 2
+        first = max(0, middle - frames + 1)
+        return weight[:, :, first : middle + frames], middle - first
+
+    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+        taps, before = self._reaching(weight, x.shape[1])
+        mixed = F.conv1d(
+            x.transpose(1, 2), taps, self.conv.bias, padding=before, groups=self.conv.groups
         )
-        return F.gelu(positions[:, :, :frames]).transpose(1, 2)
+        return F.gelu(mixed[:, :, : x.shape[1]]).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -84,7 +102,7 @@ class Attention(nn.Module):
             x: `[batch, frame, hidden]`.
             wanted: `[batch, wanted frame, hidden]`, the frames whose result is wanted.
             seeds: for dropout.
-            lengths: frames of each crop that are not padding; none: all.
+            lengths: of packed crops.
         """
         mixed = attention(
             self.q_proj(wanted),
@@ -130,11 +148,11 @@ class FeedForward(nn.Module):
         self.intermediate_dropout = Dropout(config.activation_dropout, 2)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, seeds: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
         """`[batch, frame, hidden]` to the same."""
         x = self.intermediate_dense(x)
         if self.intermediate_dropout.rate or type(self.output_dense) is not nn.Linear:
-            return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds))
+            return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds, lengths))
         return _ActivatedLinear.apply(x, self.output_dense.weight, self.output_dense.bias)
 
 
@@ -164,7 +182,7 @@ class EncoderLayer(nn.Module):
             x: `[batch, frame, hidden]`.
             frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
             seeds: `[batch]`, for dropout; None drops nothing.
-            lengths: frames of each crop that are not padding; none: all.
+            lengths: of packed crops; all of their frames are wanted.
 
         Returns:
             `[batch, wanted frame, hidden]`.
@@ -175,11 +193,13 @@ class EncoderLayer(nn.Module):
         wanted = normed
         if frames is not None:
             x, wanted = take_frames(x, frames), take_frames(normed, frames)
-        x = x + self.dropout(self.attention(normed, wanted, seeds, lengths), seeds)
-        if self.stable:
-            return x + self.final_dropout(self.feed_forward(self.final_layer_norm(x), seeds), seeds)
-        x = self.layer_norm(x)
-        return self.final_layer_norm(x + self.final_dropout(self.feed_forward(x, seeds), seeds))
+        mixed = self.attention(normed, wanted, seeds, lengths)
+        x = x + self.dropout(mixed, seeds, lengths)
+        if not self.stable:
+            x = self.layer_norm(x)
+        normed = self.final_layer_norm(x) if self.stable else x
+        x = x + self.final_dropout(self.feed_forward(normed, seeds, lengths), seeds, lengths)
+        return x if self.stable else self.final_layer_norm(x)
 
 
 def take_frames(x: Tensor, frames: Tensor) -> Tensor:
@@ -214,16 +234,13 @@ class Encoder(nn.Module):
             keep: for each layer whether it runs (layerdrop); None runs all.
             seeds: `[batch]`, for dropout; None drops nothing.
             frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
-            lengths: frames of each crop; what is behind them is padding, which changes nothing.
-                None: all are as long as `x`. Not together with `frames`.
+            lengths: of packed crops, see `packing`. Not together with `frames`.
 
         Returns:
-            `[batch, wanted frame, hidden]`; what stands in padded frames means nothing.
+            `[batch, wanted frame, hidden]`.
         """
-        if lengths:
-            x = x * frame_mask(lengths, x)
-        x = x + self.pos_conv_embed(x)
-        x = self.dropout(x if self.stable else self.layer_norm(x), seeds)
+        x = x + self.pos_conv_embed(x, lengths)
+        x = self.dropout(x if self.stable else self.layer_norm(x), seeds, lengths)
         running = [i for i in range(len(self.layers)) if keep is None or keep[i]]
         for index in running:
             # The last layer looks at all frames, and works on those that are wanted.

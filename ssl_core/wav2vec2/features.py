@@ -283,7 +283,7 @@ class ConvolutionLayer(nn.Module):
         """What goes into the GELU before, `[batch, row, channel]`, to what goes into that after."""
         return self.finish(activated_convolution(x, self.conv.weight, self.conv.stride[0]))
 
-    def normed_kernels(self, windows: Tensor, valid: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def normed_kernels(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Group norm with one group a channel, over time, folded into the first convolution.
 
         With mean m and covariance S of a crop's windows, a channel with taps w has the variance
@@ -293,7 +293,6 @@ class ConvolutionLayer(nn.Module):
 
         Args:
             windows: `[batch, frame, tap]`.
-            valid: frames of each crop that are not padding, which the norm leaves out; none: all.
 
         Returns:
             The centred windows, and the taps for each crop, `[batch, tap + 1, channel]`, whose
@@ -303,14 +302,8 @@ class ConvolutionLayer(nn.Module):
         norm = self.layer_norm
         assert isinstance(norm, nn.GroupNorm)
         wide = windows.double()
-        if valid:
-            mask = frame_mask(valid, wide)
-            counts = mask.sum(1, keepdim=True)
-            wide = (wide - (wide * mask).sum(1, keepdim=True) / counts) * mask
-            covariance = wide.transpose(1, 2) @ wide / counts
-        else:
-            wide = wide - wide.mean(1, keepdim=True)
-            covariance = wide.transpose(1, 2) @ wide / wide.shape[1]
+        wide = wide - wide.mean(1, keepdim=True)
+        covariance = wide.transpose(1, 2) @ wide / wide.shape[1]
         taps = self.conv.weight[:, 0].double()  # (C, K)
         variance = torch.einsum("bij,ci,cj->bc", covariance, taps, taps)
         scale = torch.rsqrt(variance + norm.eps) * norm.weight
@@ -341,11 +334,8 @@ class FeatureExtractor(nn.Module):
         last = max(-(-n * r // reach[-1]) for n, r in zip((first, *later), reach, strict=True))
         return first, frames[-1], last * reach[-1]
 
-    def forward(self, waveforms: Tensor, samples: Sequence[int] = ()) -> Tensor:
-        """`[batch, sample]` to `[batch, frame, channel]`.
-
-        `samples`: of each crop, behind which it is padded; none: all are full.
-        """
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """`[batch, sample]` to `[batch, frame, channel]`."""
         first, second, *others = self.conv_layers
         assert isinstance(first, ConvolutionLayer)
         assert isinstance(second, ConvolutionLayer)
@@ -354,8 +344,7 @@ class FeatureExtractor(nn.Module):
         windows = waveforms.unfold(1, self.kernel[0], self.stride[0])  # (N, T, K)
         spare = (0, 0, 0, rows - valid)
         if isinstance(first.layer_norm, nn.GroupNorm):
-            ends = [(own - self.kernel[0]) // self.stride[0] + 1 for own in samples]
-            windows, kernels = first.normed_kernels(windows, ends)
+            windows, kernels = first.normed_kernels(windows)
             width = -(-kernels.shape[1] // WINDOW) * WINDOW
             windows = F.pad(F.pad(windows, (0, 1), value=1.0), (0, width - kernels.shape[1]))
             kernels = F.pad(kernels, (0, 0, 0, width - kernels.shape[1]))

@@ -1,7 +1,8 @@
 """wav2vec 2.0 for pretraining, put together; parameter names as in `Wav2Vec2ForPreTraining`."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ssl_core.wav2vec2 import context
+from ssl_core.wav2vec2 import context, packing
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.dropout import Dropout
@@ -119,31 +120,37 @@ class Backbone(nn.Module):
         self.feature_projection = context.FeatureProjection(config)
         self.encoder = context.Encoder(config)
 
-    def forward(self, waveforms: Tensor, samples: Sequence[int] = ()) -> Tensor:
-        """Hidden states: `[batch, sample]` to `[batch, frame, hidden]`, without dropout.
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Hidden states: `[batch, sample]` to `[batch, frame, hidden]`, without dropout."""
+        return self.contextualise(self.feature_extractor(waveforms))
 
-        `samples`: of each clip, behind which it is padded; none: all are full. What stands behind
-        a clip's frames means nothing, and what stands in them does not depend on the padding.
+    def extract(self, waveforms: Iterable[Tensor]) -> Tensor:
+        """The extractor's output for clips of `[sample]`, packed if they are not as long.
+
+        Neighbours of the same length are taken together.
         """
-        return self.contextualise(self.feature_extractor(waveforms, samples), samples)
+        runs = [torch.stack(list(run)) for _, run in itertools.groupby(waveforms, key=len)]
+        extracted = [self.feature_extractor(run) for run in runs]
+        if len(extracted) == 1:
+            return extracted[0]
+        return packing.join([clip for run in extracted for clip in run])
 
     def contextualise(
         self,
         features: Tensor,
-        samples: Sequence[int] = (),
+        lengths: Sequence[int] = (),
         seeds: Tensor | None = None,
         keep: Sequence[bool] | None = None,
     ) -> Tensor:
-        """The extractor's output to hidden states.
+        """The extractor's output to hidden states, `[batch, frame, hidden]`.
 
         Args:
             features: `[batch, frame, channel]`.
-            samples: of each clip's waveform; none: all are full.
+            lengths: of packed clips, see `packing`.
             seeds: `[batch]`, for dropout; None drops nothing.
             keep: for each layer whether it runs; None runs all.
         """
-        hidden, _ = self.feature_projection(features, seeds)
-        lengths = [self.config.frames(own) for own in samples]
+        hidden, _ = self.feature_projection(features, seeds, lengths)
         return self.encoder(at_least_fp32(hidden), keep, seeds, lengths=lengths)
 
 

@@ -1,7 +1,7 @@
 """A client's round of a task: what is sent, what stays in its folder, and what its messages say."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -364,9 +364,9 @@ def test_features_of_a_backbone_that_changes_are_not_kept(
     passes: list[int] = []
     extract = TaskModel.extract
 
-    def noted(model: TaskModel, waveforms: Tensor, samples: Collection[int]) -> Tensor:
-        passes.append(len(samples))
-        return extract(model, waveforms, samples)  # type: ignore[arg-type]
+    def noted(model: TaskModel, waveforms: list[Tensor]) -> Tensor:
+        passes.append(len(waveforms))
+        return extract(model, waveforms)
 
     monkeypatch.setattr(TaskModel, "extract", noted)
     weights = lab.server(settings).state_dict()

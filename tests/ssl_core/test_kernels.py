@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2 import attention as attention_module
+from ssl_core.wav2vec2 import context
 from ssl_core.wav2vec2.attention import attention
-from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.context import FeedForward, PositionalConvolution
 from ssl_core.wav2vec2.dropout import Dropout, keep_mask
 from ssl_core.wav2vec2.features import ConvolutionLayer, FeatureExtractor
+from ssl_core.wav2vec2.positions import positions
 
 CPU = torch.device("cpu")
 
@@ -80,7 +82,7 @@ def test_attention_with_dropout_is_the_textbooks(
     def by_head(x: Tensor) -> Tensor:
         return x.view(3, -1, heads, 8).transpose(1, 2)
 
-    mask = keep_mask(seeds, 1, (heads, queries, frames), 0.1, CPU).double() / 0.9
+    mask = keep_mask(seeds, 1, (heads, queries, frames), 0.1, CPU, ()).double() / 0.9
     weights = torch.softmax(by_head(query) @ by_head(key).transpose(2, 3) / 8**0.5, -1) * mask
     expected = (weights @ by_head(value)).transpose(1, 2).flatten(2)
     found = attention(query, key, value, heads=heads, rate=0.1, seeds=seeds, site=1, keep=keep)
@@ -93,11 +95,11 @@ def test_attention_with_dropout_is_the_textbooks(
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
 def test_the_share_that_is_dropped_is_the_rate(rate: float) -> None:
-    masks = keep_mask(torch.arange(200), 3, (50, 100), rate, CPU)
+    masks = keep_mask(torch.arange(200), 3, (50, 100), rate, CPU, ())
     # 200 thresholds of whole 256ths, and a million elements.
     assert float(masks.float().mean()) == pytest.approx(1 - rate, abs=1e-3)
     assert not torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], keep_mask(torch.arange(1), 4, (50, 100), rate, CPU)[0])
+    assert not torch.equal(masks[0], keep_mask(torch.arange(1), 4, (50, 100), rate, CPU, ())[0])
 
 
 def test_dropout_follows_the_crop_and_its_gradient_the_same_mask() -> None:
@@ -106,7 +108,7 @@ def test_dropout_follows_the_crop_and_its_gradient_the_same_mask() -> None:
     drop = Dropout(0.3, 2)
     whole = drop(x, seeds)
     assert torch.equal(whole[2:], drop(x[2:], seeds[2:]))
-    mask = keep_mask(seeds, 2, (6, 10), 0.3, CPU)
+    mask = keep_mask(seeds, 2, (6, 10), 0.3, CPU, ())
     torch.testing.assert_close(whole, x * mask / 0.7)
     (gradient,) = torch.autograd.grad(whole.sum(), x)
     torch.testing.assert_close(gradient, mask / 0.7)
@@ -148,3 +150,44 @@ def test_the_feed_forward_keeps_less_and_gives_the_same() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(found, wanted, slope), torch.autograd.grad(expected, wanted, slope)
     )
+
+
+@pytest.mark.parametrize(
+    ("frames", "taps", "lengths"),
+    [(5, 16, ()), (300, 16, ()), (250, 128, ()), (260, 128, (129, 1, 130)), (129, 200, ())],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_positions_by_spectra_are_the_convolution(
+    frames: int, taps: int, lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    groups, before, batch = 3, taps // 2, 1 if lengths else 2
+    x = torch.randn(batch, frames, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(12, 4, taps, dtype=dtype, requires_grad=True)
+    crops = x.split(list(lengths), 1) if lengths else x.split(1)
+    convolved = [
+        F.conv1d(crop.transpose(1, 2), weight, padding=before, groups=groups) for crop in crops
+    ]
+    alone = [y[:, :, : crop.shape[1]] for y, crop in zip(convolved, crops, strict=True)]
+    expected = torch.cat(alone, 2 if lengths else 0).transpose(1, 2)
+    found = positions(x, weight, before, groups, lengths)
+    slope = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (x, weight), slope)
+    theirs = torch.autograd.grad(expected, (x, weight), slope)
+    limit = 1e-6 if dtype == torch.float32 else 1e-14
+    for own, other in zip((found, *ours), (expected, *theirs), strict=True):
+        error = (own.detach() - other.detach()).norm() / other.detach().norm()
+        assert float(error) < limit
+
+
+@pytest.mark.parametrize(("frames", "lengths"), [(300, ()), (300, (200, 30, 70)), (40, (39, 1))])
+def test_positions_are_the_same_by_both_ways(
+    frames: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = PositionalConvolution(preset("tiny"))
+    x = torch.randn(1, frames, preset("tiny").hidden_size)
+    with torch.no_grad():
+        monkeypatch.setattr(context, "SPECTRA_FROM", 1)
+        by_spectra = module(x, lengths)
+        monkeypatch.setattr(context, "SPECTRA_FROM", frames + 1)
+        convolved = module(x, lengths)
+    assert (by_spectra - convolved).abs().max() < 1e-5

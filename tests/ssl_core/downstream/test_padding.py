@@ -1,4 +1,4 @@
-"""A clip gives in a padded batch what it gives alone, which is what it gives in transformers."""
+"""A clip gives in a batch what it gives alone, which is what it gives in transformers."""
 
 import itertools
 import math
@@ -22,26 +22,31 @@ from transformers import Wav2Vec2Model
 
 from ssl_core.downstream.heads import BLANK, XVector, make_head, mean_over_frames
 from ssl_core.downstream.model import LogMel
+from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone
 
-SAMPLES = (9_000, 16_000, 400, 12_345)
-"""The shortest makes one frame."""
-SEEDS = torch.tensor([11, 22, 33, 44])
-FRAMES = (7, 19, 1, 12)
+SAMPLES = (9_000, 16_000, 16_000, 400, 12_345)
+"""Two are neighbours of the same length; the shortest makes one frame."""
+SEEDS = torch.tensor([11, 22, 33, 44, 55])
+FRAMES = (7, 19, 19, 1, 12)
+CLIPS = [noise(samples, row) for row, samples in enumerate(SAMPLES)]
 BOTH = pytest.mark.parametrize("config", [SMALL, LAYER_NORM], ids=["group norm", "layer norm"])
 CHANCE = pytest.mark.parametrize("seeds", [None, SEEDS], ids=["evaluation", "dropout"])
 
 
 def states(
     backbone: Backbone,
-    waveforms: Tensor,
-    samples: Sequence[int],
+    clips: Sequence[Tensor],
     seeds: Tensor | None,
     keep: Sequence[bool] | None = None,
-) -> Tensor:
-    extracted = backbone.feature_extractor(waveforms, samples)
-    return backbone.contextualise(extracted, samples, seeds, keep)
+) -> tuple[Tensor, ...]:
+    """Of clips of `[sample]`, `[frame, hidden]` each."""
+    lengths = [backbone.config.frames(len(clip)) for clip in clips]
+    packed = packing.packed_lengths(lengths)
+    hidden = backbone.contextualise(backbone.extract(clips), packed, seeds, keep)
+    assert hidden.shape[0] == (1 if packed else len(clips))
+    return packing.split(hidden, lengths)
 
 
 @BOTH
@@ -50,19 +55,17 @@ def states(
 def test_a_clip_gives_in_a_batch_what_it_gives_alone(
     config: ModelConfig, seeds: Tensor | None, keep: tuple[bool, ...] | None
 ) -> None:
-    backbone, clips = backbone_of(config), [noise(samples) for samples in SAMPLES]
+    backbone, clips = backbone_of(config), CLIPS
     with torch.no_grad():
-        batch = states(backbone, padded(clips), SAMPLES, seeds, keep)
-        for row, (clip, samples) in enumerate(zip(clips, SAMPLES, strict=True)):
+        batch = states(backbone, clips, seeds, keep)
+        for row, (found, clip) in enumerate(zip(batch, clips, strict=True)):
             own = None if seeds is None else seeds[row : row + 1]
-            # Once as a clip among padded ones, once as pretraining sees a crop.
-            for alone in (
-                states(backbone, clip[None], (samples,), own, keep)[0],
-                states(backbone, clip[None], (), own, keep)[0],
-            ):
-                assert len(alone) == config.frames(samples)
-                assert (batch[row, : len(alone)] - alone).abs().max() < 1e-5, samples
-    assert batch.shape[1] == config.frames(max(SAMPLES))
+            (alone,) = states(backbone, [clip], own, keep)
+            assert len(found) == len(alone) == config.frames(len(clip))
+            assert (found - alone).abs().max() < 1e-5, len(clip)
+        if seeds is None and keep is None:
+            crops = torch.stack(clips[1:3])  # as pretraining sees them
+            assert (torch.stack(batch[1:3]) - backbone(crops)).abs().max() < 1e-5
 
 
 @BOTH
@@ -71,7 +74,7 @@ def test_a_clip_gives_in_a_batch_what_it_gives_alone(
 def test_gradients_of_a_batch_are_the_sums_of_the_clips_alone(
     config: ModelConfig, seeds: Tensor | None, setting: str
 ) -> None:
-    clips = [noise(samples) for samples in SAMPLES]
+    clips = CLIPS
     generator = torch.Generator().manual_seed(3)
     directions = [
         torch.randn(config.frames(n), config.hidden_size, generator=generator) for n in SAMPLES
@@ -81,12 +84,11 @@ def test_gradients_of_a_batch_are_the_sums_of_the_clips_alone(
         backbone.encoder.recompute = setting == "recompute layers"
         for layer in backbone.encoder.layers:
             layer.attention.keep_weights = setting == "keep attention"  # type: ignore[union-attr]
-    found = states(batch, padded(clips), SAMPLES, seeds)
-    pairs = zip(found, directions, strict=True)
-    torch.stack([(row[: len(d)] * d).sum() for row, d in pairs]).sum().backward()
+    pairs = zip(states(batch, clips, seeds), directions, strict=True)
+    torch.stack([(found * d).sum() for found, d in pairs]).sum().backward()
     for row, (clip, direction) in enumerate(zip(clips, directions, strict=True)):
         own = None if seeds is None else seeds[row : row + 1]
-        (states(alone, clip[None], (), own)[0] * direction).sum().backward()
+        (states(alone, [clip], own)[0] * direction).sum().backward()
     expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
     assert expected.keys() == dict(alone.named_parameters()).keys() - {"masked_spec_embed"}
     for name, parameter in batch.named_parameters():
@@ -112,14 +114,13 @@ def test_unpadded_clips_agree_with_transformers(config: ModelConfig, tmp_path: P
 def test_padded_clips_agree_with_transformers_under_its_mask(tmp_path: Path) -> None:
     """Only with layer norm: transformers' group norm takes the padding into its mean."""
     theirs = Wav2Vec2Model.from_pretrained(save_backbone(tmp_path / "model", LAYER_NORM)).eval()
-    waveforms = padded([noise(samples) for samples in SAMPLES])
+    waveforms = padded(CLIPS)
     mask = torch.arange(max(SAMPLES)) < torch.tensor(SAMPLES)[:, None]
     with torch.no_grad():
         expected = theirs(waveforms, attention_mask=mask.long()).last_hidden_state
-        found = backbone_of(LAYER_NORM)(waveforms, SAMPLES)
-    for row, samples in enumerate(SAMPLES):
-        frames = LAYER_NORM.frames(samples)
-        assert (found[row, :frames] - expected[row, :frames]).abs().max() < 1e-5
+        found = states(backbone_of(LAYER_NORM), CLIPS, None)
+    for own, theirs_own in zip(found, expected, strict=True):
+        assert (own - theirs_own[: len(own)]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -129,9 +130,9 @@ def test_a_head_makes_in_a_batch_what_it_makes_alone(head: str, seeds: Tensor | 
     module = make_head(small_recipe(head, dropout=0.3), 16, 5)
     clips = [torch.randn(frames, 16) for frames in FRAMES]
     if head.endswith("ctc"):
-        targets = torch.tensor([[1, 2, 2], [5, 0, 0], [3, 0, 0], [4, 1, 0]])
+        targets = torch.tensor([[1, 2, 2], [5, 0, 0], [2, 4, 0], [3, 0, 0], [4, 1, 0]])
     else:
-        targets = torch.tensor([0, 4, 2, 2])
+        targets = torch.tensor([0, 4, 1, 2, 2])
     batch = padded(clips).requires_grad_()
     prediction = module(batch, FRAMES, seeds)
     losses = module.losses(prediction, FRAMES, targets)
@@ -162,7 +163,7 @@ def test_dropout_of_the_lstm_follows_the_seed() -> None:
     module = make_head(small_recipe("lstm-ctc", dropout=0.3), 16, 5)
     x = torch.randn(2, 9, 16)
     plain, first, again, other = (
-        module(x, (9, 9), seeds).logits for seeds in (None, SEEDS[:2], SEEDS[:2], SEEDS[2:])
+        module(x, (9, 9), seeds).logits for seeds in (None, SEEDS[:2], SEEDS[:2], SEEDS[2:4])
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, plain)
@@ -226,3 +227,17 @@ def test_the_embedding_of_speakers_is_that_of_the_original_width() -> None:
     assert prediction.logits.shape == (2, 5)
     assert prediction.embedding is not None
     assert prediction.embedding.shape == (2, 512)
+
+
+def test_batches_are_packed_only_if_their_clips_are_not_as_long() -> None:
+    same, other = [torch.randn(3, 4) for _ in range(2)], torch.randn(5, 4)
+    assert packing.join(same).shape == (2, 3, 4)
+    joined = packing.join([*same, other])
+    assert joined.shape == (1, 11, 4)
+    parts = packing.split(joined, (3, 3, 5))
+    assert all(torch.equal(found, own) for found, own in zip(parts, [*same, other], strict=True))
+    padded_batch = packing.pad(joined, (3, 3, 5))
+    assert padded_batch.shape == (3, 5, 4)
+    assert torch.equal(padded_batch[1, :3], same[1])
+    assert padded_batch[:2, 3:].abs().sum() == 0
+    assert packing.places((3, 3, 5)) == [slice(0, 3), slice(3, 6), slice(6, 11)]

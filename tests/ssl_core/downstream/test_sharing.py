@@ -120,7 +120,7 @@ def logits_of(model: TaskModel) -> Tensor:
     model.eval()
     with torch.no_grad():
         batch = batch_of()
-        logits = model.predict(batch.padded(torch.device("cpu")), batch.samples, "waveform").logits
+        logits = model.predict(batch.on(torch.device("cpu")), batch.samples, "waveform").logits
     model.train()
     return logits
 
