@@ -6,6 +6,7 @@ The same app runs in a SuperNode, in Flower's simulation and in `simulation/`.
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ Handler = Callable[[Message, Context], Message]
 def answering(handler: Handler) -> Handler:
     """Answer an error with its kind; the text, which may hold paths or names, stays here.
 
+    Of the system's errors, such as a full disk, its own words go along.
+
     A simulated client (`simulated` in its node config) sends the text as well.
     """
 
@@ -48,6 +51,8 @@ def answering(handler: Handler) -> Handler:
             reason = type(error).__name__
             if context.node_config.get("simulated"):
                 reason += f": {error}"
+            elif isinstance(error, OSError) and error.errno:
+                reason += f": {os.strerror(error.errno)}"  # without the path
             return Message(Error(code=protocol.CLIENT_FAILED, reason=reason), reply_to=message)
 
     return handle

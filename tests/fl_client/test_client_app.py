@@ -207,7 +207,7 @@ def test_an_unexpected_error_reveals_its_kind_only(
 
     monkeypatch.setattr("fl_client.client_app.share_of", fail)
     reply = ask(MessageType.QUERY)
-    assert reply.error.reason == "PermissionError"
+    assert reply.error.reason == "PermissionError: Permission denied"
     assert b"private" not in wire(reply)
     assert "/home/somebody/private.flac" in caplog.text
 
