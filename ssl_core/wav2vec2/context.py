@@ -130,12 +130,14 @@ class _ActivatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
+        grad_x = torch.empty_like(x)  # first the GELU, then what it makes room for
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.mm(rows.t(), F.gelu(x).flatten(0, -2)).to(weight.dtype)
+            torch.ops.aten.gelu(x, out=grad_x)
+            grad_weight = torch.mm(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
             grad_bias = rows.sum(0, dtype=weight.dtype)
-        grad_x = torch.matmul(grad, weight.to(grad.dtype))
-        grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        torch.mm(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
+        torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad_bias
 
 
