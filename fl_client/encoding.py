@@ -139,7 +139,8 @@ class _Code(NamedTuple):
 
 _CODES: dict[str, _Code] = {
     "fp32": _Code(
-        lambda value: value.reshape(-1).view(np.uint8),
+        # A copy: callers go on to change the value while its bytes wait for their bundle.
+        lambda value: value.reshape(-1).view(np.uint8).copy(),
         # Behind an odd number of bytes it is not aligned.
         lambda data, shape: np.require(data.view(np.float32), requirements="A").reshape(shape),
         lambda shape: 4 * _count(shape),

@@ -56,6 +56,14 @@ def test_bytes_are_as_promised(encoding: Encoding) -> None:
     assert encode(value, encoding).nbytes <= 1.01 * BITS[encoding] / 8 * value.size
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_bytes_are_not_the_values_own(shape: tuple[int, ...], encoding: Encoding) -> None:
+    """A client changes its tensors while their bytes wait to be sent."""
+    value = values(shape)
+    assert not np.shares_memory(encode(value, encoding), value)
+
+
 @pytest.mark.parametrize("encoding", ["int8", "int4", "topk"])
 def test_what_is_left_out_comes_with_the_next_updates(encoding: Encoding) -> None:
     truth, sent, left = np.zeros((30, 40)), np.zeros((30, 40)), np.zeros((30, 40), np.float32)

@@ -51,6 +51,7 @@ def test_clients_follow_the_weights_and_the_server_their_updates(
     exact = {name: value.clone() for name, value in weights.items()}
     broadcast, sizes = Broadcast(kind), []
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    changed = ("wide.weight", "wide.bias")
     for number in range(12):
         record, base = broadcast.pack(weights, number, KEYS)
         assert base == (number - 1 if number else -1)
@@ -64,16 +65,19 @@ def test_clients_follow_the_weights_and_the_server_their_updates(
             assert worst(start, broadcast.sent) == 0
             torch.manual_seed(100 * number + key)
             with torch.no_grad():
-                step = 0.01 * torch.randn_like(model.wide.weight)
-                model.wide.weight += step
-            exact["wide.weight"] += step / len(KEYS)
+                for name in changed:
+                    step = 0.01 * torch.randn_like(weights[name])
+                    model.get_parameter(name).add_(step)
+                    exact[name] += step / len(KEYS)
             update = exchange.difference()
-            assert set(updates.Views(update)) == {"wide.weight"}  # what has not changed is not sent
-            received = Decoded(update, shapes, kind)["wide.weight"]
-            weights["wide.weight"] += torch.from_numpy(received.copy()) / len(KEYS)
+            assert set(updates.Views(update)) == set(changed)  # what has not changed is not sent
+            received = Decoded(update, shapes, kind)
+            for name in changed:
+                weights[name] += torch.from_numpy(received[name].copy()) / len(KEYS)
             broadcast.held[key] = number
     left = {"bf16": 1e-3, "int8": 1e-3, "int4": 8e-3, "topk": 0.09}[kind]
     assert worst(weights, exact) < left
+    assert (weights["wide.bias"] - exact["wide.bias"]).abs().max() < 1e-6  # vectors travel in fp32
     assert sizes[-1] <= sizes[0]
     if kind == "int4":
         assert sizes[-1] < 0.65 * sizes[0]  # whole weights travel in 8 bits, differences in 4
