@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssl_core.downstream.recipe import TaskRecipe
 from ssl_core.wav2vec2.context import take_frames
 from ssl_core.wav2vec2.dropout import Dropout
-from ssl_core.wav2vec2.features import frame_mask
+from ssl_core.wav2vec2.packing import frame_mask
 
 BLANK = 0
 """Index of CTC's blank; symbols follow it."""

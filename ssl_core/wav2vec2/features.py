@@ -14,7 +14,6 @@ cheaper to take that again than to read it back.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -244,13 +243,6 @@ def _first_gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]
 
 activated_convolution.gradient(_convolution_gradient, _keep_convolution)
 first_convolutions.gradient(_first_gradient, _keep_convolution)
-
-
-def frame_mask(lengths: Sequence[int], x: Tensor) -> Tensor:
-    """`[batch, frame, 1]` for `x` `[batch, frame, ...]`: 1 in frames that are not padding."""
-    ends = torch.tensor(lengths, device=x.device)
-    places = torch.arange(x.shape[1], device=x.device)
-    return (places < ends[:, None])[:, :, None].to(x.dtype)
 
 
 class ConvolutionLayer(nn.Module):

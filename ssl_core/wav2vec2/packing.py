@@ -39,3 +39,10 @@ def places(lengths: Sequence[int]) -> list[slice]:
     """Where the frames of each packed clip stand."""
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     return [slice(end - own, end) for end, own in zip(ends, lengths, strict=True)]
+
+
+def frame_mask(lengths: Sequence[int], x: Tensor) -> Tensor:
+    """`[batch, frame, 1]` for `x` `[batch, frame, ...]`: 1 in frames that are not padding."""
+    ends = torch.tensor(lengths, device=x.device)
+    places = torch.arange(x.shape[1], device=x.device)
+    return (places < ends[:, None])[:, :, None].to(x.dtype)

@@ -131,19 +131,19 @@ def positions(
 
 def _correlate(first: Tensor, second: Tensor) -> Tensor:
     """Spectra of the correlation of two: for each bin, the first's matrix times the second's."""
-    (cosines, sines), (of_cosines, of_sines) = first, second
-    result = first.new_empty(2, len(cosines), cosines.shape[1], of_cosines.shape[2])
-    torch.bmm(cosines, of_cosines, out=result[0]).baddbmm_(sines, of_sines)
-    torch.bmm(sines, of_cosines, out=result[1]).baddbmm_(cosines, of_sines, alpha=-1)
-    return result
+    return _multiply(first, second, 1)
 
 
 def _convolve(first: Tensor, second: Tensor) -> Tensor:
-    """Of the convolution."""
+    """The same of the convolution."""
+    return _multiply(first, second, -1)
+
+
+def _multiply(first: Tensor, second: Tensor, sign: int) -> Tensor:
     (cosines, sines), (of_cosines, of_sines) = first, second
     result = first.new_empty(2, len(cosines), cosines.shape[1], of_cosines.shape[2])
-    torch.bmm(cosines, of_cosines, out=result[0]).baddbmm_(sines, of_sines, alpha=-1)
-    torch.bmm(sines, of_cosines, out=result[1]).baddbmm_(cosines, of_sines)
+    torch.bmm(cosines, of_cosines, out=result[0]).baddbmm_(sines, of_sines, alpha=sign)
+    torch.bmm(sines, of_cosines, out=result[1]).baddbmm_(cosines, of_sines, alpha=-sign)
     return result
 
 
