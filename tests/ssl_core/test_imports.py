@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS = """
+import dataclasses
 import sys
 from pathlib import Path
 import numpy as np
@@ -22,8 +23,11 @@ from ssl_core.wav2vec2.config import Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel
 
 plan = Plan(length=1.0, batch=2, recompute_layers=True, recompute_features=True)
+crops = np.random.default_rng(0).standard_normal((2, 16000), dtype="f")
 step = TrainingStep(PretrainingModel(preset("tiny")), Recipe(), plan, seed=0, total_updates=1)
-assert step.update([np.random.default_rng(0).standard_normal((2, 16000), dtype="f")], 0).applied
+for size in (0, 1):
+    step.change_plan(dataclasses.replace(plan, micro_batch=size))
+    assert step.update([crops], 0).applied
 hf.save_model(Path(sys.argv[1]), step.model.config, step.model.state_dict())
 model = TaskModel.new(load_upstream(sys.argv[1], "", 0), recipe_of("emotion"), 4, 0)
 clips = Batch([torch.randn(16000)] * 2, "waveform", [16000] * 2, torch.tensor([0, 1]))
