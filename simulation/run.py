@@ -230,7 +230,7 @@ def _say_what_there_is(
     settings: FederationSettings,
 ) -> None:
     for line in manifest.describe_skips():
-        print(f"left out: {line}")
+        print(line)
     print(
         f"{len(manifest.sequences)} sequences of about {settings.length} from "
         f"{len(manifest.speakers)} speakers, {format_seconds(manifest.seconds)}; "

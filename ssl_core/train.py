@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(describe(root, not settings.data))
     manifest = prepare(root, settings.subsets, settings.seconds, progress=True)
     for line in manifest.describe_skips():
-        print(f"left out: {line}")
+        print(line)
     excluded = held_out_speakers(manifest, settings.held_out, settings.seed)
     train, held = _crops(manifest, excluded, settings, plan)
     print(

@@ -10,10 +10,9 @@ import torch
 
 from partitions.atomic import write_text
 from partitions.cache import cache_folder
-from ssl_core.devices import choose_precision
 from ssl_core.memory import allocator, plain
 from ssl_core.memory.parts import Estimate
-from ssl_core.memory.plan import Plan
+from ssl_core.memory.plan import Plan, Precision
 from ssl_core.memory.task_work import TaskWork, Work
 from ssl_core.memory.trace import trace
 from ssl_core.wav2vec2.config import ModelConfig
@@ -21,16 +20,17 @@ from ssl_core.wav2vec2.config import ModelConfig
 MIB = 2**20
 RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
-LIBRARIES = {"fp32": 90 * MIB, "bf16": 142 * MIB, "fp16": 142 * MIB}
+LIBRARIES = {"fp32": 75 * MIB, "vectors": 122 * MIB, "tiles": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
-graph, small gaps: in fp32 20 to 40 MiB were measured for `tiny`, 79 in micro-batches, as much for
-`base`. In 16 bits what processors with units for bf16 need; others take as little as in fp32."""
-FORWARD = {"fp32": 70 * MIB, "bf16": 122 * MIB, "fp16": 122 * MIB}
+graph, small gaps, by how products are taken (`_arithmetic`): in fp32 20 to 65 MiB above
+`allocator.spare` were measured for `tiny`, 88 to 110 in 16 bits with AVX-512."""
+FORWARD = {"fp32": 70 * MIB, "vectors": 102 * MIB, "tiles": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
 backbone: 10 to 23 MiB above `allocator.spare` were measured for `base`, up to 50 in other such
 cells; 16 bits as much more as in `LIBRARIES`."""
-PACKED = 0.18
-"""Packed copies of weights, as a share of all parameters: 10 to 45 MiB measured for `base`."""
+PACKED, PACKED_IN_KEPT = 0.22, 0.15
+"""Packed copies of weights, as a share of parameters: with the above up to 113 MiB for `base`, half
+of it above `allocator.spare` where freed memory is kept, since they lie in that."""
 SPLIT = 0.03
 """Of what is in use: freed memory that a batch in micro-batches may keep above `allocator.spare`,
 between two looks at it. The same cell of `base` differed by 60 MiB between two measurements."""
@@ -61,17 +61,29 @@ def estimate(
     if plan.device.startswith("cuda"):
         moving = sum(size for name, size in live.items() if name not in _STAYING)
         return Estimate(parts | {"CUDA allocator": int(plain.ALLOCATOR * moving)})
-    # Where a processor has no units for 16 bits, as where it is told to choose.
-    kind = plan.precision if choose_precision("auto", "cpu") != "fp32" else "fp32"
+    kind = _arithmetic(plan.precision)
     if isinstance(work, TaskWork) and not work.convolves:
         parts["libraries"] = FORWARD[kind]
     else:
-        parts["libraries"] = LIBRARIES[kind] + int(PACKED * live["parameters"])
+        packed = PACKED_IN_KEPT if plan.keep_freed_memory else PACKED
+        parts["libraries"] = LIBRARIES[kind] + int(packed * live["parameters"])
     if plan.keep_freed_memory:
         used = sum(live.values()) + IMPORTED
         split = SPLIT * used if plan.chunk < plan.batch else 0
         parts["freed and kept"] = allocator.spare(used) + int(split)
     return Estimate(parts)
+
+
+def _arithmetic(precision: Precision) -> str:
+    """How a CPU takes products: in `fp32`, in 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
+
+    In 16 bits a processor that has units for neither takes as little memory as in fp32.
+    """
+    if precision == "fp32":
+        return "fp32"
+    if torch.cpu._is_amx_tile_supported():
+        return "tiles"
+    return "vectors" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 @functools.lru_cache(maxsize=4096)
