@@ -20,20 +20,20 @@ from ssl_core.wav2vec2.config import ModelConfig
 MIB = 2**20
 RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
-LIBRARIES = {"fp32": 75 * MIB, "vectors": 122 * MIB, "tiles": 142 * MIB}
+LIBRARIES = {"fp32": 70 * MIB, "vectors": 126 * MIB, "tiles": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps, by how products are taken (`_arithmetic`): in fp32 20 to 65 MiB above
 `allocator.spare` were measured for `tiny`, 88 to 110 in 16 bits with AVX-512."""
-FORWARD = {"fp32": 70 * MIB, "vectors": 102 * MIB, "tiles": 122 * MIB}
+FORWARD = {"fp32": 70 * MIB, "vectors": 106 * MIB, "tiles": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
 backbone: 10 to 23 MiB above `allocator.spare` were measured for `base`, up to 50 in other such
 cells; 16 bits as much more as in `LIBRARIES`."""
 PACKED, PACKED_IN_KEPT = 0.22, 0.15
-"""Packed copies of weights, as a share of parameters: with the above up to 113 MiB for `base`, half
-of it above `allocator.spare` where freed memory is kept, since they lie in that."""
-SPLIT = 0.03
-"""Of what is in use: freed memory that a batch in micro-batches may keep above `allocator.spare`,
-between two looks at it. The same cell of `base` differed by 60 MiB between two measurements."""
+"""Packed copies of weights in fp32, as a share of parameters: with the above up to 113 MiB for
+`base`, half of it above `allocator.spare` where freed memory is kept, since they lie in that."""
+PIECES = 0.03
+"""Of what is in use: freed memory that may be kept above `allocator.spare`, between two looks at
+it, where convolutions run again or a batch goes in micro-batches."""
 IMPORTED = 112 * MIB
 """Of the imports, what the C library manages."""
 _STAYING = ("parameters", "optimizer state")
@@ -66,11 +66,13 @@ def estimate(
         parts["libraries"] = FORWARD[kind]
     else:
         packed = PACKED_IN_KEPT if plan.keep_freed_memory else PACKED
+        if plan.precision != "fp32":
+            packed /= 2
         parts["libraries"] = LIBRARIES[kind] + int(packed * live["parameters"])
     if plan.keep_freed_memory:
         used = sum(live.values()) + IMPORTED
-        split = SPLIT * used if plan.chunk < plan.batch else 0
-        parts["freed and kept"] = allocator.spare(used) + int(split)
+        pieces = PIECES * used if plan.chunk < plan.batch or plan.recompute_features else 0
+        parts["freed and kept"] = allocator.spare(used) + int(pieces)
     return Estimate(parts)
 
 
