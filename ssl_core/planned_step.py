@@ -14,6 +14,8 @@ from ssl_core.optimizer import AdamW
 from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Backbone
 
+_LOOKED_AT_AFTER = ("feed_forward.intermediate_dense.weight", "attention.out_proj.weight")
+"""Weights of a layer after whose gradients freed memory is looked at."""
 LOSS_SCALE_INTERVAL = 2000
 """Updates after which a scaled loss (fp16) tries twice the scale, as torch's GradScaler does."""
 
@@ -74,17 +76,19 @@ class PlannedStep:
                 layer.compile()
 
     def _settling(self) -> contextlib.AbstractContextManager[None]:
-        """Looks after freed memory at every layer."""
+        """Looks after freed memory at every layer and within it."""
         if self.backbone is None:
             return contextlib.nullcontext()
         backbone = self.backbone
         convolutions, layers = backbone.feature_extractor.conv_layers, backbone.encoder.layers
         weights = [layer.get_parameter("conv.weight") for layer in convolutions]
-        weights += [layer.get_parameter("attention.out_proj.weight") for layer in layers]
-        # A hook would be compiled with its layer.
+        weights += [layer.get_parameter(name) for layer in layers for name in _LOOKED_AT_AFTER]
         modules = [backbone.feature_projection, *convolutions[2:]]
+        if not self.plan.compile:  # a hook would be compiled with its layer
+            modules += layers
+            modules += [layer.get_submodule("feed_forward") for layer in layers]
         trained = [weight for weight in weights if weight.requires_grad]
-        return allocator.settling(modules if self.plan.compile else [*modules, *layers], trained)
+        return allocator.settling(modules, trained)
 
     def moments(self) -> dict[str, Tensor]:
         """The optimisers' state by `kind/parameter name`, for a checkpoint."""

@@ -49,6 +49,10 @@ class _Kept:
         self.most = 0
         self.other = 0
 
+    def give_back(self) -> None:
+        """Give all freed memory back."""
+        ctypes.CDLL(None).malloc_trim(0)
+
     def settle(self) -> None:
         """Give freed memory back where more than its share is kept."""
         resident = resident_bytes()
@@ -60,7 +64,7 @@ class _Kept:
         used = found.uordblks + found.hblkhd
         self.most = max(self.most, used)
         if not self.other or resident > self.most + self.other + spare(self.most):
-            ctypes.CDLL(None).malloc_trim(0)
+            self.give_back()
             self.other = max(resident_bytes() - used, 1)
 
 
@@ -111,6 +115,24 @@ def settling(modules: list[nn.Module], weights: list[nn.Parameter]) -> Iterator[
     handles += [
         weight.register_post_accumulate_grad_hook(lambda _: _kept.settle()) for weight in weights
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def giving_back(modules: list[nn.Module]) -> Iterator[None]:
+    """Give all freed memory back before some modules' forward passes.
+
+    For those that take their memory in pieces that have pages of their own, such as an LSTM's
+    workspace: what was kept cannot serve them and would lie beside it.
+    """
+    if not _kept.active:
+        yield
+        return
+    handles = [module.register_forward_pre_hook(lambda *_: _kept.give_back()) for module in modules]
     try:
         yield
     finally:

@@ -24,10 +24,9 @@ LIBRARIES = {"fp32": 70 * MIB, "vectors": 126 * MIB, "tiles": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps, by how products are taken (`_arithmetic`): in fp32 20 to 65 MiB above
 `allocator.spare` were measured for `tiny`, 88 to 110 in 16 bits with AVX-512."""
-FORWARD = {"fp32": 70 * MIB, "vectors": 106 * MIB, "tiles": 122 * MIB}
+FORWARD = {"fp32": 70 * MIB, "vectors": 85 * MIB, "tiles": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
-backbone: 10 to 23 MiB above `allocator.spare` were measured for `base`, up to 50 in other such
-cells; 16 bits as much more as in `LIBRARIES`."""
+backbone: 10 to 50 MiB above `allocator.spare` were measured for `base`."""
 PACKED, PACKED_IN_KEPT = 0.22, 0.15
 """Packed copies of weights in fp32, as a share of parameters: with the above up to 113 MiB for
 `base`, half of it above `allocator.spare` where freed memory is kept, since they lie in that."""
@@ -72,7 +71,9 @@ def estimate(
     if plan.keep_freed_memory:
         used = sum(live.values()) + IMPORTED
         pieces = PIECES * used if plan.chunk < plan.batch or plan.recompute_features else 0
-        parts["freed and kept"] = allocator.spare(used) + int(pieces)
+        kept = allocator.spare(used) + int(pieces)
+        recurs = isinstance(work, TaskWork) and work.recurs
+        parts["freed and kept"] = kept // 2 if recurs else kept
     return Estimate(parts)
 
 

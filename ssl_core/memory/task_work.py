@@ -76,6 +76,11 @@ class TaskWork:
         """Whether there are convolutions in the backward pass."""
         return self.unfrozen or self.recipe.head == "x-vector"
 
+    @property
+    def recurs(self) -> bool:
+        """Whether the head is an LSTM, before which freed memory is given back."""
+        return self.recipe.head == "lstm-ctc"
+
     def validate_for(self, config: ModelConfig, plan: Plan) -> None:
         """Check a plan against the model and the task.
 
