@@ -30,9 +30,9 @@ backbone: 10 to 50 MiB above `allocator.spare` were measured for `base`."""
 PACKED, PACKED_IN_KEPT = 0.22, 0.15
 """Packed copies of weights in fp32, as a share of parameters: with the above up to 113 MiB for
 `base`, half of it above `allocator.spare` where freed memory is kept, since they lie in that."""
-PIECES = 0.03
-"""Of what is in use: freed memory that may be kept above `allocator.spare`, between two looks at
-it, where convolutions run again or a batch goes in micro-batches."""
+PIECES, PIECES_SHARE = 8 * MIB, 0.03
+"""Bytes, and share of what is in use: freed memory that may be kept above `allocator.spare`,
+between two looks at it, where convolutions run again or a batch goes in micro-batches."""
 IMPORTED = 112 * MIB
 """Of the imports, what the C library manages."""
 _STAYING = ("parameters", "optimizer state")
@@ -70,8 +70,9 @@ def estimate(
         parts["libraries"] = LIBRARIES[kind] + int(packed * live["parameters"])
     if plan.keep_freed_memory:
         used = sum(live.values()) + IMPORTED
-        pieces = PIECES * used if plan.chunk < plan.batch or plan.recompute_features else 0
-        kept = allocator.spare(used) + int(pieces)
+        kept = allocator.spare(used)
+        if plan.chunk < plan.batch or plan.recompute_features:
+            kept += PIECES + int(PIECES_SHARE * used)
         recurs = isinstance(work, TaskWork) and work.recurs
         parts["freed and kept"] = kept // 2 if recurs else kept
     return Estimate(parts)
