@@ -127,7 +127,7 @@ def test_the_ladder_of_an_unfrozen_task() -> None:
 
 
 def test_the_fastest_plan_of_a_task_that_fits_is_chosen() -> None:
-    task, plan = work(share="backbone"), Plan(length=1.0, batch=8)
+    task, plan = work(share="backbone"), Plan(length=5.0, batch=8)
     rungs = [rung for _, rung in ladder(plan, task)]
     sizes = [estimate(TINY, task, rung).total for rung in rungs]
     option = fitting(TINY, task, plan, sizes[3] + 1, 505 * MIB)
@@ -139,7 +139,7 @@ def test_the_fastest_plan_of_a_task_that_fits_is_chosen() -> None:
     assert least == min(sizes)
     decision = choose(TINY, task, plan, least - MIB)
     assert decision.chosen is None
-    with pytest.raises(UsageError, match=r"8 clips of 1s: nothing fits: .* 1 MiB more .* clips"):
+    with pytest.raises(UsageError, match=r"8 clips of 5s: nothing fits: .* 1 MiB more .* clips"):
         fitting(TINY, task, plan, least - MIB, 505 * MIB)
 
 
