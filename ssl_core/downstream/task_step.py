@@ -137,13 +137,9 @@ class TaskStep(PlannedStep):
         head = self.model.head
         layers = [module for module in head.modules() if not any(module.children())]
         weights = [weight for weight in head.parameters() if weight.requires_grad]
-        recurrent: list[torch.nn.Module] = [x for x in layers if isinstance(x, torch.nn.LSTM)]
-        layers = [module for module in layers if module not in recurrent]
-        with (
-            super()._settling(),
-            allocator.settling(layers, weights),
-            allocator.giving_back(recurrent),
-        ):
+        recurrent = [module for module in layers if isinstance(module, torch.nn.LSTM)]
+        others = [module for module in layers if module not in recurrent]
+        with super()._settling(), allocator.settling(others, weights, recurrent):
             yield
 
     def update(

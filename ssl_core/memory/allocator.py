@@ -11,7 +11,7 @@ than a fixed part. A step loses a few per cent of its speed by that, and its pea
 import contextlib
 import ctypes
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -101,38 +101,29 @@ def keep_freed_memory(keep: bool) -> bool:
 
 
 @contextlib.contextmanager
-def settling(modules: list[nn.Module], weights: list[nn.Parameter]) -> Iterator[None]:
+def settling(
+    modules: Sequence[nn.Module],
+    weights: Sequence[nn.Parameter],
+    recurrent: Sequence[nn.Module] = (),
+) -> Iterator[None]:
     """See that no more freed memory is kept than `spare` says.
 
     Args:
         modules: before each of their forward passes,
         weights: and whenever the gradient of one of these is made.
+        recurrent: LSTMs, before whose forward passes all of it is given back: their workspace has
+            pages of its own, and what was kept would lie beside it.
     """
     if not _kept.active:
         yield
         return
     handles = [module.register_forward_pre_hook(lambda *_: _kept.settle()) for module in modules]
     handles += [
+        module.register_forward_pre_hook(lambda *_: _kept.give_back()) for module in recurrent
+    ]
+    handles += [
         weight.register_post_accumulate_grad_hook(lambda _: _kept.settle()) for weight in weights
     ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def giving_back(modules: list[nn.Module]) -> Iterator[None]:
-    """Give all freed memory back before some modules' forward passes.
-
-    For those that take their memory in pieces that have pages of their own, such as an LSTM's
-    workspace: what was kept cannot serve them and would lie beside it.
-    """
-    if not _kept.active:
-        yield
-        return
-    handles = [module.register_forward_pre_hook(lambda *_: _kept.give_back()) for module in modules]
     try:
         yield
     finally:
