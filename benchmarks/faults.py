@@ -413,13 +413,15 @@ class Trial:
         patience: float = 0.0,
         rounds: int = 0,
         limit: float = 180.0,
+        latest: float = float("inf"),
     ) -> None:
         """`deadline`: seconds a round may take; `limit`: seconds until the run is given up.
 
-        `patience` is the run's; `rounds` is 3 or 4 where it is 0, and else at least 2.
+        `patience` is the run's; `rounds` is 3 or 4 where it is 0, and else at least 2. Faults come
+        at most `latest` seconds after what they wait for: with 0 they hit however fast this is.
         """
         self.fault, self.rng, self.encoding, self.deadline = fault, rng, encoding, deadline
-        self.patience = patience
+        self.patience, self.latest = patience, latest
         self.rounds = rounds or (4 if fault in ("hang", "supernode") else 3)
         self.at = rng.randrange(min(2, self.rounds - 1)) if fault != "replayed" else 1
         """Round of the fault, from 0; some are left in which to recover."""
@@ -466,12 +468,15 @@ class Trial:
         """Wait until the victim has got a round's message, and `delay` seconds longer."""
         log = self.lab.node_log(self.victim)
         self.wait(lambda: self.ended() or _read(log).count(_TRAIN) > number, f"round {number + 1}")
-        self.sleep(self.rng.uniform(0, delay))
+        self.sleep(self.rng.uniform(0, min(delay, self.latest)))
         return not self.ended()
 
     def client_app(self) -> Any:
-        """The victim's ClientApp, at a random moment of its life in round `at` or later."""
-        log, taken = self.lab.node_log(self.victim), self.at
+        """The victim's ClientApp, suspended at a random moment of its life in round `at` or later.
+
+        Whose life was over by then was too short for it: the next is looked at sooner.
+        """
+        log, taken, latest = self.lab.node_log(self.victim), self.at, min(5.0, self.latest)
         # An app of the message before may not be gone yet. They are told apart by their ids: what
         # the kernel says of a process's start may differ from the clock by a second or more.
         old: set[int] = set()
@@ -492,14 +497,19 @@ class Trial:
         while True:
             self.wait(functools.partial(begins, taken), f"round {taken + 1}")
             self.wait(lambda: self.ended() or young(), "a ClientApp")
-            self.sleep(self.rng.uniform(0, 5))
-            text, found = _read(log), young()
-            if found and text.count(_SENT) < text.count(_TRAIN):
-                return found[0]
+            delay = self.rng.uniform(0, latest)
+            self.sleep(delay)
+            for process in young():
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
+                    text = _read(log)
+                    if text.count(_SENT) < text.count(_TRAIN):
+                        return process
+                    process.resume()
+                old.add(process.pid)
             if self.ended():
                 raise TimeUp("the run was over before the fault")
-            taken = _read(log).count(_TRAIN)
-            old.update(process.pid for process in found)
+            taken, latest = _read(log).count(_TRAIN), delay
 
     @property
     def node(self) -> "subprocess.Popen[bytes]":

@@ -19,7 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def take(fault: str, folder: Path, data: Path, encoding: str) -> Outcome:
     trial = Trial(
         fault, folder / "lab", data, random.Random(1), encoding,
-        deadline=200, patience=2, rounds=2, limit=500,
+        deadline=200, patience=2, rounds=3, limit=500, latest=0,
     )  # fmt: skip
     outcome = trial.run()
     assert not trial.lab.mine()
