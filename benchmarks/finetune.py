@@ -29,6 +29,7 @@ from torch import Tensor
 from partitions import command
 from partitions.audio import read_piece
 from partitions.errors import ShortwaveError
+from partitions.restart import tuned
 from ssl_core import randomness
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.loading import ClipLoader
@@ -210,7 +211,8 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+            env=(tuned(os.environ) if work.name == OURS else os.environ)
+            | {"XDG_CACHE_HOME": str(cache)},
         )
         self._answer()
 

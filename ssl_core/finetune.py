@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from partitions.restart import restart
+
+if __name__ == "__main__":
+    restart()
+
 import torch
 from rich.console import Console
 

@@ -88,7 +88,9 @@ class PlannedStep:
             modules += layers
             modules += [layer.get_submodule("feed_forward") for layer in layers]
         trained = [weight for weight in weights if weight.requires_grad]
-        return allocator.settling(modules, trained)
+        # The third's backward pass makes the gradient of its input, the largest that is made.
+        ahead = [(weights[3], convolutions[2])] if weights[3].requires_grad else []
+        return allocator.settling(modules, trained, ahead=ahead)
 
     def moments(self) -> dict[str, Tensor]:
         """The optimisers' state by `kind/parameter name`, for a checkpoint."""

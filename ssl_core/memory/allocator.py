@@ -14,13 +14,16 @@ import platform
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ssl_core.memory.measure import resident_bytes
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+_MXFAST, _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = 1, -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
 """Bytes from which a tensor has pages of its own; larger ones leave gaps that others cannot use."""
+_FAST = 128
+"""Bytes of freed objects that glibc keeps as they are for others, like `partitions.restart`'s."""
 SPARE, SPARE_SHARE = 8 * 2**20, 0.09
 """Freed memory that may be kept: so many bytes, and this share of the most that was in use."""
 
@@ -53,9 +56,9 @@ class _Kept:
         """Give all freed memory back."""
         ctypes.CDLL(None).malloc_trim(0)
 
-    def settle(self) -> None:
-        """Give freed memory back where more than its share is kept."""
-        resident = resident_bytes()
+    def settle(self, ahead: int = 0) -> None:
+        """Give freed memory back where more than its share is kept, or will be `ahead` bytes on."""
+        resident = resident_bytes() + ahead
         if self.most and resident <= self.most + self.other + spare(self.most):
             return
         usage = ctypes.CDLL(None).mallinfo2
@@ -92,6 +95,7 @@ def keep_freed_memory(keep: bool) -> bool:
     done = library.mallopt(_MMAP_THRESHOLD, _LARGE if keep else _SMALL)
     done &= library.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**20)
     done &= library.mallopt(_TOP_PAD, 2**26 if keep else 0)
+    done &= library.mallopt(_MXFAST, 0 if keep else _FAST)
     if not keep:
         library.malloc_trim(0)
     _kept.forget()
@@ -105,6 +109,7 @@ def settling(
     modules: Sequence[nn.Module],
     weights: Sequence[nn.Parameter],
     recurrent: Sequence[nn.Module] = (),
+    ahead: Sequence[tuple[nn.Parameter, nn.Module]] = (),
 ) -> Iterator[None]:
     """See that no more freed memory is kept than `spare` says.
 
@@ -113,6 +118,8 @@ def settling(
         weights: and whenever the gradient of one of these is made.
         recurrent: LSTMs, before whose forward passes all of it is given back: their workspace has
             pages of its own, and what was kept would lie beside it.
+        ahead: after the gradient of each of these weights as much memory is about to be needed as
+            the module's input took.
     """
     if not _kept.active:
         yield
@@ -124,11 +131,26 @@ def settling(
     handles += [
         weight.register_post_accumulate_grad_hook(lambda _: _kept.settle()) for weight in weights
     ]
+    for weight, module in ahead:
+        handles += _looking_ahead(weight, module)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _looking_ahead(weight: nn.Parameter, module: nn.Module) -> list[RemovableHandle]:
+    seen = 0
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        seen = inputs[0].nbytes
+
+    return [
+        module.register_forward_pre_hook(see),
+        weight.register_post_accumulate_grad_hook(lambda _: _kept.settle(seen)),
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

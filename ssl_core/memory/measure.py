@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from partitions.errors import ShortwaveError
+from partitions.restart import tuned
 
 if TYPE_CHECKING:
     from ssl_core.memory.plan import Plan
@@ -113,7 +114,8 @@ def measure(
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": str(plan.get("threads") or os.cpu_count() or 1)},
+        env=tuned(os.environ)
+        | {"OMP_NUM_THREADS": str(plan.get("threads") or os.cpu_count() or 1)},
     )
     if done.returncode < 0:
         raise ShortwaveError(f"killed by {signal.Signals(-done.returncode).name}")

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Writer
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -27,6 +28,7 @@ from fl_client.__main__ import _node_config, _security
 from fl_client.environment import LEAN, QUIET
 from fl_client.settings import FederationSettings
 from partitions.errors import UsageError
+from partitions.restart import tuned
 from partitions.settings import to_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,7 @@ def test_an_interrupt_ends_it_and_all_that_it_started(
         superlink = f"127.0.0.1:{taken.getsockname()[1]}"
         process, log = start("--data", str(root), "--superlink", superlink)
         until(lambda: "Starting Flower SuperExec" in log.read_text(encoding="utf-8"))
+        assert tuned(found := psutil.Process(process.pid).environ()) == found
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert "SuperNode terminated gracefully" in log.read_text(encoding="utf-8")

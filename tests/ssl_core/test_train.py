@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from partitions import command
+from partitions.restart import tuned
 from ssl_core import checkpoint
 from ssl_core.train import main
 from ssl_core.wav2vec2 import hf
@@ -51,6 +53,7 @@ def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_bytes(
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("update 2/"):
+            assert tuned(found := psutil.Process(process.pid).environ()) == found
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import yaml
@@ -31,6 +32,7 @@ from small_models import save_backbone
 from partitions import command
 from partitions.errors import DataError, Interrupted, UsageError
 from partitions.manifest import Piece
+from partitions.restart import tuned
 from ssl_core import checkpoint, finetune
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.loading import check
@@ -307,6 +309,7 @@ def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_bytes(
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch 2/"):
+            assert tuned(found := psutil.Process(process.pid).environ()) == found
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()
