@@ -1,0 +1,42 @@
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partitions.restart import tuned
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
+
+AHEAD = """
+import torch
+from torch import nn
+from ssl_core.memory import allocator
+from ssl_core.memory.measure import resident_bytes
+
+assert allocator.keep_freed_memory(True)
+looked_at, large = nn.Linear(1, 1), nn.Identity()
+weight = nn.Parameter(torch.ones(1))
+with allocator.settling([looked_at], [], ahead=[(weight, large)]):
+    tensors = [torch.ones(2**20) for _ in range(64)]
+    looked_at(torch.ones(1))
+    tensors.clear()
+    looked_at(torch.ones(1))
+    kept = resident_bytes()
+    large(torch.empty(SIZE))
+    weight.sum().backward()
+    print((kept - resident_bytes()) >> 20)
+"""
+
+
+@pytest.mark.parametrize(("size", "given_back"), [(2**18, False), (2**25, True)])
+def test_freed_memory_is_kept_until_much_is_needed(size: int, given_back: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD.replace("SIZE", str(size))], cwd=ROOT,
+        env=tuned(os.environ), capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert (int(done.stdout) > 200) == given_back
