@@ -3,9 +3,10 @@
 A tensor of more than a few hundred KiB gets pages of its own from the kernel, and gives them back.
 The kernel clears every page again at its next use, which in a training step takes longer than what
 is done with them. Keeping them makes a step of base half as long again faster on a CPU. But what is
-kept lies in pieces that do not fit what comes next, and grows to two thirds of what a step needs
+kept lies in pieces that do not fit what comes next, and can grow to two thirds of what a step needs
 (as measured); so it is given back whenever the process is larger than its tensors ever were by more
-than a fixed part. A step loses a few per cent of its speed by that, and its peak is known.
+than a fixed part. A step loses a few per cent of its speed by that, and its peak is known. Small
+freed objects must not stand between the pieces, see `partitions.restart`.
 """
 
 import contextlib

@@ -24,10 +24,10 @@ LIBRARIES = {"fp32": 65 * MIB, "vectors": 121 * MIB, "tiles": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps, by how products are taken (`_arithmetic`): in fp32 20 to 65 MiB above
 `allocator.spare` were measured for `tiny`, 88 to 110 in 16 bits with AVX-512."""
-FORWARD = {"fp32": 62 * MIB, "vectors": 77 * MIB, "tiles": 122 * MIB}
+FORWARD = {"fp32": 56 * MIB, "vectors": 72 * MIB, "tiles": 122 * MIB}
 """The same where nothing is convolved backward, packed weights included, as of a head on a frozen
 backbone: 10 to 50 MiB above `allocator.spare` were measured for `base`."""
-PACKED, PACKED_IN_KEPT = 0.22, 0.08
+PACKED, PACKED_IN_KEPT = 0.22, 0.06
 """Packed copies of weights in fp32, as a share of parameters: with the above up to 113 MiB for
 `base`, a third of it above `allocator.spare` where freed memory is kept, since they lie in that."""
 PIECES, PIECES_SHARE = 8 * MIB, 0.01
