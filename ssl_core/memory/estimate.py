@@ -20,7 +20,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 MIB = 2**20
 RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
-LIBRARIES = {"fp32": 65 * MIB, "vectors": 121 * MIB, "tiles": 142 * MIB}
+LIBRARIES = {"fp32": 63 * MIB, "vectors": 118 * MIB, "tiles": 142 * MIB}
 """What matrix and convolution libraries keep for themselves, generated code, Python's part of the
 graph, small gaps, by how products are taken (`_arithmetic`): in fp32 20 to 65 MiB above
 `allocator.spare` were measured for `tiny`, 88 to 110 in 16 bits with AVX-512."""
