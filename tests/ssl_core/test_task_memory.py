@@ -248,7 +248,7 @@ def test_bad_requests_say_what_would_do(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UsageError, match="leave accumulation at 1"):
         work().validate_for(TINY, dataclasses.replace(PLAN, accumulation=2))
     pi = find_profile("rpi4")
-    full = dataclasses.replace(pi, memory=pi.memory - 6500 * MIB)
+    full = dataclasses.replace(pi, memory=pi.memory - 6600 * MIB)
     request = Request(model="tiny", task="emotion", backbone="frozen", length=0.5, batch=2)
     advice = advise(full, request)
     assert advice.chosen is None
