@@ -81,15 +81,18 @@ class PlannedStep:
             return contextlib.nullcontext()
         backbone = self.backbone
         convolutions, layers = backbone.feature_extractor.conv_layers, backbone.encoder.layers
-        weights = [layer.get_parameter("conv.weight") for layer in convolutions]
-        weights += [layer.get_parameter(name) for layer in layers for name in _LOOKED_AT_AFTER]
+        convolved = [layer.get_parameter("conv.weight") for layer in convolutions]
+        weights = convolved + [
+            layer.get_parameter(name) for layer in layers for name in _LOOKED_AT_AFTER
+        ]
         modules = [backbone.feature_projection, *convolutions[2:]]
         if not self.plan.compile:  # a hook would be compiled with its layer
             modules += layers
             modules += [layer.get_submodule("feed_forward") for layer in layers]
         trained = [weight for weight in weights if weight.requires_grad]
         # The third's backward pass makes the gradient of its input, the largest that is made.
-        ahead = [(weights[3], convolutions[2])] if weights[3].requires_grad else []
+        pairs = zip(convolved[3:4], convolutions[2:3], strict=False)
+        ahead = [(weight, module) for weight, module in pairs if weight.requires_grad]
         return allocator.settling(modules, trained, ahead=ahead)
 
     def moments(self) -> dict[str, Tensor]:

@@ -103,6 +103,20 @@ def test_gradients_applied_as_they_are_made_give_the_same_weights() -> None:
         assert torch.equal(value, usual[name]), name
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((16, 16), (16, 16)), ((10, 8, 8), (5, 8, 8))], ids=["two", "three"]
+)
+def test_an_extractor_of_few_convolutions_is_trained(
+    kernel: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    widths = (32,) * (len(kernel) - 1) + TINY.conv_dim[-1:]
+    config = dataclasses.replace(TINY, conv_dim=widths, conv_kernel=kernel, conv_stride=stride)
+    step = TrainingStep(
+        model_of(config), Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=2
+    )
+    assert step.update([noise(2)], 0).applied
+
+
 def test_applying_in_backward_stops_at_a_loss_that_is_not_finite() -> None:
     model = model_of(TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
