@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benchmarks.exchange import Lab
 from benchmarks.flower_processes import ROOT
-from partitions import command
-from partitions.errors import ShortwaveError
-from partitions.units import parse_size
-from ssl_core.memory.cgroup import capped
+from common import command
+from common.errors import ShortwaveError
+from common.units import parse_size
+from ssl_core.planning.memory_cgroup import capped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from partitions import command
-from partitions.atomic import write_text
-from partitions.errors import ShortwaveError, UsageError
+from common import command
+from common.atomic import write_text
+from common.errors import ShortwaveError, UsageError
 from ssl_core.downstream.tasks import asr
 
 ROOT = Path(__file__).parents[1]

@@ -32,12 +32,12 @@ from benchmarks.flower_processes import (
     wait_until,
     write_tones,
 )
+from common import command
+from common.errors import ShortwaveError, UsageError
+from common.units import format_bytes
 from fl_client.environment import LEAN
-from partitions import command
-from partitions.errors import ShortwaveError, UsageError
-from partitions.units import format_bytes
-from ssl_core import checkpoint
-from ssl_core.memory.trace import count_parameters
+from ssl_core.planning.trace import count_parameters
+from ssl_core.training import checkpoint
 from ssl_core.wav2vec2.config import preset
 
 ENCODINGS = ("int8", "int4")
@@ -119,7 +119,7 @@ import collections
 import torch
 
 from fl_client import client_app, local_training
-from ssl_core.step import StepReport
+from ssl_core.training.pretraining_step import StepReport
 
 
 def _noise(model, ladder, *_):

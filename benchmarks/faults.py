@@ -35,13 +35,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.flower_processes import free_port, write_tones
+from common import command
+from common.errors import ShortwaveError, UsageError
+from common.progress import bar_of
 from fl_client.environment import QUIET
 from fl_server.server_app import stored_settings
-from partitions import command
-from partitions.errors import ShortwaveError, UsageError
-from partitions.progress import bar_of
-from ssl_core import checkpoint
-from ssl_core.run_directory import RunDirectory
+from ssl_core.training import checkpoint
+from ssl_core.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 NODES = 3

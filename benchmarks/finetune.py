@@ -26,21 +26,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from partitions import command
+from common import command
+from common.errors import ShortwaveError
+from common.process_environment import tuned
 from partitions.audio import read_piece
-from partitions.errors import ShortwaveError
-from partitions.restart import tuned
-from ssl_core import randomness
 from ssl_core.downstream.clips import TaskData
+from ssl_core.downstream.learning_rates import Rates
 from ssl_core.downstream.loading import ClipLoader
-from ssl_core.downstream.model import TaskModel, load_upstream
-from ssl_core.downstream.rates import Rates
-from ssl_core.downstream.recipe import TaskRecipe, recipe_of
+from ssl_core.downstream.task_model import TaskModel, load_upstream
+from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.downstream.tasks import emotion
-from ssl_core.memory.measure import peak_bytes, reset_peak
-from ssl_core.memory.plan import Plan
-from ssl_core.wav2vec2 import hf
+from ssl_core.planning.process_memory import peak_bytes, reset_peak
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training import randomness
 from ssl_core.wav2vec2.config import preset
 from ssl_core.wav2vec2.model import PretrainingModel
 

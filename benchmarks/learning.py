@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from partitions import command
-from ssl_core.figures import plot_curves
-from ssl_core.run_directory import RunDirectory
+from common import command
+from ssl_core.training.curves import plot_curves
+from ssl_core.training.run_directory import RunDirectory
 from ssl_core.wav2vec2.config import preset
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from partitions import command
-from partitions.figures import save_figure
+from common import command
+from common.figures import save_figure
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "benchmarks" / "figures" / "personal.png"

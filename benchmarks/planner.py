@@ -24,20 +24,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from partitions import command
-from partitions.errors import ShortwaveError
-from partitions.figures import save_figure
-from partitions.progress import track
-from partitions.units import format_bytes, format_length
-from ssl_core.memory import paper_report
-from ssl_core.memory.cgroup import NoCgroup, capped
-from ssl_core.memory.devices import find_profile
-from ssl_core.memory.estimate import RUNTIME, estimate
-from ssl_core.memory.measure import measure
-from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import choose, describe, ladder, leanest
-from ssl_core.memory.task_work import task_work
-from ssl_core.overrides import resolve
+from common import command
+from common.errors import ShortwaveError
+from common.figures import save_figure
+from common.progress import track
+from common.units import format_bytes, format_length
+from ssl_core.downstream.task_work import task_work
+from ssl_core.paper import table2_report as paper_report
+from ssl_core.planning.device_profiles import find_profile
+from ssl_core.planning.estimate import RUNTIME, estimate
+from ssl_core.planning.ladder import choose, describe, ladder, leanest
+from ssl_core.planning.measure import measure
+from ssl_core.planning.memory_cgroup import NoCgroup, capped
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.overrides import resolve
 
 MIB = 2**20
 UPDATES = 3

@@ -13,7 +13,7 @@ import soundfile
 import soxr
 
 from partitions.demo_corpus import Espeak, voices_of
-from partitions.units import SAMPLE_RATE
+from partitions.sampling import SAMPLE_RATE
 
 NUMBERS = {
     2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine",

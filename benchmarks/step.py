@@ -23,13 +23,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.workers import OURS, PLANS, ROOT, Task, Worker, noise
-from partitions import command
-from partitions.errors import UsageError
-from partitions.figures import save_figure
-from partitions.manifest import prepare
-from partitions.progress import track
-from partitions.units import SAMPLE_RATE, format_length, parse_length
-from ssl_core.crops import Crops
+from common import command
+from common.errors import UsageError
+from common.figures import save_figure
+from common.progress import track
+from common.units import format_length, parse_length
+from partitions.prepared import prepare
+from partitions.sampling import SAMPLE_RATE
+from ssl_core.training.crops import Crops
 from ssl_core.wav2vec2.config import PRESETS
 
 FIGURE = ROOT / "benchmarks" / "figures" / "step-grid.png"

@@ -22,12 +22,13 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from partitions.restart import tuned
-from partitions.units import SAMPLE_RATE
-from ssl_core.memory.measure import peak_bytes, reset_peak, resident_bytes
-from ssl_core.memory.plan import Plan, Precision
+from common.process_environment import tuned
+from partitions.sampling import SAMPLE_RATE
+from ssl_core.planning.process_memory import peak_bytes, reset_peak, resident_bytes
+from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.profile import as_planned
-from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.wav2vec2.config import ModelConfig, preset
 
 Waveforms = npt.NDArray[np.float32]
 
@@ -81,7 +82,7 @@ def _build(task: Task) -> Callable[[], Callable[[Waveforms], None]]:
         peer = task.name.split("_")[0]
         build = peers.import_speechbrain() if peer == "speechbrain" else peers.transformers_step
         return lambda: build(Path(task.folder), task.precision)
-    from ssl_core.step import TrainingStep
+    from ssl_core.training.pretraining_step import TrainingStep
     from ssl_core.wav2vec2.model import PretrainingModel
 
     def ours() -> Callable[[Waveforms], None]:
@@ -154,7 +155,7 @@ def _gradient_error(task: Task) -> float:
     `k_proj.bias`, are left out.
     """
     from benchmarks import peers
-    from ssl_core.step import TrainingStep, Weights
+    from ssl_core.training.pretraining_step import TrainingStep, Weights
     from ssl_core.wav2vec2.model import PretrainingModel, draw
 
     torch.manual_seed(1)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from partitions.restart import restart
+from common.process_environment import restart
 
 if __name__ == "__main__":
     restart()  # here, as ClientApps are forked from this process
@@ -19,13 +19,14 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from common import command
+from common.errors import UsageError
+from common.units import parse_length, parse_names, parse_size
 from fl_client import warm_start
 from fl_client.environment import be_lean, be_quiet
-from partitions import command
-from partitions.errors import UsageError
 from partitions.librispeech import list_audio
-from partitions.units import parse_length, parse_names, parse_size
-from ssl_core.memory.devices import AUTO, find_profile
+from ssl_core.planning.device import AUTO
+from ssl_core.planning.device_profiles import find_profile
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 

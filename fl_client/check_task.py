@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from partitions import command
-from ssl_core.downstream.settings import TaskSettings
-from ssl_core.wav2vec2 import hf
+from common import command
+from ssl_core.downstream.task_settings import TaskSettings
+from ssl_core.training import hf_checkpoint as hf
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,17 +13,17 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from common.errors import ShortwaveError
 from fl_client import protocol
-from fl_client.ladder import budget_of
+from fl_client.federation_settings import FederationSettings
 from fl_client.limits import Limits
 from fl_client.local_data import share_of
 from fl_client.local_training import train_round
-from fl_client.settings import FederationSettings
+from fl_client.round_plan import budget_of
 from fl_client.task_data import task_share_of
 from fl_client.task_training import train_task_round
-from partitions.errors import ShortwaveError
+from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import seconds_of
-from partitions.units import SAMPLE_RATE
 
 log = logging.getLogger("shortwave.client")
 app = ClientApp()

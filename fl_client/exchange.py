@@ -10,8 +10,8 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fl_client import encoding, protocol, updates
+from fl_client.client_state import ClientState, StateLost
 from fl_client.encoding import Decoded, Encoding
-from fl_client.state import ClientState, StateLost
 
 
 class Weights(Protocol):

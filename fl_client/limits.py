@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from partitions.units import format_bytes
+from common.units import format_bytes
 
 log = logging.getLogger("shortwave.client")
 _THERMAL = Path("/sys/class/thermal")

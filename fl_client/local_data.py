@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fl_client.settings import FederationSettings
+from common.errors import UsageError
+from common.units import parse_names
+from fl_client.federation_settings import FederationSettings
 from partitions.demo_corpus import demo_corpus
-from partitions.errors import UsageError
-from partitions.manifest import Manifest, prepare, read_manifest
+from partitions.manifest import Manifest, read_manifest
+from partitions.prepared import prepare
 from partitions.speakers import How, held_out_speakers, partition, select
-from partitions.units import parse_names
 
 
 class Share(NamedTuple):

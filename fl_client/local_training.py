@@ -13,16 +13,17 @@ import torch
 from flwr.app import ArrayRecord
 
 from fl_client import protocol, updates
+from fl_client.client_state import ClientState, StateLost, default_folder
 from fl_client.exchange import exchange_of
-from fl_client.ladder import NO_BUDGET, Budget, Ladder
+from fl_client.federation_settings import FederationSettings
 from fl_client.limits import NO_LIMITS, Limits
 from fl_client.local_data import Share
-from fl_client.settings import FederationSettings
-from fl_client.state import ClientState, StateLost, default_folder
-from ssl_core.crops import Crops, ahead
-from ssl_core.memory.allocator import is_out_of_memory
-from ssl_core.memory.measure import peak_bytes
-from ssl_core.step import StepReport, TrainingStep
+from fl_client.round_plan import NO_BUDGET, Budget, Ladder
+from ssl_core.planning.allocator import is_out_of_memory
+from ssl_core.planning.process_memory import peak_bytes
+from ssl_core.training.crops import Crops
+from ssl_core.training.loader import ahead
+from ssl_core.training.pretraining_step import StepReport, TrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 

@@ -2,7 +2,7 @@
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from partitions.errors import ShortwaveError
+from common.errors import ShortwaveError
 
 WEIGHTS = "weights"
 """ArrayRecord, server to client: bundles of the global weights by parameter name."""

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fl_client.settings import FederationSettings
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
+from common.units import parse_names
+from fl_client.federation_settings import FederationSettings
 from partitions.manifest import Manifest
 from partitions.manifest import Sequence as Voice
 from partitions.speakers import How, partition
-from partitions.units import parse_names
 from ssl_core.downstream.clips import Clip
-from ssl_core.downstream.settings import TaskSettings
-from ssl_core.randomness import generator
+from ssl_core.downstream.task_settings import TaskSettings
+from ssl_core.training.randomness import generator
 
 CONCENTRATION = 0.3
 """Of the Dirichlet distribution of labels over clients with `partition labels`."""

@@ -16,24 +16,24 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
+from common.errors import DataError
 from fl_client import protocol, updates
+from fl_client.client_state import ClientState, default_folder
 from fl_client.exchange import exchange_of
-from fl_client.ladder import NO_BUDGET, Budget, Ladder
+from fl_client.federation_settings import FederationSettings
 from fl_client.limits import NO_LIMITS, Limits
 from fl_client.local_training import RoundResult, peak_of
-from fl_client.settings import FederationSettings
-from fl_client.state import ClientState, default_folder
+from fl_client.round_plan import NO_BUDGET, Budget, Ladder
 from fl_client.task_data import TaskShare
-from partitions.errors import DataError
-from partitions.units import SAMPLE_RATE
+from partitions.sampling import SAMPLE_RATE
+from ssl_core.downstream.learning_rates import Rates
 from ssl_core.downstream.loading import ClipLoader
-from ssl_core.downstream.model import TaskModel, load_upstream
-from ssl_core.downstream.rates import Rates
 from ssl_core.downstream.scoring import NoUsableClips, score_clips
 from ssl_core.downstream.sharing import Parts, divide
+from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_step import TaskReport, TaskStep
-from ssl_core.memory.allocator import is_out_of_memory
-from ssl_core.memory.task_work import TaskWork
+from ssl_core.downstream.task_work import TaskWork
+from ssl_core.planning.allocator import is_out_of_memory
 
 PERSONAL = "personal"
 """What the personal part is called in a client's folder."""

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from fl_client.protocol import ProtocolError
-from ssl_core.tensor_file import Entry, read_header, write_stream
+from ssl_core.training.tensor_file import Entry, read_header, write_stream
 
 Floats = npt.NDArray[np.float32]
 BUNDLE = 15 * 2**20

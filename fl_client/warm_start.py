@@ -44,7 +44,7 @@ IMPORTED = (
     "yaml",
 )
 """What the project's ClientApp imports of others; a test keeps this complete."""
-_OWN = ("partitions", "ssl_core", "fl_client", "fl_server")
+_OWN = ("common", "partitions", "ssl_core", "fl_client", "fl_server")
 _SOCKET = "socket"
 _PR_SET_NAME = 15  # linux/prctl.h
 _KILLED = 137

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from common import command
 from fl_server.certificates import (
     ALWAYS,
     AUTHORITY,
@@ -20,7 +21,6 @@ from fl_server.certificates import (
     node_names,
 )
 from fl_server.status import is_done, view
-from partitions import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

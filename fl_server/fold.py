@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from partitions.errors import ShortwaveError
+from common.errors import ShortwaveError
 
 FRACTION_BITS = 22
 LARGEST_CHANGE = 16.0

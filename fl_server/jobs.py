@@ -8,24 +8,25 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from common.errors import DataError, UsageError
+from common.units import format_bytes, format_seconds
+from fl_client.federation_settings import FederationSettings
 from fl_client.local_data import held_out, load_manifest
-from fl_client.settings import FederationSettings
 from fl_client.task_data import load_pool
 from fl_client.task_training import Resident
 from fl_server.personal_report import write_personal_report
 from fl_server.rounds import Client, Federation, RoundResult
-from partitions.errors import DataError, UsageError
+from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import select
-from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
-from ssl_core import checkpoint, randomness
-from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops
 from ssl_core.downstream.export import export
 from ssl_core.downstream.lora import merge_lora
-from ssl_core.evaluation import Evaluation, evaluate
-from ssl_core.figures import plot_curves
-from ssl_core.run_directory import RunDirectory
-from ssl_core.wav2vec2 import hf
+from ssl_core.training import checkpoint, randomness
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.collapse import CollapseAlarm
+from ssl_core.training.crops import CropBatch, Crops
+from ssl_core.training.curves import plot_curves
+from ssl_core.training.evaluation import Evaluation, evaluate
+from ssl_core.training.run_directory import RunDirectory
 from ssl_core.wav2vec2.model import PretrainingModel
 
 _OF_A_CLIENT = ("length", "batch", "micro_batch", "peak_bytes", "fallbacks")

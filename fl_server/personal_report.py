@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fl_client.settings import FederationSettings
-from partitions.atomic import write_text
-from partitions.figures import save_figure
+from common.atomic import write_text
+from common.figures import save_figure
+from fl_client.federation_settings import FederationSettings
 
 REPORT, FIGURE = "personal.json", "personal.png"
 _NAMED = 60

@@ -15,16 +15,16 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from common.errors import ShortwaveError
 from fl_client import protocol, updates
 from fl_client.encoding import Decoded
+from fl_client.federation_settings import FederationSettings
 from fl_client.protocol import ProtocolError
-from fl_client.settings import FederationSettings
 from fl_server.broadcast import WHOLE, Broadcast
 from fl_server.fold import Fold, RejectedUpdate
-from fl_server.optimizer import ServerOptimizer
-from partitions.errors import ShortwaveError
-from ssl_core.randomness import generator
-from ssl_core.schedule import gumbel_temperature, learning_rate
+from fl_server.server_optimizer import ServerOptimizer
+from ssl_core.training.randomness import generator
+from ssl_core.training.schedule import gumbel_temperature, learning_rate
 
 _LONGEST_PAUSE = 1.0
 _PAUSE = 0.01

@@ -13,20 +13,20 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fl_client.settings import FederationSettings
+from common.command import describe_os_error
+from common.errors import Interrupted, ShortwaveError, UsageError
+from common.progress import bar_of
+from common.settings import from_mapping, read_yaml
+from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import PREFIX
 from fl_server.jobs import describe_round, job_of
-from fl_server.optimizer import ServerOptimizer
 from fl_server.rounds import Federation, Roster, state_of
+from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
-from partitions.command import describe_os_error
-from partitions.errors import Interrupted, ShortwaveError, UsageError
-from partitions.progress import bar_of
-from partitions.settings import from_mapping, read_yaml
-from ssl_core import checkpoint
-from ssl_core.crops import describe
-from ssl_core.downstream.model import LOGMEL, RANDOM
-from ssl_core.run_directory import CONFIG, RunDirectory
+from ssl_core.downstream.task_model import LOGMEL, RANDOM
+from ssl_core.training import checkpoint
+from ssl_core.training.crops import describe
+from ssl_core.training.run_directory import CONFIG, RunDirectory
 
 app = ServerApp()
 

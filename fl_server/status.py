@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from common import atomic
+from common.units import format_bytes, format_length, format_seconds
 from fl_server.rounds import Client
-from partitions import atomic
-from partitions.units import format_bytes, format_length, format_seconds
-from ssl_core.run_directory import RunDirectory
+from ssl_core.training.run_directory import RunDirectory
 
 STATUS = "status.json"
 _KEPT = (

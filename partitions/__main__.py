@@ -9,15 +9,16 @@ from typing import get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from partitions import atomic, command
+from common import atomic, command
+from common.figures import save_figure
+from common.units import format_length, format_seconds, parse_length
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
-from partitions.figures import save_figure
 from partitions.length_figure import plot_lengths
 from partitions.lengths import recut, table
 from partitions.librispeech import find_utterances
-from partitions.manifest import prepare, write_manifest
+from partitions.manifest import write_manifest
+from partitions.prepared import prepare
 from partitions.speakers import HELD_OUT_SHARE, How, held_out_speakers, partition, seconds_of
-from partitions.units import format_length, format_seconds, parse_length
 
 USE_REAL = "python -m ssl_core.download --subset train-clean-100 --output DIR"
 """The command that downloads a subset of the real corpus."""

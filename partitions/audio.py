@@ -8,9 +8,9 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from partitions.manifest import Piece, Sequence, path_problem
-from partitions.units import SAMPLE_RATE
+from partitions.sampling import SAMPLE_RATE
 
 SILENCE = 1e-5
 """Root mean square below which a crop is silent; full scale is 1, one 16-bit step is 3e-5."""

@@ -25,12 +25,12 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from partitions import atomic, command
-from partitions.cache import cache_folder
+from common import atomic, command
+from common.cache_folder import cache_folder
+from common.errors import ShortwaveError, UsageError
+from common.progress import track
 from partitions.demo_text import sentence, transcript, words
-from partitions.errors import ShortwaveError, UsageError
-from partitions.progress import track
-from partitions.units import SAMPLE_RATE
+from partitions.sampling import SAMPLE_RATE
 
 VOICES = 112
 """Voices in the whole corpus."""

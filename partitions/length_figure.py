@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from partitions.figures import save_figure
+from common.figures import save_figure
+from common.units import format_length
 from partitions.lengths import sequence_seconds
 from partitions.manifest import Manifest
-from partitions.units import SAMPLE_RATE, format_length
+from partitions.sampling import SAMPLE_RATE
 
 
 def plot_lengths(manifests: list[Manifest], path: Path) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
+from common.units import format_length, format_seconds
 from partitions.librispeech import Corpus, Utterance
 from partitions.manifest import Manifest, Piece, Sequence
-from partitions.units import SAMPLE_RATE, format_length, format_seconds
+from partitions.sampling import SAMPLE_RATE
 
 PAPER_MEANS = {1.0: 1.1, 5.0: 5.2, 10.0: 10.4, 15.0: 15.8}
 """Mean seconds of the paper's four data sets by their nominal length (section 3.1)."""

@@ -8,19 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.command import nearest
+from common.errors import DataError, UsageError
+from common.progress import track
 from partitions.audio import samples_of
-from partitions.command import nearest
-from partitions.errors import DataError, UsageError
-from partitions.manifest import describe_skips, natural_order, path_problem
-from partitions.progress import track
-from partitions.units import SAMPLE_RATE
+from partitions.manifest import natural_order, path_problem
+from partitions.sampling import SAMPLE_RATE
+from partitions.skips import Skips, describe_skips
 
 LAYOUT = "subset/speaker/chapter/speaker-chapter-number.flac"
 """Where LibriSpeech keeps an utterance (its README.TXT), `.wav` being read as well."""
 
 _SUFFIXES = (".flac", ".wav")
 _SUBSET_NAME = re.compile(r"(train|dev|test)-.+")
-_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -164,23 +164,6 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
             f"{LAYOUT} there, download or unpack the subset again"
         )
     return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
-
-
-class Skips:
-    """Counts what is left out by reason, with the first few examples."""
-
-    def __init__(self, counts: dict[str, int], examples: dict[str, tuple[str, ...]]) -> None:
-        """Go on counting in `counts` and `examples`, both by reason."""
-        self.counts = counts
-        self.examples = examples
-
-    def add(self, reason: str, path: str) -> None:
-        """Count one path under a reason."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        named = self.examples.get(reason, ())
-        if len(named) < _EXAMPLES:
-            printable = path.encode("utf-8", "backslashreplace").decode()
-            self.examples[reason] = (*named, re.sub(r"[\x00-\x1f\x7f]", "?", printable))
 
 
 def _locate(root: Path) -> tuple[Path, tuple[str, ...]]:

@@ -1,17 +1,15 @@
 """Manifests: which samples of which files make up each training sequence, and whose voice it is."""
 
-import contextlib
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from partitions.atomic import write_text
-from partitions.cache import cache_folder
-from partitions.errors import DataError
-from partitions.units import SAMPLE_RATE
+from common.atomic import write_text
+from common.errors import DataError
+from partitions.sampling import SAMPLE_RATE
+from partitions.skips import describe_skips
 
 FORMAT_VERSION = 1
 """Written in the first line of every manifest; other versions are refused.
@@ -111,17 +109,6 @@ def natural_order(name: str) -> tuple[int, int, str]:
     if name.isascii() and name.isdigit():
         return (0, int(name), name)
     return (1, 0, name)
-
-
-def describe_skips(skips: Mapping[str, int], examples: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """One line for each reason: `left out, unreadable: 3 (a.flac, b.flac, ...)`."""
-    lines = []
-    for reason, count in skips.items():
-        named = examples.get(reason, ())
-        more = ", ..." if count > len(named) else ""
-        shown = f" ({', '.join(named)}{more})" if named else ""
-        lines.append(f"left out, {reason}: {count}{shown}")
-    return lines
 
 
 def path_problem(path: str) -> str | None:
@@ -304,36 +291,3 @@ class _Reader:
             skipped_examples=self.examples,
             utterance_lengths=tuple(self.lengths),
         )
-
-
-def prepare(
-    root: Path, subsets: tuple[str, ...] = (), length: float = 5.0, progress: bool = False
-) -> Manifest:
-    """Scan a corpus and recut it to `length` seconds, or take the result from the cache.
-
-    The cache lies under `cache_folder()/manifests`, one file for each listing of the corpus (name,
-    size and time of every audio file), subsets and length; a broken or unwritable cache is ignored.
-
-    Raises:
-        DataError: no corpus there, none of its audio is usable, or no speaker has `length` seconds.
-        UsageError: an unknown subset.
-    """
-    # Both modules build manifests, so they import this one.
-    from partitions.lengths import recut
-    from partitions.librispeech import find_utterances, list_audio
-
-    listing = list_audio(root, subsets)
-    digest = hashlib.sha256()
-    for word in (FORMAT_VERSION, listing.root, *listing.subsets, repr(float(length))):
-        digest.update(f"{word}\n".encode(errors="surrogateescape"))
-    for file in listing.files:
-        digest.update(f"{file.path}\t{file.size}\t{file.modified}\n".encode())
-    for reason, count in listing.skips.items():
-        digest.update(f"{reason}\t{count}\n".encode())
-    cached = cache_folder() / "manifests" / f"{digest.hexdigest()[:32]}.tsv"
-    with contextlib.suppress(DataError):
-        return read_manifest(cached, listing.root)
-    manifest = recut(find_utterances(root, subsets, progress), length)
-    with contextlib.suppress(OSError, DataError):
-        write_manifest(cached, manifest)
-    return manifest

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable
 from random import Random
 from typing import Literal, get_args
 
-from partitions.command import nearest
-from partitions.errors import UsageError
+from common.command import nearest
+from common.errors import UsageError
+from common.units import format_length
 from partitions.manifest import Manifest, Sequence
-from partitions.units import SAMPLE_RATE, format_length
+from partitions.sampling import SAMPLE_RATE
 
 How = Literal["speaker", "iid", "skewed"]
 """Whole speakers a client, evenly shuffled sequences, or shuffled with skewed amounts."""

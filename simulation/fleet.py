@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fl_client.settings import FederationSettings
-from partitions.errors import UsageError
-from partitions.progress import track
-from partitions.units import format_bytes, format_length, format_seconds, parse_length
-from ssl_core.memory.advice import Advice, Request, advise, explain
-from ssl_core.memory.devices import DeviceProfile, find_profile
-from ssl_core.memory.planner import describe
-from ssl_core.randomness import generator
+from common.errors import UsageError
+from common.progress import track
+from common.units import format_bytes, format_length, format_seconds, parse_length
+from fl_client.federation_settings import FederationSettings
+from ssl_core.planning.advice import Advice, Request, advise, explain
+from ssl_core.planning.device import DeviceProfile
+from ssl_core.planning.device_profiles import find_profile
+from ssl_core.planning.ladder import describe
+from ssl_core.training.randomness import generator
 
 _HOW = (
     "micro_batch", "recompute_features", "recompute_layers", "keep_attention", "apply_in_backward",

@@ -21,9 +21,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from common.errors import ShortwaveError
+from common.process_environment import tuned
 from fl_client import protocol
-from partitions.errors import ShortwaveError
-from partitions.restart import tuned
 
 RUN_ID = 1
 SERVER_NODE = 0

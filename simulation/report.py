@@ -5,16 +5,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fl_client.settings import FederationSettings
-from partitions import atomic
-from partitions.figures import save_figure
+from common import atomic
+from common.figures import save_figure
+from common.units import format_bytes, format_seconds
+from fl_client.federation_settings import FederationSettings
 from partitions.manifest import Manifest
+from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import seconds_of
-from partitions.units import SAMPLE_RATE, format_bytes, format_seconds
 from simulation.fleet import Fleet
 from simulation.fleet import table as fleet_table
-from ssl_core.checkpoint import latest
-from ssl_core.run_directory import CONFIG, METRICS, RunDirectory
+from ssl_core.training.checkpoint import latest
+from ssl_core.training.run_directory import CONFIG, METRICS, RunDirectory
 
 
 def write_report(

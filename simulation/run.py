@@ -18,31 +18,27 @@ be_quiet()
 import ray  # noqa: E402
 from flwr.app import Context, RecordDict  # noqa: E402
 
+from common import command  # noqa: E402
+from common.errors import UsageError  # noqa: E402
+from common.settings import add_options, from_mapping, from_texts, read_yaml  # noqa: E402
+from common.units import format_bytes, format_seconds  # noqa: E402
+from fl_client.federation_settings import FederationSettings  # noqa: E402
 from fl_client.local_data import held_out  # noqa: E402
-from fl_client.settings import FederationSettings  # noqa: E402
 from fl_client.task_data import divide_pool, load_pool  # noqa: E402
 from fl_client.task_training import Resident  # noqa: E402
 from fl_server.server_app import app as server_app  # noqa: E402
 from fl_server.server_app import open_run, stored_settings  # noqa: E402
-from partitions import command  # noqa: E402
 from partitions.demo_corpus import demo_corpus  # noqa: E402
-from partitions.errors import UsageError  # noqa: E402
-from partitions.manifest import Manifest, prepare, write_manifest  # noqa: E402
-from partitions.settings import (  # noqa: E402
-    add_options,
-    from_mapping,
-    from_texts,
-    read_yaml,
-)
+from partitions.manifest import Manifest, write_manifest  # noqa: E402
+from partitions.prepared import prepare  # noqa: E402
 from partitions.speakers import partition  # noqa: E402
-from partitions.units import format_bytes, format_seconds  # noqa: E402
 from simulation.fleet import make_fleet  # noqa: E402
 from simulation.ray_grid import RUN_ID, SERVER_NODE, RayGrid, start_ray  # noqa: E402
 from simulation.report import write_report  # noqa: E402
-from ssl_core.checkpoint import latest  # noqa: E402
-from ssl_core.crops import describe  # noqa: E402
-from ssl_core.memory.plan import Plan  # noqa: E402
-from ssl_core.run_directory import RunDirectory  # noqa: E402
+from ssl_core.planning.step_plan import Plan  # noqa: E402
+from ssl_core.training.checkpoint import latest  # noqa: E402
+from ssl_core.training.crops import describe  # noqa: E402
+from ssl_core.training.run_directory import RunDirectory  # noqa: E402
 from ssl_core.wav2vec2.model import PretrainingModel  # noqa: E402
 
 _NOT_HERE = ("min_clients", "wait", "deadline", "patience")

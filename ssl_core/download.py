@@ -7,8 +7,8 @@ import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 
-from partitions import command
-from partitions.errors import ShortwaveError, UsageError
+from common import command
+from common.errors import ShortwaveError, UsageError
 
 SUBSETS = {
     "dev-clean": 0.34,

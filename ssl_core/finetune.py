@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from partitions.restart import restart
+from common.process_environment import restart
 
 if __name__ == "__main__":
     restart()
@@ -17,23 +17,23 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from partitions import command
-from partitions.errors import DataError, Interrupted, UsageError
-from partitions.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
-from partitions.units import format_seconds
+from common import command
+from common.errors import DataError, Interrupted, UsageError
+from common.settings import add_options, from_mapping, from_texts, read_yaml, to_yaml
+from common.units import format_seconds
 from ssl_core.downstream import results
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.decoding import Decoder, beam_search, greedy
 from ssl_core.downstream.export import export
+from ssl_core.downstream.finetuning import FineTuning
 from ssl_core.downstream.loading import ClipLoader, check
-from ssl_core.downstream.model import LOGMEL, TaskModel, load_upstream
-from ssl_core.downstream.recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.scoring import Scored, score_clips, verify
-from ssl_core.downstream.settings import TaskSettings
+from ssl_core.downstream.task_model import LOGMEL, TaskModel, load_upstream
+from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
+from ssl_core.downstream.task_settings import TaskSettings
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.downstream.tasks import slots
-from ssl_core.downstream.training import FineTuning
-from ssl_core.run_directory import RunDirectory, resumed
+from ssl_core.training.run_directory import RunDirectory, resumed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

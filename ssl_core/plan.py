@@ -12,20 +12,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from partitions import command
-from partitions.atomic import write_text
-from partitions.errors import UsageError
-from partitions.units import format_bytes, parse_length
-from ssl_core.memory import paper_report, table2, task_report
-from ssl_core.memory.advice import MATCHED, Request, advise, explain
-from ssl_core.memory.advice import result as advice_result
-from ssl_core.memory.devices import (
-    AUTO,
-    DeviceProfile,
-    find_profile,
-    known_profiles,
-    this_machine,
-)
+from common import command
+from common.atomic import write_text
+from common.errors import UsageError
+from common.units import format_bytes, parse_length
+from ssl_core.paper import table2
+from ssl_core.paper import table2_report as paper_report
+from ssl_core.paper import table3_report as task_report
+from ssl_core.planning.advice import MATCHED, Request, advise, explain
+from ssl_core.planning.advice import result as advice_result
+from ssl_core.planning.device import AUTO, DeviceProfile
+from ssl_core.planning.device_profiles import find_profile, known_profiles
+from ssl_core.planning.this_machine import this_machine
 
 CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
 """One device with memory of its own and one that shares it: the others are then predicted."""

@@ -17,19 +17,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from partitions import command
-from partitions.atomic import write_text
-from partitions.errors import ShortwaveError
-from partitions.figures import save_figure
-from partitions.progress import track
-from partitions.units import format_bytes, format_length, parse_length
-from ssl_core.memory.estimate import estimate
-from ssl_core.memory.measure import measure
-from ssl_core.memory.operations import count_operations
-from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import fastest, leanest
-from ssl_core.overrides import change_plan, resolve
-from ssl_core.wav2vec2.config import ModelConfig, Recipe
+from common import command
+from common.atomic import write_text
+from common.errors import ShortwaveError
+from common.figures import save_figure
+from common.progress import track
+from common.units import format_bytes, format_length, parse_length
+from ssl_core.planning.estimate import estimate
+from ssl_core.planning.ladder import fastest, leanest
+from ssl_core.planning.measure import measure
+from ssl_core.planning.operation_count import count_operations
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.overrides import change_plan, resolve
+from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.wav2vec2.config import ModelConfig
 
 PLANS = ("default", "fastest", "leanest")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from partitions.restart import restart
+from common.process_environment import restart
 
 if __name__ == "__main__":
     restart()
@@ -17,24 +17,26 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from partitions import command
+from common import command
+from common.errors import Interrupted, UsageError
+from common.progress import bar_of
+from common.settings import add_options, from_mapping, from_texts, read_yaml
+from common.units import format_seconds
 from partitions.demo_corpus import demo_corpus
-from partitions.errors import Interrupted, UsageError
-from partitions.manifest import Manifest, prepare
-from partitions.progress import bar_of
-from partitions.settings import add_options, from_mapping, from_texts, read_yaml
+from partitions.manifest import Manifest
+from partitions.prepared import prepare
 from partitions.speakers import held_out_speakers, select
-from partitions.units import format_seconds
-from ssl_core import checkpoint, randomness
-from ssl_core.collapse import CollapseAlarm
-from ssl_core.crops import CropBatch, Crops, ahead, describe
-from ssl_core.evaluation import evaluate
-from ssl_core.figures import plot_curves
-from ssl_core.memory.plan import Plan
-from ssl_core.run_directory import RunDirectory, resumed
-from ssl_core.step import StepReport, TrainingStep
-from ssl_core.step_settings import StepSettings
-from ssl_core.wav2vec2 import hf
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training import checkpoint, randomness
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.collapse import CollapseAlarm
+from ssl_core.training.crops import CropBatch, Crops, describe
+from ssl_core.training.curves import plot_curves
+from ssl_core.training.evaluation import evaluate
+from ssl_core.training.loader import ahead
+from ssl_core.training.pretraining_settings import StepSettings
+from ssl_core.training.pretraining_step import StepReport, TrainingStep
+from ssl_core.training.run_directory import RunDirectory, resumed
 from ssl_core.wav2vec2.model import PretrainingModel
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ssl_core.wav2vec2 import hf
+from ssl_core.training import hf_checkpoint as hf
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from partitions.manifest import Piece, describe_skips
+from partitions.manifest import Piece
+from partitions.skips import describe_skips
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partitions.errors import UsageError
+from common.errors import UsageError
 from ssl_core.downstream.heads import BLANK
 
 Decoder = Callable[[Tensor, Sequence[int]], list[str]]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partitions import atomic
-from partitions.units import SAMPLE_RATE
+from common import atomic
+from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.model import TaskModel
-from ssl_core.tensor_file import write_tensors
-from ssl_core.wav2vec2 import hf
+from ssl_core.downstream.task_model import TaskModel
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.tensor_file import write_tensors
 
 TASK = "task.json"
 

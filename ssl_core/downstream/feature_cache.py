@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from partitions.cache import cache_folder
+from common.cache_folder import cache_folder
 from partitions.manifest import Piece
 
 LIMIT = 32 * 2**30

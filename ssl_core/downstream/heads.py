@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_core.downstream.recipe import TaskRecipe
+from ssl_core.downstream.task_recipe import TaskRecipe
 from ssl_core.wav2vec2.context import take_frames
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.packing import frame_mask

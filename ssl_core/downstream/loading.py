@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.errors import DataError, Interrupted
+from common.progress import track
 from partitions.audio import SILENCE, BadAudio, read_piece
-from partitions.errors import DataError, Interrupted
-from partitions.progress import track
-from partitions.units import SAMPLE_RATE
-from ssl_core import randomness
+from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.feature_cache import LIMIT, FeatureCache, clip_key
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.recipe import TaskRecipe
+from ssl_core.downstream.task_recipe import TaskRecipe
 from ssl_core.downstream.task_step import Batch, TaskStep
+from ssl_core.training import randomness
 from ssl_core.wav2vec2.precision import autocast
 
 SILENT_LABEL = "silence"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partitions.errors import UsageError
-from ssl_core import randomness
+from common.errors import UsageError
+from ssl_core.training import randomness
 from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Backbone
 

@@ -6,7 +6,7 @@ import jiwer
 import numpy as np
 import numpy.typing as npt
 
-from partitions.errors import DataError
+from common.errors import DataError
 
 Floats = npt.NDArray[np.float64]
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from partitions.atomic import write_text
-from partitions.figures import save_figure
-from partitions.units import SAMPLE_RATE
+from common.atomic import write_text
+from common.figures import save_figure
+from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Trial
 from ssl_core.downstream.scoring import Scored
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from partitions.errors import DataError
+from common.errors import DataError
 from ssl_core.downstream import metrics
 from ssl_core.downstream.clips import Clip, Trial
 from ssl_core.downstream.decoding import Decoder, greedy
 from ssl_core.downstream.loading import ClipLoader
-from ssl_core.downstream.model import Stage
+from ssl_core.downstream.task_model import Stage
 from ssl_core.wav2vec2.precision import autocast
 
 

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from partitions.errors import UsageError
+from common.errors import UsageError
 from ssl_core.downstream.lora import add_lora
-from ssl_core.downstream.model import TaskModel
-from ssl_core.downstream.recipe import Method, Share
+from ssl_core.downstream.task_model import TaskModel
+from ssl_core.downstream.task_recipe import Method, Share
 
 
 class Parts(NamedTuple):

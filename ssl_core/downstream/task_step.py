@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partitions.units import SAMPLE_RATE
-from ssl_core import randomness
+from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.model import EXTRACTOR, Inputs, Stage, TaskModel
-from ssl_core.memory import allocator
-from ssl_core.memory.plan import Plan
-from ssl_core.optimizer import AdamW
-from ssl_core.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.downstream.task_model import EXTRACTOR, Inputs, Stage, TaskModel
+from ssl_core.planning import allocator
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training import randomness
+from ssl_core.training.adamw import AdamW
+from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.precision import at_least_fp32, autocast
 from ssl_core.wav2vec2.recompute import recomputed

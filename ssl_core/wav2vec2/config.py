@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
-from partitions.command import nearest
-from partitions.errors import DataError, UsageError
+from common.command import nearest
+from common.errors import DataError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,62 +146,6 @@ class ModelConfig:
         return config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What of the original base recipe (fairseq) is not architecture."""
-
-    learning_rate: float = 5e-4
-    """Peak of Adam's rate. The paper's "6 x 10^4" is read as 6e-4; the original used 5e-4."""
-    warmup: float = 0.08
-    """Share of all updates in which the rate rises linearly (32 of 400 thousand)."""
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip_norm: float = 0.0
-    """Largest gradient norm; 0 is none, as in the original."""
-    gumbel_start: float = 2.0
-    gumbel_end: float = 0.5
-    gumbel_decay: float = 0.999995
-    """The Gumbel temperature is max(end, start * decay ** global update)."""
-    feature_grad_scale: float = 0.1
-    """Multiplies the gradient that reaches the feature extractor (`feature_grad_mult`)."""
-    feature_penalty_weight: float = 10.0
-    """Weight of the mean square of the extractor's output, times the masked frames."""
-    diversity_end: float = 1.0
-    """Weight of the diversity loss at the last update, as a share of its weight at the first, from
-    which it goes linearly; 1 keeps it, as the original does. A large weight at first keeps a small
-    codebook from collapsing when the first codes can be predicted; a smaller one later lets codes
-    become predictable."""
-    code_entropy_weight: float = 0.0
-    """Weight of the entropy of a masked frame's code distribution, in nats. The original has none.
-    The diversity loss looks at the mean over all frames, which is even too when every frame's code
-    is a matter of chance; small models end there. A weight above zero keeps codes sharp."""
-    negative_pool: Literal["utterance", "batch"] = "utterance"
-    """Where negatives come from: masked frames of the same crop, or of every crop of the batch."""
-
-    def validate(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UsageError: a value out of range.
-        """
-        if self.learning_rate <= 0:
-            raise UsageError(f"learning-rate must be above zero, not {self.learning_rate}")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup is a share of all updates in [0, 1), not {self.warmup}")
-        if not 0 <= self.diversity_end <= 1:
-            raise UsageError(f"diversity-end is a share in [0, 1], not {self.diversity_end}")
-        if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
-            raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
-        for name in (
-            "weight_decay", "clip_norm", "feature_penalty_weight", "code_entropy_weight"
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name.replace('_', '-')} must not be below zero")
-
-
 PRESETS: dict[str, ModelConfig] = {
     "base": ModelConfig(),
     "tiny": ModelConfig(
@@ -224,17 +168,6 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """`base`: the paper's, 95.04 M parameters. `tiny`: 1.96 M, for laptops, tests and first tries."""
-
-RECIPES: dict[str, Recipe] = {
-    "base": Recipe(),
-    "tiny": Recipe(
-        learning_rate=1e-3,
-        feature_penalty_weight=1.0,
-        diversity_end=0.2,
-        code_entropy_weight=0.2,
-    ),
-}
-"""The original recipe for `base`; for `tiny`, what learns within minutes."""
 
 
 def preset(name: str) -> ModelConfig:

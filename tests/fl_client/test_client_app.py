@@ -13,14 +13,15 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client import ladder, local_training, protocol, updates
+from fl_client import local_training, protocol, updates
+from fl_client import round_plan as ladder
 from fl_client.client_app import app
 from fl_client.encoding import Encoding
-from fl_client.settings import FederationSettings
+from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import Broadcast
-from ssl_core.memory.plan import Plan
-from ssl_core.planned_step import PlannedStep
-from ssl_core.step import StepReport, TrainingStep
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.planned_step import PlannedStep
+from ssl_core.training.pretraining_step import StepReport, TrainingStep
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"

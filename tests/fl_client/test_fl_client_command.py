@@ -24,12 +24,12 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from common.errors import UsageError
+from common.process_environment import tuned
+from common.settings import to_yaml
 from fl_client.__main__ import _node_config, _security
 from fl_client.environment import LEAN, QUIET
-from fl_client.settings import FederationSettings
-from partitions.errors import UsageError
-from partitions.restart import tuned
-from partitions.settings import to_yaml
+from fl_client.federation_settings import FederationSettings
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., tuple[subprocess.Popen[bytes], Path]]

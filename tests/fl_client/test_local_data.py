@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from common.errors import DataError, UsageError
+from fl_client.federation_settings import FederationSettings
 from fl_client.local_data import held_out, load_manifest, share_of
-from fl_client.settings import FederationSettings
-from partitions.errors import DataError, UsageError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from conftest import Writer
 from tone_words import SPEAKERS, WORDS, write_words
 
-from fl_client.settings import FederationSettings
+from common.errors import DataError, UsageError
+from fl_client.federation_settings import FederationSettings
 from fl_client.task_data import (
     Pool,
     TaskShare,
@@ -19,10 +20,9 @@ from fl_client.task_data import (
     own_split,
     task_share_of,
 )
-from partitions.errors import DataError, UsageError
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.settings import TaskSettings
+from ssl_core.downstream.task_settings import TaskSettings
 
 HOWS = ("speaker", "iid", "skewed", "labels")
 

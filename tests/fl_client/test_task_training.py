@@ -24,21 +24,21 @@ from flwr.supercore.task_identity import TaskIdentity
 from tone_words import SAMPLES, SPEAKERS, WORDS, write_backbone, write_words
 from torch import Tensor
 
+from common.errors import DataError
 from fl_client import protocol, task_training, updates
 from fl_client.client_app import app
 from fl_client.encoding import Decoded
+from fl_client.federation_settings import FederationSettings
 from fl_client.local_training import RoundResult
-from fl_client.settings import FederationSettings
 from fl_client.task_data import TaskShare, task_share_of
 from fl_client.task_training import Resident, train_task_round
 from fl_server.broadcast import WHOLE, Broadcast
-from partitions.errors import DataError
-from ssl_core.downstream.model import TaskModel
-from ssl_core.downstream.recipe import Method
+from ssl_core.downstream.task_model import TaskModel
+from ssl_core.downstream.task_recipe import Method
 from ssl_core.downstream.task_step import TaskStep
-from ssl_core.memory.plan import Plan
-from ssl_core.planned_step import PlannedStep
-from ssl_core.tensor_file import TensorFile
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.planned_step import PlannedStep
+from ssl_core.training.tensor_file import TensorFile
 from ssl_core.wav2vec2.model import Backbone
 
 HEAD = {"head.linear.weight", "head.linear.bias"}

@@ -23,7 +23,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="it forks on Linux on
 # replaced by one that says where it runs.
 DEVICE = """
 import json, os, subprocess, sys
-import fl_client.settings  # some of the project, which the app must not find imported
+import fl_client.federation_settings  # some of the project, which the app must not find imported
 from fl_client import warm_start
 
 def app():

@@ -9,9 +9,9 @@ from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from fl_client import updates
+from fl_client.client_state import ClientState, StateLost
 from fl_client.encoding import Decoded, Encoding
 from fl_client.exchange import exchange_of
-from fl_client.state import ClientState, StateLost
 from fl_server.broadcast import WHOLE, Broadcast
 
 KEYS = (3, 8)

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
 
+from common.errors import DataError, UsageError
 from fl_server.__main__ import main, next_commands
 from fl_server.certificates import alternative_names, hosts_of, make_certificates, node_names
-from partitions.errors import DataError, UsageError
 
 HOSTS = ["superlink.lan", "192.168.1.10", "fe80::1"]
 

@@ -15,8 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fl_client import protocol, updates
-from fl_client.settings import FederationSettings
-from fl_server.optimizer import ServerOptimizer
+from fl_client.federation_settings import FederationSettings
 from fl_server.rounds import (
     Client,
     Federation,
@@ -25,6 +24,7 @@ from fl_server.rounds import (
     RoundResult,
     choose_cohort,
 )
+from fl_server.server_optimizer import ServerOptimizer
 
 Reply = Callable[[Message], Message]
 SETTINGS = FederationSettings(model="tiny", length="1s", clients_per_round=10, min_clients=1)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from common.errors import UsageError
 from fl_client import protocol
 from fl_server.__main__ import main
 from fl_server.rounds import Client
 from fl_server.status import Status, is_done, view
-from partitions.errors import UsageError
-from ssl_core.run_directory import RunDirectory
+from ssl_core.training.run_directory import RunDirectory
 
 TWO = [Client(key, 100 + key, 5, 5.0) for key in (3, 7)]
 

@@ -15,9 +15,10 @@ from tone_words import SAMPLES, WORDS, write_backbone, write_words
 from torch import Tensor
 from transformers import Wav2Vec2ForSequenceClassification, Wav2Vec2Model
 
+from common.errors import DataError, Interrupted, ShortwaveError, UsageError
 from fl_client import protocol
 from fl_client.client_app import app
-from fl_client.settings import FederationSettings
+from fl_client.federation_settings import FederationSettings
 from fl_client.task_training import Resident
 from fl_client.updates import Views
 from fl_server.jobs import FineTuning, describe_round, job_of
@@ -25,7 +26,6 @@ from fl_server.personal_report import write_personal_report
 from fl_server.rounds import Federation, RoundResult
 from fl_server.server_app import serve
 from fl_server.status import view
-from partitions.errors import DataError, Interrupted, ShortwaveError, UsageError
 from ssl_core.downstream.lora import SCALE
 
 CLIENTS = 3

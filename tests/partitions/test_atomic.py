@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from partitions import atomic
+from common import atomic
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from common.errors import UsageError
 from partitions.audio import BadAudio, read_crop, read_piece
-from partitions.errors import UsageError
 from partitions.lengths import recut
 from partitions.librispeech import find_utterances
 from partitions.manifest import Piece, Sequence

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from common.errors import UsageError
 from partitions import demo_corpus as demo
-from partitions.errors import UsageError
 from partitions.lengths import recut, summary
 from partitions.librispeech import find_utterances
 from partitions.speakers import held_out_speakers, partition

@@ -9,7 +9,7 @@ from conftest import Writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from partitions.length_figure import plot_lengths
 from partitions.lengths import TOO_SHORT, Band, band, recut, summary, table
 from partitions.librispeech import Corpus, Utterance, find_utterances

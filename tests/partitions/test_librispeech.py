@@ -6,7 +6,7 @@ import pytest
 import soundfile
 from conftest import Writer
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from partitions.librispeech import find_utterances
 
 

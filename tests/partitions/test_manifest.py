@@ -9,17 +9,17 @@ from conftest import Writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import DataError
 from partitions import librispeech
-from partitions.errors import DataError
 from partitions.manifest import (
     Manifest,
     Piece,
     Sequence,
     natural_order,
-    prepare,
     read_manifest,
     write_manifest,
 )
+from partitions.prepared import prepare
 
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\\/"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from partitions.restart import VARIABLE, tuned
+from common.process_environment import VARIABLE, tuned
 
 ROOT = Path(__file__).parents[2]
 CACHE = "glibc.malloc.tcache_count"
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 
 WALLS = """
 import ctypes, torch
-from ssl_core.memory import allocator
+from ssl_core.planning import allocator
 
 allocator.keep_freed_memory(True)
 c = ctypes.CDLL(None)
@@ -53,7 +53,7 @@ def test_what_the_user_set_stays() -> None:
 
 def test_a_command_runs_again_in_its_process_once() -> None:
     code = (
-        "import os, sys; from partitions.restart import restart; print(os.getpid()); "
+        "import os, sys; from common.process_environment import restart; print(os.getpid()); "
         "sys.stdout.flush(); restart(); print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
     )
     first, second, found, *words = run(code, "--length", "5s")

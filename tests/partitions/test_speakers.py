@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitions.errors import UsageError
+from common.errors import UsageError
 from partitions.lengths import recut
 from partitions.librispeech import find_utterances
 from partitions.manifest import Manifest, Piece, Sequence

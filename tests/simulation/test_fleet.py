@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_run import SMALL, Simulate, environment, simulate  # noqa: F401
 
-from fl_client.ladder import budget_of
-from fl_client.settings import FederationSettings
-from partitions.errors import UsageError
+from common.errors import UsageError
+from fl_client.federation_settings import FederationSettings
+from fl_client.round_plan import budget_of
 from simulation.fleet import make_fleet, parse_fleet
 
 THREE = "rpi4:2,jetson-xavier-nx:1,rtx2080ti:1"

@@ -263,7 +263,7 @@ def test_wrong_input_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from partitions import command
+    from common import command
     from simulation.run import main
 
     (tmp_path / "empty").mkdir()

@@ -271,7 +271,7 @@ def assert_refused(
     arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With one line and an exit code."""
-    from partitions import command
+    from common import command
     from simulation.run import main
 
     with pytest.raises(SystemExit) as stopped:

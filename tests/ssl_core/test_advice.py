@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from partitions.errors import UsageError
-from ssl_core.memory.advice import MATCHED, Request, advise, explain, settings
-from ssl_core.memory.devices import DeviceProfile, find_profile
-from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import choose
-from ssl_core.memory.rates import paper_rate, update_seconds
-from ssl_core.memory.table2 import paper_cells
-from ssl_core.overrides import resolve
+from common.errors import UsageError
+from ssl_core.paper.device_seconds import paper_rate, update_seconds
+from ssl_core.paper.table2 import paper_cells
 from ssl_core.plan import main
+from ssl_core.planning.advice import MATCHED, Request, advise, explain, settings
+from ssl_core.planning.device import DeviceProfile
+from ssl_core.planning.device_profiles import find_profile
+from ssl_core.planning.ladder import choose
+from ssl_core.planning.step_plan import Plan
 from ssl_core.profile import as_planned
-from ssl_core.wav2vec2.config import RECIPES, preset
+from ssl_core.training.overrides import resolve
+from ssl_core.training.pretraining_recipe import RECIPES
+from ssl_core.wav2vec2.config import preset
 
 MIB = 2**20
 PI, SMALL_PI, TI = (find_profile(name) for name in ("rpi4", "rpi4-2gb", "rtx2080ti"))

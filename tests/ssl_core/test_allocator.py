@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from partitions.restart import tuned
+from common.process_environment import tuned
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 AHEAD = """
 import torch
 from torch import nn
-from ssl_core.memory import allocator
-from ssl_core.memory.measure import resident_bytes
+from ssl_core.planning import allocator
+from ssl_core.planning.process_memory import resident_bytes
 
 assert allocator.keep_freed_memory(True)
 looked_at, large = nn.Linear(1, 1), nn.Identity()

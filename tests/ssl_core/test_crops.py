@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from partitions.errors import DataError
+from common.errors import DataError
 from partitions.manifest import Manifest, Piece, Sequence
-from ssl_core.crops import Crops, ahead
+from ssl_core.training.crops import Crops
+from ssl_core.training.loader import ahead
 
 
 @pytest.fixture

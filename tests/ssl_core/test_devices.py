@@ -8,14 +8,10 @@ import psutil
 import pytest
 import torch
 
-from partitions.errors import DataError, UsageError
-from ssl_core.memory.devices import (
-    DeviceProfile,
-    find_profile,
-    known_profiles,
-    read_profiles,
-    this_machine,
-)
+from common.errors import DataError, UsageError
+from ssl_core.planning.device import DeviceProfile
+from ssl_core.planning.device_profiles import find_profile, known_profiles, read_profiles
+from ssl_core.planning.this_machine import this_machine
 
 MIB = 2**20
 OWN = """

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from ssl_core.downstream.model import TaskModel, load_upstream
-from ssl_core.downstream.recipe import recipe_of
+from ssl_core.downstream.task_model import TaskModel, load_upstream
+from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.downstream.task_step import Batch, TaskStep
-from ssl_core.memory.plan import Plan
-from ssl_core.step import TrainingStep
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.pretraining_step import TrainingStep
 from ssl_core.wav2vec2 import hf
 from ssl_core.wav2vec2.config import Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel

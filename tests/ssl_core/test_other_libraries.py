@@ -8,8 +8,8 @@ import torch
 from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from transformers import Wav2Vec2ForPreTraining
 
-from ssl_core import checkpoint
-from ssl_core.wav2vec2 import hf
+from ssl_core.training import checkpoint
+from ssl_core.training import hf_checkpoint as hf
 from ssl_core.wav2vec2.config import preset
 from ssl_core.wav2vec2.model import PretrainingModel
 

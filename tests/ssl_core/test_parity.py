@@ -9,8 +9,8 @@ import torch
 from transformers import Wav2Vec2ForPreTraining
 
 from benchmarks.peers import NO_CHANCE, Backward, gradients, relative, transformers_backward
-from ssl_core.step import Weights, combine
-from ssl_core.wav2vec2 import hf
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.pretraining_step import Weights, combine
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
 from ssl_core.wav2vec2.quantizer import perplexity

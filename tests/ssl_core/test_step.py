@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from partitions.errors import UsageError
-from ssl_core.memory import operations
-from ssl_core.memory.plan import Plan
-from ssl_core.optimizer import AdamW
-from ssl_core.step import TrainingStep, Weights, combine
-from ssl_core.step_settings import StepSettings
-from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
+from common.errors import UsageError
+from ssl_core.planning import operation_count as operations
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.adamw import AdamW
+from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.training.pretraining_settings import StepSettings
+from ssl_core.training.pretraining_step import TrainingStep, Weights, combine
+from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
 
 TINY = preset("tiny")

@@ -18,12 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
-from partitions.errors import UsageError
-from ssl_core.memory import paper_report, table2
-from ssl_core.memory.devices import known_profiles
-from ssl_core.memory.parts import Estimate
-from ssl_core.memory.plain import (
-    ALLOCATOR,
+from common.errors import UsageError
+from ssl_core.paper import table2
+from ssl_core.paper import table2_report as paper_report
+from ssl_core.paper.plain_step import (
     Accelerator,
     PlainPrecision,
     kept_activations,
@@ -32,10 +30,13 @@ from ssl_core.memory.plain import (
     plain_step,
     position_weights,
 )
-from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import Option
 from ssl_core.plan import main
-from ssl_core.wav2vec2.config import RECIPES, ModelConfig, Recipe, preset
+from ssl_core.planning.device_profiles import known_profiles
+from ssl_core.planning.ladder import Option
+from ssl_core.planning.parts import ALLOCATOR, Estimate
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.wav2vec2.config import ModelConfig, preset
 
 MIB = 2**20
 BASE, TINY = preset("base"), preset("tiny")

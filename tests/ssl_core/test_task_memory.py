@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from partitions.errors import UsageError
-from ssl_core.downstream.recipe import Head, recipe_of, tasks
-from ssl_core.memory import task_report
-from ssl_core.memory.advice import Request, advise, explain
-from ssl_core.memory.devices import find_profile
-from ssl_core.memory.estimate import estimate
-from ssl_core.memory.measure import measure
-from ssl_core.memory.operations import count_operations
-from ssl_core.memory.plain import backbone_parameters, plain_task_step
-from ssl_core.memory.plan import Plan
-from ssl_core.memory.planner import choose, describe, fallbacks, fitting, ladder, leanest
-from ssl_core.memory.table3 import paper_task_cells, task_need
-from ssl_core.memory.task_work import LABELS, TaskWork, task_work
-from ssl_core.memory.trace import count_trained, trace, trace_head
+from common.errors import UsageError
+from ssl_core.downstream.task_recipe import Head, recipe_of, tasks
+from ssl_core.downstream.task_work import LABELS, TaskWork, task_work
+from ssl_core.paper import table3_report as task_report
+from ssl_core.paper.plain_step import backbone_parameters, plain_task_step
+from ssl_core.paper.table3 import paper_task_cells, task_need
 from ssl_core.plan import main
+from ssl_core.planning.advice import Request, advise, explain
+from ssl_core.planning.device_profiles import find_profile
+from ssl_core.planning.estimate import estimate
+from ssl_core.planning.ladder import choose, describe, fallbacks, fitting, ladder, leanest
+from ssl_core.planning.measure import measure
+from ssl_core.planning.operation_count import count_operations
+from ssl_core.planning.step_plan import Plan
+from ssl_core.planning.trace import count_trained, trace, trace_head
 from ssl_core.wav2vec2.config import preset
 
 TINY, BASE = preset("tiny"), preset("base")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from partitions.errors import DataError
-from ssl_core.tensor_file import TensorFile, write_tensors
+from common.errors import DataError
+from ssl_core.training.tensor_file import TensorFile, write_tensors
 
 TENSORS = {
     "w": torch.randn(3, 5),

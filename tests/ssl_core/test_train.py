@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 
-from partitions import command
-from partitions.restart import tuned
-from ssl_core import checkpoint
+from common import command
+from common.process_environment import tuned
 from ssl_core.train import main
-from ssl_core.wav2vec2 import hf
+from ssl_core.training import checkpoint
+from ssl_core.training import hf_checkpoint as hf
 from ssl_core.wav2vec2.config import ModelConfig
 
 OPTIONS = [

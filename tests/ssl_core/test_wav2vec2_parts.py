@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitions.errors import DataError, UsageError
-from ssl_core.collapse import CollapseAlarm
-from ssl_core.overrides import resolve
-from ssl_core.schedule import diversity_weight, gumbel_temperature, learning_rate
-from ssl_core.wav2vec2.config import ModelConfig, Recipe, preset
+from common.errors import DataError, UsageError
+from ssl_core.training.collapse import CollapseAlarm
+from ssl_core.training.overrides import resolve
+from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.training.schedule import diversity_weight, gumbel_temperature, learning_rate
+from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.masking import masked_count, minimum_frames, sample_masks
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity

@@ -6,12 +6,13 @@ torchaudio's reader fails on a chapter without transcripts.
 import unicodedata
 from pathlib import Path
 
-from partitions.errors import UsageError
-from partitions.librispeech import Skips, Utterance, find_utterances
+from common.errors import UsageError
+from partitions.librispeech import Utterance, find_utterances
 from partitions.manifest import Piece
+from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.tasks.files import task_data
-from ssl_core.randomness import generator
+from ssl_core.training.randomness import generator
 
 LABELS = (" ", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 """The symbols of a transcript; the blank is none of them."""

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from partitions.errors import DataError, UsageError
-from partitions.librispeech import Skips
+from common.errors import DataError, UsageError
 from partitions.manifest import Piece, natural_order, path_problem
+from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.tasks.files import (
     check_folder,

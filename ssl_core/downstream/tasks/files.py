@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.errors import DataError
+from common.progress import track
 from partitions.audio import samples_of
-from partitions.errors import DataError
-from partitions.librispeech import Skips
-from partitions.manifest import describe_skips
-from partitions.progress import track
+from partitions.skips import Skips, describe_skips
 from ssl_core.downstream.clips import Clip, TaskData, Trial
 
 _SHOWN = 5

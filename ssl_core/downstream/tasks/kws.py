@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from partitions.errors import DataError, UsageError
-from partitions.librispeech import Skips
+from common.errors import DataError, UsageError
 from partitions.manifest import Piece, path_problem
-from partitions.units import SAMPLE_RATE
+from partitions.sampling import SAMPLE_RATE
+from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.tasks.files import (
     check_folder,
@@ -22,7 +22,7 @@ from ssl_core.downstream.tasks.files import (
     other_layout,
     task_data,
 )
-from ssl_core.randomness import generator
+from ssl_core.training.randomness import generator
 
 CORPUS = "Speech Commands v2"
 LAYOUT = "word/speaker_nohash_number.wav with validation_list.txt and testing_list.txt"

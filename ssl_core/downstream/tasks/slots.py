@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from partitions.errors import DataError
-from partitions.librispeech import Skips
+from common.errors import DataError
 from partitions.manifest import Piece, path_problem
+from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.tasks.files import (
     check_folder,

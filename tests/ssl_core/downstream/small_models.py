@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_core.downstream.model import TaskModel, Upstream
-from ssl_core.downstream.recipe import TaskRecipe, recipe_of
-from ssl_core.wav2vec2 import hf
+from ssl_core.downstream.task_model import TaskModel, Upstream
+from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
+from ssl_core.training import hf_checkpoint as hf
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from ssl_core.downstream.tasks import asr
 
 Writer = Callable[..., Path]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from partitions.errors import UsageError
+from common.errors import UsageError
 from ssl_core.downstream.decoding import Decoder, beam_search, greedy
 
 LABELS = (" ", "A", "B")

@@ -14,14 +14,14 @@ from noise_files import write_noise
 from small_models import backbone_of, small_recipe
 from transformers import Wav2Vec2FeatureExtractor
 
-from partitions.errors import Interrupted
+from common.errors import Interrupted
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip
 from ssl_core.downstream.feature_cache import FeatureCache, clip_key
 from ssl_core.downstream.loading import ClipLoader
-from ssl_core.downstream.model import TaskModel, Upstream
+from ssl_core.downstream.task_model import TaskModel, Upstream
 from ssl_core.downstream.task_step import HEAD, TaskStep
-from ssl_core.memory.plan import Plan
+from ssl_core.planning.step_plan import Plan
 from ssl_core.wav2vec2.model import Backbone
 
 WIDTH = 6

@@ -29,11 +29,11 @@ from small_corpora import (
 )
 from small_models import save_backbone
 
-from partitions import command
-from partitions.errors import DataError, Interrupted, UsageError
+from common import command
+from common.errors import DataError, Interrupted, UsageError
+from common.process_environment import tuned
 from partitions.manifest import Piece
-from partitions.restart import tuned
-from ssl_core import checkpoint, finetune
+from ssl_core import finetune
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.loading import check
 from ssl_core.downstream.metrics import (
@@ -42,10 +42,11 @@ from ssl_core.downstream.metrics import (
     equal_error_rate,
     word_error_rate,
 )
-from ssl_core.downstream.recipe import FOLDER, TaskRecipe, recipe_of, tasks
-from ssl_core.downstream.settings import TaskSettings, change_recipe
+from ssl_core.downstream.task_recipe import FOLDER, TaskRecipe, recipe_of, tasks
+from ssl_core.downstream.task_settings import TaskSettings, change_recipe
 from ssl_core.finetune import main, parse
-from ssl_core.tensor_file import write_tensors
+from ssl_core.training import checkpoint
+from ssl_core.training.tensor_file import write_tensors
 
 OPTIONS = ["--threads", "1", "--epochs", "2"]
 Maker = Callable[[Path], Path]

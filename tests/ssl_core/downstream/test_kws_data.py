@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from noise_files import real_data, write_noise
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.tasks import kws
 

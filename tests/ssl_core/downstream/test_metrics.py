@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitions.errors import DataError
+from common.errors import DataError
 from ssl_core.downstream.metrics import (
     accuracy,
     character_error_rate,

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Wav2Vec2Model
 
 from ssl_core.downstream.heads import BLANK, XVector, make_head, mean_over_frames
-from ssl_core.downstream.model import LogMel
+from ssl_core.downstream.task_model import LogMel
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from ssl_core.downstream.rates import Rates
-from ssl_core.downstream.recipe import recipe_of
+from ssl_core.downstream.learning_rates import Rates
+from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.downstream.task_step import BACKBONE, HEAD
 
 

@@ -9,13 +9,13 @@ import torch
 from small_models import LAYER_NORM, SMALL, noise, small_recipe, task_model
 from torch import Tensor, nn
 
-from partitions.errors import UsageError
+from common.errors import UsageError
 from ssl_core.downstream.lora import SCALE, LoraLinear, add_lora, merge_lora
-from ssl_core.downstream.model import LogMel, TaskModel, Upstream
-from ssl_core.downstream.recipe import Method, Share
 from ssl_core.downstream.sharing import Parts, divide
+from ssl_core.downstream.task_model import LogMel, TaskModel, Upstream
+from ssl_core.downstream.task_recipe import Method, Share
 from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
-from ssl_core.memory.plan import Plan
+from ssl_core.planning.step_plan import Plan
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone
 

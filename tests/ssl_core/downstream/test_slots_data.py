@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from noise_files import real_data, write_noise
 
-from partitions.errors import DataError
+from common.errors import DataError
 from ssl_core.downstream.tasks import slots
 from ssl_core.downstream.tasks.spoken_numbers import forms
 

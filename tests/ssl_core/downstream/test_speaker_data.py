@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from noise_files import real_data, write_noise
 
-from partitions.errors import DataError, UsageError
+from common.errors import DataError, UsageError
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip, Trial
 from ssl_core.downstream.tasks import speaker

@@ -10,9 +10,9 @@ from small_models import HEADS, SMALL, backbone_of, noise, small_recipe, task_mo
 from torch import Tensor
 
 from ssl_core.downstream.heads import BLANK
-from ssl_core.downstream.model import LogMel, Stage, TaskModel, Upstream
+from ssl_core.downstream.task_model import LogMel, Stage, TaskModel, Upstream
 from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskReport, TaskStep
-from ssl_core.memory.plan import Plan
+from ssl_core.planning.step_plan import Plan
 
 SAMPLES = (9_000, 16_000, 4_000, 12_345, 4_000)
 PLAN = Plan(batch=len(SAMPLES))

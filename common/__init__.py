@@ -1,0 +1,1 @@
+"""What every floor uses and nothing of speech: settings, command lines, errors, units, files."""

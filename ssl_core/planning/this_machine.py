@@ -1,0 +1,141 @@
+"""What this process may take of the machine it is on, read live."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from common.errors import DataError
+from ssl_core.planning.device import AUTO, DeviceProfile
+from ssl_core.planning.step_plan import Precision
+
+_UNLIMITED = 2**60
+"""Version 1 of cgroups writes a number of this order where there is no limit."""
+
+
+def this_machine(root: Path = Path("/")) -> DeviceProfile:
+    """Read what this process may take of the machine it is on, besides all that runs already.
+
+    The least of the memory that the kernel calls available and of every memory cgroup that this
+    process is in (version 1 and 2, up to the root), or the free memory of the first GPU. What this
+    process holds already is its own to take, so it is counted as free.
+
+    Args:
+        root: where `proc` and `sys` are.
+
+    Raises:
+        DataError: a cgroup file that is there cannot be read; the message names it.
+    """
+    import torch
+
+    own = psutil.Process().memory_info().rss
+    available = psutil.virtual_memory().available
+    sources = {"memory": "available memory of this machine"}
+    for path, left in _cgroup_rooms(root):
+        if left < available:
+            available = left
+            sources = {"memory": f"limit of the memory cgroup {path}"}
+    memory, clientapp = available + own, max(own, _CLIENTAPP)
+    if not torch.cuda.is_available():
+        precisions: tuple[Precision, ...] = ("fp32",)
+        if torch.cpu._is_amx_tile_supported():
+            precisions = ("fp32", "bf16")
+        accelerator: Literal["cpu", "cuda"] = "cpu"
+        shared = False
+    else:
+        accelerator = "cuda"
+        shared = bool(torch.cuda.get_device_properties(0).is_integrated)
+        precisions = ("fp32", "fp16")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            precisions = ("fp32", "bf16", "fp16")
+        # The context, which reading this makes, is out of what is free already.
+        free = torch.cuda.mem_get_info(0)[0] + torch.cuda.memory_reserved(0)
+        if not shared:
+            memory, clientapp = free, 0
+            sources = {"memory": "free memory of the GPU"}
+        elif free < available:
+            memory = free + own
+            sources = {"memory": "free memory of the GPU, which is the machine's"}
+    profile = DeviceProfile(
+        name=AUTO,
+        description=f"this machine, {sources['memory']}",
+        accelerator=accelerator,
+        shared=shared,
+        memory=memory,
+        system=0,
+        supernode=0,
+        clientapp=clientapp,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        precisions=precisions,
+        sources=sources,
+    )
+    profile.validate()
+    return profile
+
+
+_CLIENTAPP = 570 * 2**20
+"""Resident after importing fl_client.client_app, measured as in `device_profiles.yaml`."""
+
+
+def _cgroup_rooms(root: Path) -> list[tuple[Path, int]]:
+    """What each memory cgroup of this process has left, with its folder."""
+    membership = root / "proc/self/cgroup"
+    if not membership.exists():
+        return []
+    rooms = []
+    for line in _read(membership).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, inside = rest.partition(":")
+        if number == "0":
+            mounts = [root / "sys/fs/cgroup/unified", root / "sys/fs/cgroup"]
+            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup/memory"]
+            limit, usage, cache = (
+                "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+            )  # fmt: skip
+        else:
+            continue
+        for mount in mounts:
+            own = mount / inside.lstrip("/")
+            # Inside a container, the path that the kernel tells may be that of the host.
+            folders = [own, *own.parents] if own.is_dir() else [mount]
+            for folder in folders:
+                if folder != mount and mount not in folder.parents:
+                    break
+                if not (folder / limit).exists():
+                    continue
+                text = _read(folder / limit).strip()
+                if text == "max" or _number(text, folder / limit) >= _UNLIMITED:
+                    continue
+                used = _number(_read(folder / usage).strip(), folder / usage)
+                left = _number(text, folder / limit) - used + _cache(folder, cache)
+                rooms.append((folder, max(left, 0)))
+    return rooms
+
+
+def _cache(folder: Path, name: str) -> int:
+    """Bytes of files that the kernel drops when memory is asked for."""
+    path = folder / "memory.stat"
+    if not path.exists():
+        return 0
+    for line in _read(path).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return _number(value, path)
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise DataError(f"cannot read {path}, which limits this process: {reason}") from None
+
+
+def _number(text: str, path: Path) -> int:
+    if not text.strip().isdigit():
+        raise DataError(f"{path} does not hold a number of bytes but '{text[:40]}'")
+    return int(text)

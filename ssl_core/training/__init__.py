@@ -1,0 +1,1 @@
+"""How a pretraining step is taken: crops, step, optimizer, schedule, checkpoints, run directory."""

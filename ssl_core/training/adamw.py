@@ -1,0 +1,172 @@
+"""AdamW with moments in fp32, bf16 or 8 bits, for all parameters at once or one at a time."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssl_core.planning.step_plan import OptimizerState
+
+QUANTIZATION_BLOCK = 256
+"""Elements that share a scale when moments are kept in 8 bits."""
+
+
+class AdamRecipe(Protocol):
+    """What a recipe says about Adam."""
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the first moment."""
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment."""
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the second moment's root."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled, times the rate."""
+
+
+class _Packed(NamedTuple):
+    """A moment in fewer bits."""
+
+    codes: Tensor
+    scales: Tensor | None
+
+
+def _pack(value: Tensor, kind: OptimizerState, signed: bool) -> _Packed:
+    if kind == "bf16":
+        return _Packed(value.bfloat16(), None)
+    # The second moment's root is rounded up: an element is never taken for steadier than it is.
+    flat = value.flatten() if signed else value.flatten().sqrt()
+    flat = nn.functional.pad(flat, (0, -flat.numel() % QUANTIZATION_BLOCK))
+    blocks = flat.view(-1, QUANTIZATION_BLOCK)
+    scales = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if signed:
+        return _Packed((blocks / scales * 127).round_().to(torch.int8), scales)
+    return _Packed((blocks / scales * 255).ceil_().clamp_(max=255).to(torch.uint8), scales)
+
+
+def _unpack(packed: _Packed, shape: torch.Size) -> Tensor:
+    if packed.scales is None:
+        return packed.codes.float()
+    signed = packed.codes.dtype == torch.int8
+    blocks = packed.codes.float().mul_(packed.scales).div_(127 if signed else 255)
+    value = blocks.flatten()[: shape.numel()].view(shape)
+    return value if signed else value.square_()
+
+
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    Moments in fp32 give torch's fused AdamW. In bf16 they are rounded after every update; in 8
+    bits each block of 256 shares a scale, the first moment linear, the second by its root (after
+    Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022). Neither is exact.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        recipe: AdamRecipe,
+        state: OptimizerState,
+    ) -> None:
+        """Begin with moments of zero: made before the first step, they lie close together."""
+        self.parameters, self.recipe, self.kind = dict(parameters), recipe, state
+        self._steps = {
+            name: torch.zeros((), device=value.device) for name, value in self.parameters.items()
+        }
+        self._moments = {
+            name: (self._zero(value, True), self._zero(value, False))
+            for name, value in self.parameters.items()
+        }
+
+    def _zero(self, parameter: Tensor, signed: bool) -> _Packed:
+        zero = torch.zeros_like(parameter, memory_format=torch.contiguous_format).detach()
+        return _Packed(zero, None) if self.kind == "fp32" else _pack(zero, self.kind, signed)
+
+    def apply(self, rate: float, names: Iterable[str] | None = None) -> None:
+        """Update the named parameters, or all, that have a gradient.
+
+        Args:
+            rate: learning rate.
+            names: of parameters.
+        """
+        chosen = [
+            name
+            for name in (self.parameters if names is None else names)
+            if self.parameters[name].grad is not None
+        ]
+        if self.kind == "fp32":
+            self._update(chosen, rate)
+            return
+        for name in chosen:
+            self._update([name], rate)
+
+    def _update(self, names: list[str], rate: float) -> None:
+        with torch.no_grad():
+            firsts, seconds, grads = [], [], []
+            for name in names:
+                parameter = self.parameters[name]
+                assert parameter.grad is not None
+                grads.append(parameter.grad)
+                if self.kind == "fp32":
+                    first, second = (part.codes for part in self._moments[name])
+                else:
+                    first, second = (_unpack(part, parameter.shape) for part in self._moments[name])
+                firsts.append(first)
+                seconds.append(second)
+                self._steps[name] += 1
+            if not names:
+                return
+            torch._fused_adamw_(
+                [self.parameters[name] for name in names],
+                grads,
+                firsts,
+                seconds,
+                [],
+                [self._steps[name] for name in names],
+                lr=rate,
+                beta1=self.recipe.beta1,
+                beta2=self.recipe.beta2,
+                weight_decay=self.recipe.weight_decay,
+                eps=self.recipe.epsilon,
+                amsgrad=False,
+                maximize=False,
+            )
+            for name, first, second in zip(names, firsts, seconds, strict=True):
+                self._moments[name] = (
+                    (_Packed(first, None), _Packed(second, None))
+                    if self.kind == "fp32"
+                    else (_pack(first, self.kind, True), _pack(second, self.kind, False))
+                )
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """All state by `kind/parameter name`, for a checkpoint."""
+        for name, (first, second) in self._moments.items():
+            yield f"step/{name}", self._steps[name]
+            for kind, part in (("exp_avg", first), ("exp_avg_sq", second)):
+                yield f"{kind}/{name}", part.codes
+                if part.scales is not None:
+                    yield f"{kind}_scales/{name}", part.scales
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Bring back what `state` gave."""
+        for name, parameter in self.parameters.items():
+            if f"step/{name}" not in state:
+                continue
+            self._steps[name] = state[f"step/{name}"].to(parameter.device, copy=True)
+            first, second = (
+                _Packed(
+                    state[f"{kind}/{name}"].to(parameter.device, copy=True),
+                    state[f"{kind}_scales/{name}"].to(parameter.device, copy=True)
+                    if f"{kind}_scales/{name}" in state
+                    else None,
+                )
+                for kind in ("exp_avg", "exp_avg_sq")
+            )
+            self._moments[name] = (first, second)

@@ -1,0 +1,300 @@
+"""The training step: crops, a plan and the global update number in, named loss parts out.
+
+An update takes `accumulation` batches. The loss of a batch is divided by all masked frames of the
+update, once. When a batch does not fit in memory at once it is taken in two stages: first the
+features and code probabilities of all its crops without a graph, then, a micro-batch at a time,
+the context network's gradient down to the features and the extractor's gradient by running it
+again. The diversity term needs the mean code probabilities of the whole batch; they are known after
+the first stage, so the gradient is that of the whole batch, to rounding.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ssl_core.planning.step_plan import Plan
+from ssl_core.training import randomness, schedule
+from ssl_core.training.adamw import AdamW
+from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
+from ssl_core.wav2vec2.precision import autocast
+from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
+from ssl_core.wav2vec2.recompute import recomputed
+
+Waveforms = npt.NDArray[np.float32]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+class _Continue(torch.autograd.Function):
+    """A zero that goes backward with a given gradient.
+
+    `Tensor.backward(gradient)` does so too, but to compare two shapes torch imports sympy, 25 MiB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What an update did. Losses are means over masked frames, in nats."""
+
+    update: int
+    loss: float
+    """Contrastive loss + weighted diversity loss, penalty and code entropy."""
+    contrastive: float
+    diversity: float
+    """Unused share of the codebook, in [0, 1]."""
+    penalty: float
+    """Mean square of the extractor's output."""
+    accuracy: float
+    """Share of masked frames whose code was found among the distractors."""
+    perplexity: float
+    """Effective number of codebook entries in use, all groups together."""
+    code_entropy: float
+    """Of the code distribution of single frames, in nats, mean over groups."""
+    masked_share: float
+    distinct_negatives: float
+    """Mean number of different frames among a frame's distractors."""
+    gradient_norm: float
+    learning_rate: float
+    temperature: float
+    applied: bool
+    """False when the gradient was not finite and the update was left out."""
+    crops: int
+    seconds: float
+    """Seconds of audio in the update."""
+
+    def metrics(self) -> dict[str, float]:
+        """All fields as numbers."""
+        return {key: float(value) for key, value in dataclasses.asdict(self).items()}
+
+
+class BatchSums(NamedTuple):
+    """Sums over one batch, without a graph."""
+
+    contrastive: float
+    penalty: float
+    entropy: float
+    correct: int
+    masked: int
+    probabilities: Tensor
+
+
+class Weights(NamedTuple):
+    """How the parts of the loss are weighed at an update, and the Gumbel temperature then."""
+
+    diversity: float
+    penalty: float
+    temperature: float
+    entropy: float = 0.0
+
+
+def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
+    """The loss of a whole batch, summed over its masked frames (fairseq's weighting)."""
+    diversity = diversity_loss(parts.probabilities / masked) * masked
+    return (
+        parts.contrastive
+        + weights.diversity * diversity
+        + weights.penalty * parts.penalty
+        + weights.entropy * parts.entropy
+    )
+
+
+class TrainingStep(PlannedStep):
+    """Takes updates of pretraining by a plan, for everyone who pretrains here."""
+
+    model: PretrainingModel
+
+    def __init__(
+        self, model: PretrainingModel, recipe: Recipe, plan: Plan, *, seed: int, total_updates: int
+    ) -> None:
+        """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
+        recipe.validate()
+        plan.validate_for(model.config, recipe)
+        self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
+        super().__init__(model, model.wav2vec2, plan)
+
+    def validate(self, plan: Plan) -> None:
+        """Check that a plan fits the model and recipe; raises `UsageError`."""
+        plan.validate_for(self.model.config, self.recipe)
+
+    def make_optimizers(self) -> dict[str, AdamW]:
+        """One for all parameters."""
+        state = self.plan.optimizer_state
+        return {"model": AdamW(self.model.named_parameters(), self.recipe, state)}
+
+    def _features(self, waveforms: Tensor, recompute: bool) -> Tensor:
+        if recompute:
+            features = recomputed(self.model.features, waveforms)
+        else:
+            features = self.model.features(waveforms)
+        scaled: Tensor = _ScaleGradient.apply(features, self.recipe.feature_grad_scale)
+        return scaled
+
+    def accumulate(
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
+    ) -> BatchSums:
+        """Add the gradient of one batch's loss, divided by `divisor`, to the parameters' gradients.
+
+        Args:
+            waveforms: `[batch, sample]`.
+            draws: chance for this batch.
+            weights: of the loss parts, and the Gumbel temperature.
+            divisor: masked frames of the whole update.
+        """
+        if self.plan.chunk < len(waveforms):
+            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor)
+        with autocast(self.device, self.plan.precision):
+            features = self._features(waveforms, self.plan.recompute_features)
+            parts = self.model.loss_parts(features, draws, weights.temperature)
+        masked = draws.masked.numel()
+        (combine(parts, weights, masked) / divisor).backward()
+        return _sums([parts], masked)
+
+    def _accumulate_in_two_stages(
+        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
+    ) -> BatchSums:
+        chunk, masked = self.plan.chunk, draws.masked.numel()
+        pieces = [
+            (waveforms[first : first + chunk], draws.rows(first, first + chunk))
+            for first in range(0, len(waveforms), chunk)
+        ]
+        kept, probabilities = [], None
+        with torch.no_grad(), autocast(self.device, self.plan.precision):
+            for rows, chance in pieces:
+                features = self.model.features(rows)
+                summed = self.model.code_probabilities(features, chance)
+                probabilities = summed if probabilities is None else probabilities + summed
+                kept.append(features)
+        assert probabilities is not None
+        mean = (probabilities / masked).requires_grad_()
+        (slope,) = torch.autograd.grad(diversity_loss(mean), mean)
+        done = []
+        for number, (rows, chance) in enumerate(pieces):
+            leaf = kept[number].detach().requires_grad_()
+            kept[number] = leaf[:0]
+            with autocast(self.device, self.plan.precision):
+                parts = self.model.loss_parts(leaf, chance, weights.temperature)
+            loss = (
+                parts.contrastive
+                + weights.diversity * (slope * parts.probabilities).sum()
+                + weights.penalty * parts.penalty
+                + weights.entropy * parts.entropy
+            )
+            (loss / divisor).backward()
+            done.append(LossParts(*(part.detach() for part in parts)))
+            with autocast(self.device, self.plan.precision):
+                features = self._features(rows, recompute=False)
+            _Continue.apply(features, leaf.grad).backward()
+            del leaf, features
+        return _sums(done, masked)
+
+    def update(self, batches: Iterable[Waveforms], update: int, key: int = 0) -> StepReport:
+        """Take one update.
+
+        Args:
+            batches: `accumulation` batches, each `[batch, sample]`.
+            update: global update number, from 0.
+            key: tells apart those who take the same update, such as clients.
+
+        Returns:
+            What happened; when the gradient is not finite the weights stay as they were.
+        """
+        config, plan = self.model.config, self.plan
+        rate = schedule.learning_rate(self.recipe, update, self.total_updates)
+        rates = {"model": rate}
+        weights = Weights(
+            schedule.diversity_weight(config, self.recipe, update, self.total_updates),
+            self.recipe.feature_penalty_weight,
+            schedule.gumbel_temperature(self.recipe, update),
+            self.recipe.code_entropy_weight,
+        )
+        sums: list[BatchSums] = []
+        distinct = 0.0
+        divisor, frames, crops = 1, 0, 0
+        self._drop_gradients()
+        in_backward = None
+        if plan.apply_in_backward:
+            in_backward = AppliedInBackward(self.optimizers, rates, 1 / self.loss_scale)
+        for number, batch in enumerate(batches):
+            rng = randomness.generator(self.seed, "draws", key, update, number)
+            chance = draw(config, len(batch), batch.shape[1], rng, pool=self.recipe.negative_pool)
+            distinct += float((chance.multiplicity > 0).sum(-1).float().mean()) * len(batch)
+            crops += len(batch)
+            frames += len(batch) * config.frames(batch.shape[1])
+            divisor = chance.masked.numel() * plan.accumulation
+            waveforms = torch.from_numpy(batch).to(self.device)
+            chance = chance.to(self.device)
+            with in_backward or contextlib.nullcontext(), self._settling():
+                sums.append(self.accumulate(waveforms, chance, weights, divisor / self.loss_scale))
+        masked = sum(part.masked for part in sums)
+        if in_backward is not None:
+            norm, applied = in_backward.norm, in_backward.finite
+        else:
+            factor = divisor / masked / self.loss_scale
+            norm, applied = self._apply(rates, factor, self.recipe.clip_norm)
+        if plan.precision == "fp16":
+            self._adapt_loss_scale(update, applied)
+        self._drop_gradients()
+        probabilities = [part.probabilities / part.masked for part in sums]
+        contrastive = sum(part.contrastive for part in sums) / masked
+        diversity = float(np.mean([float(diversity_loss(p)) for p in probabilities]))
+        penalty = sum(part.penalty for part in sums) / masked
+        entropy = sum(part.entropy for part in sums) / masked
+        return StepReport(
+            update=update,
+            loss=contrastive
+            + weights.diversity * diversity
+            + weights.penalty * penalty
+            + weights.entropy * entropy,
+            contrastive=contrastive,
+            diversity=diversity,
+            penalty=penalty,
+            accuracy=sum(part.correct for part in sums) / masked,
+            perplexity=float(np.mean([float(perplexity(p)) for p in probabilities])),
+            code_entropy=entropy,
+            masked_share=masked / frames,
+            distinct_negatives=distinct / crops,
+            gradient_norm=norm,
+            learning_rate=rate,
+            temperature=weights.temperature,
+            applied=applied,
+            crops=crops,
+            seconds=crops * plan.length,
+        )
+
+
+def _sums(parts: list[LossParts], masked: int) -> BatchSums:
+    return BatchSums(
+        contrastive=float(sum(part.contrastive.detach() for part in parts)),
+        penalty=float(sum(part.penalty.detach() for part in parts)),
+        entropy=float(sum(part.entropy.detach() for part in parts)),
+        correct=int(sum(part.correct for part in parts)),
+        masked=masked,
+        probabilities=torch.stack([part.probabilities.detach() for part in parts]).sum(0).cpu(),
+    )

@@ -1,0 +1,181 @@
+"""The run directory: config as run, metrics, TensorBoard events, checkpoints, report."""
+
+import dataclasses
+import json
+import os
+import time
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+from common import atomic
+from common.errors import DataError, UsageError
+from common.settings import from_mapping, read_yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+LOCK_WAIT = 60.0
+"""Seconds to wait for another process to let go of a run."""
+
+
+class RunDirectory:
+    """One run on disk. Everything a run needs to go on is in here."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a run directory that exists, or is made by `create`."""
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        self._board: SummaryWriter | None = None
+        self._lock: TextIO | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: str) -> "RunDirectory":
+        """Start a new run.
+
+        Args:
+            path: new or empty.
+            config: YAML of all settings.
+
+        Raises:
+            UsageError: the directory already holds a run.
+        """
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--output {path} is a file; give a directory")
+        if path.exists() and any(path.iterdir()):
+            raise UsageError(
+                f"--output {path} is not empty: choose another, or go on with --resume {path}"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path / CONFIG, config)
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunDirectory":
+        """Open a run to go on with it.
+
+        Raises:
+            UsageError: there is no run in this directory.
+        """
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"{path}: no run is there ({CONFIG} is missing)")
+        return cls(path)
+
+    def lock(self) -> None:
+        """Let no other process write into this run while this one lives.
+
+        Raises:
+            UsageError: another one does.
+        """
+        if fcntl is None:
+            return
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until close
+        end = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() < end:  # a server that was killed may leave a child behind
+                    time.sleep(0.5)
+                    continue
+                raise UsageError(
+                    f"{self.path}: another process still writes into this run; end it first"
+                ) from None
+            except OSError:
+                return  # a file system without locks
+
+    def identity(self) -> str:
+        """A name that no other run has; made at its first use."""
+        path = self.path / "identity"
+        if not path.exists():
+            atomic.write_text(path, uuid.uuid4().hex + "\n")
+        return path.read_text(encoding="utf-8").strip()
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of `step` and later, which a resumed run makes again."""
+        path = self.path / METRICS
+        if path.exists():
+            rows = [row for row in self.metrics() if row["step"] < step]
+            atomic.write_text(path, "".join(_line(row) for row in rows))
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line of metrics and the same numbers to TensorBoard."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as stream:
+            stream.write(_line({"step": step, **values}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics, oldest first.
+
+        Raises:
+            DataError: a line that is not JSON, other than a last one cut short by a kill.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number == len(lines):
+                    break
+                raise DataError(f"{path}, line {number}: not JSON") from None
+        return rows
+
+    def close(self) -> None:
+        """Finish the TensorBoard file."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def resumed(kind: type[Any], values: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """All settings of the run that `values["resume"]` names, with those given.
+
+    Args:
+        kind: dataclass of the settings.
+        values: given settings by field name.
+        free: names that may differ from the run's own, `resume` among them.
+
+    Raises:
+        UsageError: no run is there, or a setting is not what it was.
+    """
+    path = Path(values["resume"])
+    RunDirectory.reopen(path)
+    stored = from_mapping(kind, read_yaml(path / CONFIG), str(path / CONFIG))
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name in known and name not in free and value != getattr(stored, name):
+            raise UsageError(
+                f"--resume {path}: --{name.replace('_', '-')} was {getattr(stored, name)!r} in "
+                "that run"
+            )
+    return dataclasses.asdict(stored) | dict(values)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, sort_keys=False) + "\n"
