@@ -82,12 +82,12 @@ def _build(task: Task) -> Callable[[], Callable[[Waveforms], None]]:
         peer = task.name.split("_")[0]
         build = peers.import_speechbrain() if peer == "speechbrain" else peers.transformers_step
         return lambda: build(Path(task.folder), task.precision)
-    from ssl_core.training.pretraining_step import TrainingStep
+    from ssl_core.training.pretraining_step import PretrainingStep
     from ssl_core.wav2vec2.model import PretrainingModel
 
     def ours() -> Callable[[Waveforms], None]:
         model = PretrainingModel(task.config())
-        taken = TrainingStep(
+        taken = PretrainingStep(
             model, RECIPES[task.model], task.chosen_plan(), seed=0, total_updates=400_000
         )
         numbers = iter(range(400_000))
@@ -155,7 +155,7 @@ def _gradient_error(task: Task) -> float:
     `k_proj.bias`, are left out.
     """
     from benchmarks import peers
-    from ssl_core.training.pretraining_step import TrainingStep, Weights
+    from ssl_core.training.pretraining_step import PretrainingStep, Weights
     from ssl_core.wav2vec2.model import PretrainingModel, draw
 
     torch.manual_seed(1)
@@ -166,7 +166,7 @@ def _gradient_error(task: Task) -> float:
     weights = Weights(config.diversity_loss_weight, 0.0, 1.7)
     theirs = peers.transformers_backward(model, waveforms, draws, weights.temperature).gradients
     recipe = Recipe(feature_grad_scale=1.0, feature_penalty_weight=0.0)
-    step = TrainingStep(model, recipe, plan, seed=0, total_updates=1)
+    step = PretrainingStep(model, recipe, plan, seed=0, total_updates=1)
     step.accumulate(waveforms, draws, weights, 1)
     ours = peers.gradients(model)
     return max(

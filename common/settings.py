@@ -1,77 +1,296 @@
-"""Settings as frozen dataclasses, from a mapping, YAML or options; what is unknown is refused."""
+"""Settings as frozen dataclasses, from a command line, YAML or a mapping, by jsonargparse.
+
+A settings class documents each field in a docstring below it, which `--help` shows. It may have
+
+- `defaults(given)`, a class method: defaults that depend on what was given, such as a preset's;
+- `validate()`, which raises `UsageError` where values do not fit together;
+- `SHORT`, names of nested settings that need no prefix: `{"batch": "recipe.batch"}`.
+
+Names are written with dashes, nested ones with dots: `--recipe.learning-rate 1e-3`.
+"""
 
 import argparse
-import ast
 import dataclasses
-import inspect
-import textwrap
-import types
-import typing
-from collections.abc import Mapping
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import jsonargparse
 import yaml
+from jsonargparse.typing import register_type
 
 from common.command import nearest
 from common.errors import UsageError
+from common.units import Names, Seconds, Size
 
 Settings = TypeVar("Settings")
 
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+for _kind in (Seconds, Size, Names):
+    register_type(_kind, str, _kind.parse, deserializer_exceptions=UsageError)
 
-def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Build a settings dataclass; `where` names the source of the values in errors.
 
-    Keys may be written with `-` or `_`. A `validate()` method of the class is called.
+def _underscored(values: Any) -> Any:
+    """A mapping with `_` for every `-` in its keys, nested ones too."""
+    if not isinstance(values, dict):
+        return values
+    return {str(key).replace("-", "_"): _underscored(value) for key, value in values.items()}
+
+
+_load_yaml: Callable[[str], Any] = jsonargparse.get_loader("yaml")
+jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)))
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser that takes dashes in names, no abbreviations, and names the nearest option."""
+
+    def __init__(self, *, short: Mapping[str, str] | None = None, **settings: Any) -> None:
+        """Make a parser.
+
+        Args:
+            short: options that stand for others, such as `{"--frozen": "--backbone=frozen"}`.
+            settings: of `argparse.ArgumentParser`.
+        """
+        settings.setdefault("allow_abbrev", False)
+        settings.setdefault("usage", "%(prog)s [options]")
+        super().__init__(**settings)
+        self.short = dict(short or {})
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """See `jsonargparse.ArgumentParser`; options may be written with dashes and in short."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([self._canonical(word) for word in words], *others, **options)
+
+    def _canonical(self, word: str) -> str:
+        """An option as jsonargparse knows it; anything else as it is."""
+        if not word.startswith("--"):
+            return word
+        name, equals, value = word.partition("=")
+        name, other_equals, other_value = self.short.get(name, name).partition("=")
+        return (
+            name.replace("-", "_").replace("__", "--", 1)
+            + equals
+            + value
+            + other_equals
+            + other_value
+        )
+
+    def options(self) -> list[str]:
+        """All options as a person writes them."""
+        known = {text for action in self._actions for text in action.option_strings}
+        return sorted({_dashed(text) for text in known} | self.short.keys())
+
+    def format_help(self, formatter: Any = None) -> str:
+        """The help text, options with dashes."""
+        text = super().format_help(formatter)
+        return re.sub(r"--[a-z][a-z0-9_.]*", lambda match: _dashed(match[0]), text)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line that says what and where, and exit with 2."""
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, message) from ex
+        text = _explained(message, self.options())
+        self.exit(2, f"{self.prog}: error: {text} (see {self.prog} --help)\n")
+
+
+def _dashed(option: str) -> str:
+    return option if option == "--print_config" else option.replace("_", "-")
+
+
+def _explained(message: str, known: Sequence[str]) -> str:
+    """An error of jsonargparse in one line, with the nearest known name."""
+    text = " ".join(message.split())
+    found = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
+    if found is not None:
+        reason = re.sub(r"^Not of type \w+: ", "", found[2])
+        wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
+        if wrong is not None:
+            reason = f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
+        return f"{_dashed('--' + found[1])}: {reason}"
+    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", text)
+    if unknown is not None:
+        return f"unrecognized arguments: {_dashed(unknown[1])}{nearest(_dashed(unknown[1]), known)}"
+    group = re.fullmatch(r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'.*", text)
+    if group is not None:
+        name = _dashed(".".join(filter(None, [group[1], group[2]])))
+        return f"unknown setting '{name}'{nearest(name, [each[2:] for each in known])}"
+    return text
+
+
+def _readable(kind: str, value: str) -> str:
+    """A type in words, for `'x' is not ...`."""
+    choices = re.findall(r"'([^']*)'", kind) if "Literal" in kind else []
+    if choices:
+        return f"one of {', '.join(choices)}{nearest(value, choices)}"
+    name = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", kind).rpartition(".")[2]
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return words.get(name, f"of type {name}")
+
+
+def settings_parser(kind: type[Any], **options: Any) -> Parser:
+    """A parser of a settings class, with `--config FILE` and `--print_config`.
+
+    Args:
+        kind: dataclass of the settings.
+        options: of `Parser`.
+    """
+    short = {f"--{name}": f"--{full}" for name, full in getattr(kind, "SHORT", {}).items()}
+    parser = Parser(**options | {"short": short | options.get("short", {})})
+    parser.add_argument("--config", action="config", help="YAML file of any of the options below")
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def parse(
+    kind: type[Settings], parser: Parser, arguments: Sequence[str] | None
+) -> tuple[Settings, argparse.Namespace]:
+    """Read settings from a command line, before that `--config`, before that the defaults.
+
+    Args:
+        kind: dataclass of the settings.
+        parser: from `settings_parser`, with further options if wanted.
+        arguments: words of the command line; None takes the process's own.
+
+    Returns:
+        The settings, validated, and the values of the further options.
 
     Raises:
-        UsageError: an unknown key (the nearest known one is named) or a value of the wrong type.
+        UsageError: values that do not fit together.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    chosen: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            known = [field.replace("_", "-") for field in fields]
-            raise UsageError(
-                f"{where}: unknown setting '{key}'{nearest(str(key).replace('_', '-'), known)}"
-            )
-        chosen[name] = _convert(value, hints[name], f"{where}: {key}")
-    settings = kind(**chosen)
-    validate = getattr(settings, "validate", None)
-    if validate is not None:
-        validate()
+    given = _nested(parser.parse_args(arguments, defaults=False))
+    parser.set_defaults(dict(_flat(_defaults(kind, given))))
+    values = parser.instantiate(parser.parse_args(arguments))
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    settings = kind(**{name: getattr(values, name) for name in names})
+    _validate(settings)
+    others = {name: value for name, value in vars(values).items() if name not in names}
+    return settings, argparse.Namespace(**others)
+
+
+def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Build settings from a mapping such as YAML's; keys may be written with `-` or `_`.
+
+    Args:
+        kind: dataclass of the settings.
+        values: by name, nested ones as mappings.
+        where: source of the values, for errors.
+
+    Raises:
+        UsageError: an unknown name (the nearest is named), a value of the wrong type, or values
+            that do not fit together.
+    """
+    parser, given = _silent_parser(kind), _underscored(dict(values))
+    for name, full in getattr(kind, "SHORT", {}).items():
+        if name in given:
+            section, _, inner = full.partition(".")
+            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
+    for field in _fields(kind):
+        if dataclasses.is_dataclass(field.default) and not isinstance(
+            given.get(field.name, {}), dict
+        ):
+            raise UsageError(f"{where}: {field.name} must be a mapping of settings")
+    try:
+        known = _nested(parser.parse_object(given, defaults=False))
+        defaults = dict(_flat(_defaults(kind, known)))
+        chosen = parser.instantiate(parser.parse_object(defaults_under(defaults, known)))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        text = error.message if isinstance(error, argparse.ArgumentError) else str(error)
+        raise UsageError(f"{where}: {_explained(text, parser.options())}") from None
+    settings = kind(**{field.name: getattr(chosen, field.name) for field in _fields(kind)})
+    _validate(settings)
     return settings
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        remaining = [option for option in options if option is not type(None)]
-        return _convert(value, remaining[0], where)
-    if origin is typing.Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            names = ", ".join(str(option) for option in options)
-            raise UsageError(f"{where}: '{value}' is not one of {names}")
-        return value
-    if origin is tuple:
-        inner = typing.get_args(hint)[0]
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(item, inner, where) for item in items)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return value
-    if hint is str and isinstance(value, int | float | Path) and not isinstance(value, bool):
+def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values given, and below them defaults by dotted name, as one nested mapping."""
+    merged: dict[str, Any] = {}
+    for name, value in (*defaults.items(), *_flat(given)):
+        *sections, last = name.split(".")
+        place = merged
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return merged
+
+
+@functools.cache
+def _silent_parser(kind: Any) -> Parser:
+    parser = Parser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
+
+
+def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
+
+
+def _defaults(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    found = getattr(kind, "defaults", None)
+    return dict(found(given)) if found is not None else {}
+
+
+def _validate(settings: Any) -> None:
+    validate = getattr(settings, "validate", None)
+    if validate is not None:
+        validate()
+
+
+def _nested(namespace: Any) -> dict[str, Any]:
+    values: dict[str, Any] = namespace.as_dict()
+    return {name: value for name, value in values.items() if name != "config"}
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted name; of nested settings each of their own."""
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "__path__":
+            yield prefix + name, value
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as nested mappings of scalars and lists, names with dashes, for YAML and JSON."""
+    return {
+        field.name.replace("_", "-"): _plain(getattr(settings, field.name))
+        for field in _fields(settings)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return plain(value)
+    if isinstance(value, Seconds | Size | Names | Path):
         return str(value)
-    raise UsageError(f"{where}: '{value}' is not of type {getattr(hint, '__name__', hint)}")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flat(settings: Any) -> dict[str, str | int | float | bool]:
+    """Settings as scalars by dotted name with dashes, as Flower's run config holds them.
+
+    What is not set (None) is an empty text.
+    """
+    found = _flat(plain(settings))
+    return {
+        name: "" if value is None else str(value) if isinstance(value, list) else value
+        for name, value in found
+    }
+
+
+def unflat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping of `flat`'s scalars; an empty text is a setting that was not given."""
+    given = {name: value for name, value in values.items() if value != ""}
+    return defaults_under({}, given)
+
+
+def to_yaml(settings: Any) -> str:
+    """The YAML of settings, names as on the command line."""
+    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -93,82 +312,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: settings must be 'name: value' lines, not a {type(loaded).__name__}"
         )
     return loaded
-
-
-def to_yaml(settings: Any) -> str:
-    """The YAML of a settings dataclass, keys as on the command line."""
-    values = {
-        key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def descriptions(kind: type[Any]) -> dict[str, str]:
-    """The docstring below each field of a settings dataclass, by field name."""
-    found: dict[str, str] = {}
-    for part in reversed(kind.__mro__[:-1]):
-        found |= _descriptions(part)
-    return found
-
-
-def _descriptions(kind: type[Any]) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for item, after in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        ):
-            found[item.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
-def add_options(
-    parser: argparse.ArgumentParser, kind: type[Any], skip: tuple[str, ...] = ()
-) -> None:
-    """Add an option for each field of a settings dataclass; only options given are in the result.
-
-    Values stay text: `from_texts` converts them, with the same errors as YAML.
-    """
-    hints = typing.get_type_hints(kind)
-    texts = descriptions(kind)
-    for field in dataclasses.fields(kind):
-        if field.name in skip:
-            continue
-        choices = typing.get_args(hints[field.name])
-        is_choice = typing.get_origin(hints[field.name]) is typing.Literal
-        shown = field.default if field.default != "" else "none"
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            choices=choices if is_choice else None,
-            metavar=None if is_choice else getattr(hints[field.name], "__name__", "value").upper(),
-            help=f"{texts.get(field.name, '')} (default: {shown})".replace("%", "%%"),
-        )
-
-
-def from_texts(kind: type[Any], values: Mapping[str, str]) -> dict[str, Any]:
-    """Option texts as values of the fields' types, for `from_mapping`.
-
-    Raises:
-        UsageError: a text that is not of the field's type.
-    """
-    hints = typing.get_type_hints(kind)
-    result: dict[str, Any] = {}
-    for name, text in values.items():
-        hint = hints[name]
-        if hint in (int, float):
-            try:
-                result[name] = hint(text)
-            except ValueError:
-                what = "a whole number" if hint is int else "a number"
-                option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option}: '{text}' is not {what}") from None
-        else:
-            result[name] = text
-    return result

@@ -1,4 +1,4 @@
-"""Lengths, sizes and lists of names as a person writes them (`5s`, `8GB`, `a, b`), and back."""
+"""Lengths, sizes and lists of names as a person writes them (`5s`, `8GB`, `a,b`), and back."""
 
 import math
 import re
@@ -11,48 +11,80 @@ _SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def parse_length(text: str | float) -> float:
-    """Seconds of audio from `5s`, `500ms`, `1.5min`, or a plain number of seconds.
+class Seconds(float):
+    """A length or duration in seconds that is written as a person writes it: `5s`."""
 
-    Raises:
-        UsageError: not a length, or not above zero.
-    """
-    match = _LENGTH.fullmatch(str(text))
-    if match is None:
-        raise UsageError(f"'{text}' is not a length: write seconds, as in 5s or 15.8s")
-    seconds = float(match[1]) * _SECONDS[(match[2] or "s").lower()]
-    if not math.isfinite(seconds) or seconds <= 0:
-        raise UsageError(f"a length of '{text}' holds no audio: it must be above zero, as in 5s")
-    return seconds
+    def __str__(self) -> str:
+        """The shortest way to write it."""
+        return format_length(self)
 
+    @classmethod
+    def parse(cls, text: str | float) -> "Seconds":
+        """Seconds from `5s`, `500ms`, `1.5min`, or a plain number of seconds.
 
-def parse_size(text: str | float) -> int:
-    """Bytes from `8GB`, `512MiB`, `1.5G` or a plain number of bytes.
-
-    `GB` is 10**9 bytes and `GiB` (or `G`) is 2**30, as vendors and tools write them.
-
-    Raises:
-        UsageError: not a size, or not above zero.
-    """
-    match = _SIZE.fullmatch(str(text))
-    if match is None:
-        raise UsageError(f"'{text}' is not a size: write bytes, as in 8GB or 512MiB")
-    unit = match[2].upper()
-    base = 1000 if unit.endswith("B") and "I" not in unit and unit != "B" else 1024
-    size = int(float(match[1]) * base ** _POWERS[unit.rstrip("B").rstrip("I")])
-    if size <= 0:
-        raise UsageError(f"a size of '{text}' is empty: it must be above zero, as in 8GB")
-    return size
+        Raises:
+            UsageError: not a length, or not above zero.
+        """
+        match = _LENGTH.fullmatch(format_length(text) if isinstance(text, float) else str(text))
+        if match is None:
+            raise UsageError(f"'{text}' is not a length: write seconds, as in 5s or 15.8s")
+        seconds = float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+        if not math.isfinite(seconds) or seconds <= 0:
+            raise UsageError(
+                f"a length of '{text}' holds no audio: it must be above zero, as in 5s"
+            )
+        return cls(seconds)
 
 
-def parse_names(text: str) -> tuple[str, ...]:
-    """Names from a text that separates them by commas; none from an empty one."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+class Size(int):
+    """A size in bytes that is written as a person writes it: `8GB`, `512MiB`, `0`."""
+
+    def __str__(self) -> str:
+        """In the largest binary unit that divides it."""
+        for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+            if self and self % 1024**power == 0:
+                return f"{self // 1024**power}{unit}"
+        return str(int(self))
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Size":
+        """Bytes from `8GB`, `512MiB`, `1.5G` or a plain number of bytes; `0` is none.
+
+        `GB` is 10**9 bytes and `GiB` (or `G`) is 2**30, as vendors and tools write them.
+
+        Raises:
+            UsageError: not a size, or one that rounds to nothing.
+        """
+        match = _SIZE.fullmatch(str(int(text)) if isinstance(text, int) else str(text))
+        if match is None:
+            raise UsageError(f"'{text}' is not a size: write bytes, as in 8GB or 512MiB")
+        unit = match[2].upper()
+        base = 1000 if unit.endswith("B") and "I" not in unit and unit != "B" else 1024
+        size = int(float(match[1]) * base ** _POWERS[unit.rstrip("B").rstrip("I")])
+        if size <= 0 and str(text).strip() != "0":
+            raise UsageError(f"a size of '{text}' is empty: it must be above zero, as in 8GB")
+        return cls(size)
+
+
+class Names(tuple[str, ...]):
+    """Names that a person separates by commas: `train-clean-100,dev-clean`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Separated by commas."""
+        return ",".join(self)
+
+    @classmethod
+    def parse(cls, text: "str | list[str] | tuple[str, ...]") -> "Names":
+        """Names from a text that separates them by commas, or from a list of them."""
+        names = text.split(",") if isinstance(text, str) else text
+        return cls(str(name).strip() for name in names if str(name).strip())
 
 
 def format_length(seconds: float) -> str:
     """The shortest way to write a length: `5s`, `15.8s`."""
-    return f"{seconds:g}s"
+    return f"{float(seconds):g}s"
 
 
 def format_seconds(seconds: float) -> str:

@@ -18,10 +18,12 @@ if __name__ == "__main__":
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from common import command
 from common.errors import UsageError
-from common.units import parse_length, parse_names, parse_size
+from common.settings import Parser
+from common.units import Names, Seconds, Size
 from fl_client import warm_start
 from fl_client.environment import be_lean, be_quiet
 from partitions.librispeech import list_audio
@@ -31,81 +33,95 @@ from ssl_core.planning.device_profiles import find_profile
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the SuperNode; returns when it is stopped."""
-    parser = command.Parser(prog="python -m fl_client", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m fl_client", description=__doc__)
+    for name, kind, default, text in (
+        (
+            "device",
+            str,
+            AUTO,
+            "device whose memory the step is planned for, such as rpi4; auto: this machine",
+        ),
+        (
+            "memory",
+            Size,
+            None,
+            "plan the training step for a process of this size, as in 4GB (default: what the "
+            "device has left for it; of this machine, what there is at each round)",
+        ),
+        (
+            "length",
+            Seconds,
+            None,
+            "of the crops of this device, at most the run's, as in 5s (default: the run's)",
+        ),
+        ("devices", Path, None, "YAML file with devices of your own"),
+        ("data", Path, None, "corpus in LibriSpeech's layout, or of the task (needed)"),
+        ("subset", Names, Names(), "subsets of it, separated by commas"),
+        ("partition", str, "", "train on part I (from 0) of N of the corpus, written I/N"),
+        ("speakers", Names, Names(), "train on these speakers, separated by commas"),
+        ("superlink", str, "127.0.0.1:8000", "HOST:PORT of the SuperLink"),
+        ("root-certificates", Path, None, "PEM file that the SuperLink is checked with"),
+        (
+            "key",
+            Path,
+            None,
+            "private key of this node, ECDSA P-384, for a SuperLink that asks who it is; needs "
+            "--root-certificates",
+        ),
+        (
+            "state",
+            Path,
+            None,
+            "folder for what is kept between rounds (default: ~/.local/state/shortwave)",
+        ),
+        (
+            "task",
+            str,
+            "",
+            "the run fine-tunes this task, such as kws35, and --data is its corpus (default: the "
+            "run pretrains on a corpus in LibriSpeech's layout)",
+        ),
+        (
+            "checkpoint",
+            Path,
+            None,
+            "with --task: this device's copy of the backbone's directory (default: the path that "
+            "the run names)",
+        ),
+        (
+            "pause-temperature",
+            NonNegativeFloat,
+            0.0,
+            "pause training while the device is hotter than so many degrees Celsius",
+        ),
+        (
+            "pause-load",
+            NonNegativeFloat,
+            0.0,
+            "pause training while the load average, training included, is above this",
+        ),
+        (
+            "pause-memory",
+            Size,
+            Size(0),
+            "pause training while less memory than this is available, as in 500MB",
+        ),
+        (
+            "port",
+            PositiveInt,
+            None,
+            "local port of this SuperNode, one for each on a machine (default: a free one)",
+        ),
+    ):
+        parser.add_argument(
+            f"--{name.replace('-', '_')}",
+            type=kind if default is not None else kind | None,
+            default=default,
+            help=text,
+        )
     parser.add_argument(
-        "--device",
-        default=AUTO,
-        help="device whose memory the step is planned for, such as rpi4; auto: this machine",
-    )
-    parser.add_argument(
-        "--memory",
-        type=command.argument(parse_size),
-        help="plan the training step for a process of this size, as in 4GB (default: what the "
-        "device has left for it; of this machine, what there is at each round)",
-    )
-    parser.add_argument(
-        "--length",
-        type=command.argument(parse_length),
-        help="of the crops of this device, at most the run's, as in 5s (default: the run's)",
-    )
-    parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
-    parser.add_argument("--data", type=Path, required=True, help="corpus in LibriSpeech's layout")
-    parser.add_argument("--subset", default="", help="subsets of it, separated by commas")
-    parser.add_argument(
-        "--partition", metavar="I/N", help="train on part I (from 0) of N of the corpus"
-    )
-    parser.add_argument(
-        "--speakers", default="", help="train on these speakers, separated by commas"
-    )
-    parser.add_argument("--superlink", default="127.0.0.1:8000", help="HOST:PORT of the SuperLink")
-    parser.add_argument(
-        "--root-certificates", type=Path, help="PEM file that the SuperLink is checked with"
-    )
-    parser.add_argument(
-        "--key",
-        type=Path,
-        help="private key of this node, ECDSA P-384, for a SuperLink that asks who it is; needs "
-        "--root-certificates",
-    )
-    parser.add_argument(
-        "--state",
-        type=Path,
-        help="folder for what is kept between rounds (default: ~/.local/state/shortwave)",
-    )
-    parser.add_argument(
-        "--task",
-        default="",
-        help="the run fine-tunes this task, such as kws35, and --data is its corpus (default: the "
-        "run pretrains on a corpus in LibriSpeech's layout)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="with --task: this device's copy of the backbone's directory (default: the path that "
-        "the run names)",
-    )
-    parser.add_argument(
-        "--pause-temperature",
-        type=float,
-        default=0.0,
-        help="pause training while the device is hotter than so many degrees Celsius",
-    )
-    parser.add_argument(
-        "--pause-load",
-        type=float,
-        default=0.0,
-        help="pause training while the load average, training included, is above this",
-    )
-    parser.add_argument(
-        "--pause-memory",
-        type=command.argument(parse_size),
-        default=0,
-        help="pause training while less memory than this is available, as in 500MB",
-    )
-    parser.add_argument(
-        "--cold-start",
+        "--cold_start",
         action="store_true",
         help="start Python and PyTorch anew in every round: takes seconds longer, and leaves about "
         "470 MB more to others between rounds",
@@ -113,12 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--insecure", action="store_true", help="do not encrypt, even off this machine"
     )
-    parser.add_argument(
-        "--port",
-        type=command.argument(command.positive),
-        help="local port of this SuperNode, one for each on a machine (default: a free one)",
-    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the SuperNode; returns when it is stopped."""
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.data is None:
+        parser.error("--data is needed: the corpus that this device trains on")
     code = _check_data(options)
     if code:
         return code
@@ -126,19 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.superlink, options.root_certificates, options.insecure, options.key
     )
     node = _node_config(options)
-    memory = options.memory
-    if options.device != AUTO:  # else read in every round, by the process that trains
-        memory = memory or find_profile(options.device, options.devices).process_bytes
-    if memory:
-        node += f" memory={memory}"
-    if options.length:
-        node += f" length={options.length}"
-    for name in ("pause_temperature", "pause_load", "pause_memory"):
-        value = getattr(options, name)
-        if value < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be below zero")
-        if value:
-            node += f" {name.replace('_', '-')}={value}"
     be_quiet()
     be_lean()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
@@ -175,10 +181,11 @@ def _check_data(options: argparse.Namespace) -> int:
     if options.checkpoint and not options.task:
         raise UsageError("--checkpoint is for a --task; the run sends what it pretrains")
     if not options.task:
-        list_audio(options.data, parse_names(options.subset))
+        list_audio(options.data, options.subset)
         return 0
-    given = (options.task, str(options.data), options.subset, str(options.checkpoint or ""))
-    return subprocess.run([sys.executable, "-m", "fl_client.check_task", *given]).returncode
+    given = (options.task, options.data, options.subset, options.checkpoint or "")
+    command_line = [sys.executable, "-m", "fl_client.check_task", *map(str, given)]
+    return subprocess.run(command_line).returncode
 
 
 def _security(
@@ -226,9 +233,10 @@ def _check_key(path: Path) -> None:
 
 
 def _node_config(options: argparse.Namespace) -> str:
-    partition, speakers, subset = options.partition, options.speakers, options.subset
+    """Flower's node config, as text: the values by which this device differs from others."""
+    partition, speakers, subset = options.partition, str(options.speakers), str(options.subset)
     folder = str(options.data.resolve())
-    values: dict[str, str | int] = {"device": options.device, "data": folder}
+    values: dict[str, str | int | float] = {"device": options.device, "data": folder}
     if subset:
         values["subset"] = subset
     if partition and speakers:
@@ -247,13 +255,26 @@ def _node_config(options: argparse.Namespace) -> str:
         values["checkpoint"] = str(options.checkpoint.resolve())
     if options.state:
         values["state"] = str(options.state.resolve())
+    memory = options.memory
+    if options.device != AUTO:  # else read in every round, by the process that trains
+        memory = memory or find_profile(options.device, options.devices).process_bytes
+    limits = {
+        "memory": memory,
+        "length": options.length,
+        "pause-temperature": options.pause_temperature,
+        "pause-load": options.pause_load,
+        "pause-memory": options.pause_memory,
+    }
+    for name, value in limits.items():
+        if value:
+            values[name] = int(value) if isinstance(value, int) else float(value)
     if any(mark in str(value) for value in values.values() for mark in '"\\\n'):
         raise UsageError(
             'a " or \\ in --data, --subset, --speakers, --checkpoint or --device cannot be passed '
             "on"
         )
     return " ".join(
-        f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"'
+        f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}"
         for name, value in values.items()
     )
 

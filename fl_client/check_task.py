@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import command
-from ssl_core.downstream.task_settings import TaskSettings
-from ssl_core.training import hf_checkpoint as hf
+from common.units import Names
+from ssl_core.downstream.task_corpus import TRAIN, read_task
+from ssl_core.downstream.task_recipe import recipe_of
+from ssl_core.training import hf_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ShortwaveError: what a round would be refused for.
     """
     task, data, subset, checkpoint = arguments or sys.argv[1:]
-    settings = TaskSettings(
-        task=task, data=data, train=subset or "train-clean-100", valid="", test=""
-    )
-    found = settings.read_data(settings.task_recipe())
+    train = Names.parse(subset) or TRAIN
+    recipe = recipe_of(task)
+    found = read_task(task, Path(data), recipe, seed=0, train=train, valid=(), test=())
     if checkpoint:
-        hf.load_config(Path(checkpoint))
+        hf_checkpoint.load_config(Path(checkpoint))
     clips = len({clip.name for clip in (*found.train, *found.valid, *found.test)})
     print(f"{task}: {clips} clips in {found.root}")
     return 0

@@ -23,7 +23,7 @@ from ssl_core.planning.allocator import is_out_of_memory
 from ssl_core.planning.process_memory import peak_bytes
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
-from ssl_core.training.pretraining_step import StepReport, TrainingStep
+from ssl_core.training.pretraining_step import StepReport, PretrainingStep
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 
@@ -135,13 +135,13 @@ def _train(
     """Take a round's updates."""
     _, recipe = settings.model_and_recipe()
     plan = ladder.plan
-    step = TrainingStep(
+    step = PretrainingStep(
         model, recipe, plan, seed=settings.seed, total_updates=settings.total_updates
     )
     folded = int(task["folded_round"])
     if settings.keep_moments and folded >= 0:
         with contextlib.suppress(StateLost):  # a client that was set up anew begins with none
-            step.load_moments(dict(client.load("moments", folded)))
+            step.load_optimizer_state(dict(client.load("moments", folded)))
     crops = Crops(share.manifest, share.indices, plan.samples, settings.seed, share.key)
     trained = _Trained([], set(), collections.Counter(), [])
     first = int(task["first_update"])
@@ -157,7 +157,7 @@ def _train(
             waveforms = [batch.waveforms for batch in batches]
             trained.reports.append(step.update(waveforms, number, share.key))
     if settings.keep_moments:
-        client.save("moments", int(task["round"]), step.moments(), folded)
+        client.save("moments", int(task["round"]), step.optimizer_state(), folded)
     return trained
 
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from common.errors import UsageError
 from common.units import format_length
-from ssl_core.downstream.task_work import Work
+from ssl_core.planning.decision import Decision
 from ssl_core.planning.device import AUTO
 from ssl_core.planning.estimate import estimate
-from ssl_core.planning.ladder import describe, fallbacks, fitting
-from ssl_core.planning.step_plan import Plan
+from ssl_core.planning.ladder import describe, fallbacks
+from ssl_core.planning.step_plan import Plan, StepOptions
 from ssl_core.planning.this_machine import this_machine
-from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.planning.work import Work
 
 RUNTIME = 640 * 2**20
 """Bytes resident in a ClientApp before its first round; 571 MiB were measured after the imports."""
@@ -29,31 +29,33 @@ class Budget(NamedTuple):
     length: float = 0.0
     """Seconds in a crop, at most the run's; 0 is the run's."""
     plan: str = ""
-    """JSON: how the step is taken, where that was planned elsewhere (a simulated fleet)."""
+    """JSON of plan settings, where the step was planned elsewhere (a simulated fleet)."""
     live: bool = False
     """Whether the memory is this machine's own, to be watched while training."""
 
-    def change(self, plan: Plan, length: str) -> Plan:
+    def change(self, plan: Plan) -> Plan:
         """A run's plan with the device's own length and what was planned for it elsewhere.
 
-        Args:
-            plan: by the run's settings.
-            length: of the run's sequences, as it was written.
-
         Raises:
-            UsageError: the device's length is longer.
+            UsageError: the device's length is longer than the run's.
         """
         if self.length:
             if self.length > plan.length:
                 raise UsageError(
-                    f"--length {format_length(self.length)} is longer than the run's {length}: "
-                    "sequences are cut to that"
+                    f"--length {format_length(self.length)} is longer than the run's "
+                    f"{format_length(plan.length)}: sequences are cut to that"
                 )
             plan = dataclasses.replace(plan, length=self.length)
         return dataclasses.replace(plan, **json.loads(self.plan)) if self.plan else plan
 
 
 NO_BUDGET = Budget()
+
+
+def to_json(plan: Plan) -> str:
+    """How a plan takes a step, for `Budget.plan`."""
+    names = [field.name for field in dataclasses.fields(StepOptions)]
+    return json.dumps({name: getattr(plan, name) for name in ("micro_batch", *names)})
 
 
 def budget_of(node: Mapping[str, Any]) -> Budget:
@@ -68,17 +70,15 @@ def budget_of(node: Mapping[str, Any]) -> Budget:
     return Budget(this_machine().process_bytes, length, live=True)
 
 
-class Ladder:
+class RoundPlan:
     """The plan of a round, and the leaner ones it can fall back to."""
 
-    def __init__(
-        self, config: ModelConfig | None, work: Work, plan: Plan, budget: Budget, messages: int
-    ) -> None:
+    def __init__(self, work: Work | None, plan: Plan, budget: Budget, messages: int) -> None:
         """Plan for the budget, if there is one.
 
         Args:
-            config: of the backbone; None for a model without, for which nothing is planned.
-            work: what the model is trained for.
+            work: what is trained; None for a model without a backbone, for which nothing is
+                planned.
             plan: by the settings.
             budget: of the device.
             messages: bytes held beside the step.
@@ -86,13 +86,13 @@ class Ladder:
         Raises:
             UsageError: nothing fits.
         """
-        self.config, self.work, self.plan = config, work, plan
+        self.work, self.plan = work, plan
         self.live, self.messages, self.fallbacks, self.predicted = budget.live, messages, 0, 0
         self._leaner: list[Plan] = []
-        if config is None:
+        if work is None:
             return
         if budget.memory:
-            option = fitting(config, work, plan, budget.memory, RUNTIME, messages)
+            option = Decision(work, plan, budget.memory, RUNTIME, messages).require()
             self.plan, self.predicted = option.plan, option.estimate.total
         self._leaner = fallbacks(self.plan, work)
 
@@ -103,13 +103,9 @@ class Ladder:
         plan = self._leaner.pop(0)
         log.warning("%s with %s; going on with %s", reason, describe(self.plan), describe(plan))
         self.plan, self.fallbacks = plan, self.fallbacks + 1
-        if self.predicted:
-            self.predicted = self._need()
+        if self.predicted and self.work is not None:
+            self.predicted = estimate(self.work, plan, RUNTIME, self.messages).total
         return True
-
-    def _need(self) -> int:
-        assert self.config is not None
-        return estimate(self.config, self.work, self.plan, RUNTIME, self.messages).total
 
     def watch(self) -> bool:
         """Step down until the plan fits what this machine has left now; whether it changed."""

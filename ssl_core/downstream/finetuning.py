@@ -15,7 +15,7 @@ from common.errors import DataError, Interrupted
 from common.progress import bar_of
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.learning_rates import Rates
-from ssl_core.downstream.loading import ClipLoader
+from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.scoring import score_clips
 from ssl_core.downstream.task_step import BACKBONE, HEAD, TaskStep
 from ssl_core.training import checkpoint
@@ -69,13 +69,15 @@ class FineTuning:
             "sums": dataclasses.asdict(self.sums),
         }
         path = self.directory.checkpoints / f"update-{next_update:07d}"
-        checkpoint.save_tensors(path, self.trained(), state=state, extra=self.step.moments())
+        checkpoint.save_tensors(
+            path, self.trained(), state=state, extra=self.step.optimizer_state()
+        )
         checkpoint.prune(self.directory.checkpoints, self.keep)
 
     def _load(self, path: Path) -> None:
         state, weights, moments = checkpoint.load_tensors(path)
         self._take(weights, path)
-        self.step.load_moments(moments)
+        self.step.load_optimizer_state(moments)
         try:
             self.first, self.best = int(state["next_update"]), state["best"]
             self.rates.load(state["rates"])
@@ -133,7 +135,7 @@ class FineTuning:
         """Score an epoch, log it and save."""
         recipe, sums = self.recipe, self.sums
         start = time.monotonic()
-        scored = score_clips(self.loader, self.data.valid, recipe.batch)
+        scored = score_clips(self.step, self.loader, self.data.valid, recipe.batch)
         value = scored.score(recipe.metric)
         better = recipe.higher_is_better or recipe.metric == "eer"
         error = 1 - value if better else value

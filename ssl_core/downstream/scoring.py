@@ -1,4 +1,4 @@
-"""What a model makes of clips without dropout, and the scores of it."""
+"""Runs a model on clips without dropout, and scores what it predicts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,18 +10,19 @@ from common.errors import DataError
 from ssl_core.downstream import metrics
 from ssl_core.downstream.clips import Clip, Trial
 from ssl_core.downstream.decoding import Decoder, greedy
-from ssl_core.downstream.loading import ClipLoader
+from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.task_model import Stage
+from ssl_core.downstream.task_step import TaskStep
 from ssl_core.wav2vec2.precision import autocast
 
 
 class NoUsableClips(DataError):
-    """There is nothing to run a model on."""
+    """None of the clips can be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a model made of some clips."""
+    """Predictions for some clips."""
 
     clips: tuple[Clip, ...]
     expected: tuple[str, ...]
@@ -41,20 +42,24 @@ class Scored:
 
 
 def score_clips(
-    loader: ClipLoader, clips: Sequence[Clip], size: int, decode: Decoder | None = None
+    step: TaskStep,
+    loader: ClipLoader,
+    clips: Sequence[Clip],
+    size: int,
+    decode: Decoder | None = None,
 ) -> Scored:
-    """Run a model on clips without dropout.
+    """Run a step's model on clips, without dropout.
 
     Args:
-        loader: of the model's step.
-        clips: what to run it on; those that cannot be used are left out.
+        step: whose model, plan and device are used.
+        loader: makes batches of the clips.
+        clips: what to run it on; those that cannot be used are skipped.
         size: clips at a time.
         decode: how logits become text; None is greedily.
 
     Raises:
         NoUsableClips: none of the clips can be used.
     """
-    step = loader.step
     model, recipe = step.model, step.model.recipe
     decode = decode or greedy(loader.labels)
     order = sorted(clips, key=lambda clip: (clip.piece.samples, clip.name))

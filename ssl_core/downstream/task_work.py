@@ -1,10 +1,7 @@
-"""What is asked of a step that fine-tunes a task, beside an architecture and a plan.
-
-It stands where `Recipe` stands for pretraining: `estimate`, `ladder`, `choose` and `fitting` take
-either. The functions here take the steps themselves, on tensors without contents or on noise.
-"""
+"""Fine-tuning a downstream task as the planner sees it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,14 +9,23 @@ from torch import Tensor
 
 from common.errors import UsageError
 from common.units import format_length
+from ssl_core.downstream.clip_loader import TOGETHER
 from ssl_core.downstream.heads import make_head
-from ssl_core.downstream.loading import TOGETHER
 from ssl_core.downstream.sharing import divide
 from ssl_core.downstream.task_model import RANDOM, TaskModel, Upstream
 from ssl_core.downstream.task_recipe import Share, TaskRecipe, recipe_of
 from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
+from ssl_core.planning.fake_tensors import count_parameters
+from ssl_core.planning.ladder import (
+    RECOMPUTED_ATTENTION,
+    SPLIT,
+    splits,
+    with_layers_recomputed,
+    with_memory_given_back,
+)
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.planning.work import Batches, Rung, Started
+from ssl_core.training.pretraining_work import step_options
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone
 from ssl_core.wav2vec2.precision import autocast
@@ -43,11 +49,14 @@ Tensors = Callable[..., Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskWork:
-    """A task's head on a backbone, and how much of the backbone is trained with it."""
+    """A head on a backbone, and what of the backbone is trained; see `planning.work.Work`."""
 
+    architecture: ModelConfig
+    """Of the backbone."""
     recipe: TaskRecipe
     labels: int
     """Classes, or symbols without the blank."""
+    task: str = ""
     share: Share = "none"
     """What of the backbone is trained: `none` is frozen, `backbone` unfrozen."""
     shared_layers: int = 0
@@ -55,7 +64,14 @@ class TaskWork:
     lora_rank: int = 0
     """Of low-rank changes, with `lora`."""
     cached: bool = False
-    """Whether what the frozen part makes of a clip is computed before and kept on disk."""
+    """Whether the output of the frozen part is computed once, before, and kept on disk."""
+
+    unit = "clips"
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest gradient norm; 0 does not clip."""
+        return self.recipe.clip_norm
 
     @property
     def unfrozen(self) -> bool:
@@ -74,47 +90,101 @@ class TaskWork:
 
     @property
     def convolves(self) -> bool:
-        """Whether there are convolutions in the backward pass."""
+        """Whether convolutions are in the backward pass."""
         return self.unfrozen or self.recipe.head == "x-vector"
 
     @property
     def recurs(self) -> bool:
-        """Whether the head is an LSTM, before which freed memory is given back."""
+        """Whether the head is an LSTM, before which freed memory is returned."""
         return self.recipe.head == "lstm-ctc"
 
-    def validate_for(self, config: ModelConfig, plan: Plan) -> None:
-        """Check a plan against the model and the task.
+    def validate(self, plan: Plan) -> None:
+        """Check a plan against the backbone and the task.
 
         Raises:
-            UsageError: what is wrong and what would do.
+            UsageError: what is wrong and what to do.
         """
         plan.validate()
         if self.labels < 1:
             raise UsageError(f"a task needs at least 1 class or symbol, not {self.labels}")
-        if config.frames(plan.samples) < 1:
+        if self.architecture.frames(plan.samples) < 1:
             raise UsageError(f"a clip of {format_length(plan.length)} makes no frame: give longer")
         if plan.accumulation > 1:
             raise UsageError("fine-tuning takes one batch an update: leave accumulation at 1")
-        if plan.apply_in_backward and self.recipe.clip_norm:
-            raise UsageError(
-                "apply-in-backward cannot clip: the norm is known when all gradients are; "
-                "set the task's clip-norm to 0"
-            )
+        plan.validate_clipping(self.clip_norm)
 
+    def rungs(self, whole: Plan) -> list[Rung]:
+        """See `Work.rungs`. Clips are independent: a split batch computes nothing twice."""
+        if not self.unfrozen:
+            rungs = [Rung(1.0, plan) for plan in (whole, *splits(whole))]
+            return rungs + with_memory_given_back(rungs[-1:])
+        rungs = [Rung(1.0, dataclasses.replace(whole, keep_attention=True))]
+        rungs += [Rung(RECOMPUTED_ATTENTION, plan) for plan in (whole, *splits(whole))]
+        small = rungs[-1:]
+        if self.trains_extractor:
+            small = [
+                Rung(slowdown * SPLIT, dataclasses.replace(plan, recompute_features=True))
+                for slowdown, plan in small
+            ]
+            rungs += small
+        rungs += with_layers_recomputed(small)
+        return rungs + with_memory_given_back(rungs[-2:])
 
-Work = Recipe | TaskWork
-"""What a model is trained for."""
+    def trained_parameters(self) -> int:
+        """Parameters that are trained."""
+        return _trained_parameters(self)
+
+    def options(self, plan: Plan) -> str:
+        """Options of `ssl_core.finetune` that ask for a plan."""
+        backbone = "unfrozen" if self.unfrozen else "frozen"
+        words = [
+            f"--task {self.task} --{backbone} --batch {plan.batch}",
+            f"--precision {plan.precision}",
+            *step_options(plan),
+        ]
+        return " ".join(words)
+
+    def start(
+        self,
+        plan: Plan,
+        *,
+        label: Callable[[str], None] = lambda _: None,
+        fake: bool = False,
+        batches: Batches | None = None,
+    ) -> Started:
+        """See `Work.start`; clips are always noise."""
+        make = torch.zeros if fake else torch.randn
+        model = make_model(self)
+        label("optimizer state")
+        step = make_step(model, self, plan)
+        if self.cached:
+            label("computing features")
+            compute_features(step, make)
+        label("activations")
+        size = min(plan.batch, 2 * plan.effective_micro_batch) if fake else plan.batch
+
+        def update(number: int) -> bool:
+            batch = make_batch(step, self, make).rows(range(size))
+            return step.update(batch, number, learning_rates(self)).applied
+
+        return Started(model, update)
 
 
 def task_work(
-    task: str, *, unfrozen: bool, cached: bool = False, recipe: TaskRecipe | None = None
+    task: str,
+    architecture: ModelConfig,
+    *,
+    unfrozen: bool,
+    cached: bool = False,
+    recipe: TaskRecipe | None = None,
 ) -> TaskWork:
-    """A task as its recipe has it.
+    """A task as its recipe says.
 
     Args:
         task: by name.
+        architecture: of the backbone.
         unfrozen: whether the backbone is trained too.
-        cached: whether what is frozen is computed once, before.
+        cached: whether the output of the frozen part is computed once, before.
         recipe: in place of the task's own.
 
     Raises:
@@ -122,21 +192,34 @@ def task_work(
     """
     found = recipe_of(task)
     return TaskWork(
+        architecture=architecture,
         recipe=recipe or found,
         labels=LABELS[task],
+        task=task,
         share="backbone" if unfrozen else "none",
         cached=cached,
     )
 
 
-def make_model(config: ModelConfig, work: TaskWork) -> TaskModel:
-    """A backbone as it is initialised with the task's head."""
-    upstream = Upstream(Backbone(config), RANDOM, False)
+@functools.lru_cache(maxsize=64)
+def _trained_parameters(work: TaskWork) -> int:
+    return count_parameters(lambda: make_step(make_model(work), work, Plan()).model, True)
+
+
+def make_model(work: TaskWork) -> TaskModel:
+    """A backbone with initial weights and the task's head on it."""
+    upstream = Upstream(Backbone(work.architecture), RANDOM, False)
     return TaskModel(upstream, make_head(work.recipe, upstream.width, work.labels), work.recipe)
 
 
 def make_step(model: TaskModel, work: TaskWork, plan: Plan) -> TaskStep:
-    """A step that trains what the work says."""
+    """A step that trains what the work says.
+
+    Args:
+        model: backbone and head.
+        work: what of it is trained.
+        plan: how a step is taken.
+    """
     parts = divide(
         model, "fedavg", work.share, layers=work.shared_layers, rank=work.lora_rank, seed=0
     )
@@ -153,7 +236,13 @@ def compute_features(step: TaskStep, make: Tensors) -> None:
 
 
 def make_batch(step: TaskStep, work: TaskWork, make: Tensors) -> Batch:
-    """Clips of the plan's length, as an update gets them."""
+    """Clips of the plan's length, as an update gets them.
+
+    Args:
+        step: that trains on them.
+        work: the task.
+        make: makes the contents of waveforms `[sample]` and features `[frame, feature]`.
+    """
     plan, model = step.plan, step.model
     samples = [plan.samples] * plan.batch
     stage = step.stage if work.cached else "waveform"
@@ -171,6 +260,6 @@ def make_batch(step: TaskStep, work: TaskWork, make: Tensors) -> Batch:
     return Batch(inputs, stage, samples, targets)
 
 
-def rates(work: TaskWork) -> dict[str, float]:
-    """Learning rates of the first epoch, by group."""
+def learning_rates(work: TaskWork) -> dict[str, float]:
+    """Learning rates of the first epoch, by group of parameters."""
     return {HEAD: work.recipe.head_rate, BACKBONE: work.recipe.backbone_rate}

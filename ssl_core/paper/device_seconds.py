@@ -2,8 +2,8 @@
 
 A plain step's seconds were found to follow `overhead + operations / rate`, within a few per cent
 in the median and 28 % in the worst of the 89 cells that ran. How a planned step differs from the
-fastest is multiplied in. That this project's step is faster than a plain one is left out: the gain
-was not measured on those devices.
+fastest is multiplied in. That this project's step is faster than a plain one is not counted: the
+gain was not measured on those devices.
 """
 
 import functools
@@ -18,7 +18,8 @@ from ssl_core.paper.table2 import DEVICES, paper_cells
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.operation_count import count_operations
 from ssl_core.planning.step_plan import Plan
-from ssl_core.wav2vec2.config import ModelConfig, preset
+from ssl_core.planning.work import Work
+from ssl_core.wav2vec2.config import preset
 
 
 class Rate(NamedTuple):
@@ -54,52 +55,36 @@ def paper_rate(device: str, precision: str) -> Rate | None:
 
 
 def update_seconds(
-    profile: DeviceProfile, config: ModelConfig, plan: Plan, slowdown: float = 1.0
+    profile: DeviceProfile, work: Work, plan: Plan, slowdown: float = 1.0
 ) -> float | None:
     """Seconds an update takes on a device, estimated; None where the paper says nothing of it.
 
-    Args:
-        profile: `timed_as` names the device of Table 2 that it is like.
-        config: architecture.
-        plan: of the step.
-        slowdown: of the plan against the fastest.
-
-    Raises:
-        UsageError: `timed_as` is no device of the table.
-    """
-    operations = plain_operations(config, plan.length, plan.batch)
-    seconds = _seconds(profile, plan, operations)
-    return None if seconds is None else plan.accumulation * slowdown * seconds
-
-
-def task_seconds(
-    profile: DeviceProfile, config: ModelConfig, work: TaskWork, plan: Plan, slowdown: float = 1.0
-) -> float | None:
-    """Seconds an update of a task takes on a device, estimated from those of pretraining.
-
-    Operations are those of the step that keeps everything; an LSTM, which takes many small steps,
-    takes longer than they say. None for a head on features that were computed before as well: the
+    Of a task, operations are those of the step that keeps everything; an LSTM, which takes many
+    small steps, takes longer than they say. None for a head alone, on features computed before: the
     paper has no such step.
 
     Args:
         profile: `timed_as` names the device of Table 2 that it is like.
-        config: architecture.
-        work: the task.
+        work: what is trained.
         plan: of the step.
-        slowdown: of the plan against the fastest.
+        slowdown: of the plan relative to the fastest.
 
     Raises:
         UsageError: `timed_as` is no device of the table.
     """
-    if work.cached and not work.unfrozen:
-        return None
-    seconds = _seconds(profile, plan, _task_operations(config, work, plan.length, plan.batch))
-    return None if seconds is None else slowdown * seconds
+    if isinstance(work, TaskWork):
+        if work.cached and not work.unfrozen:
+            return None
+        operations = _task_operations(work, plan.length, plan.batch)
+    else:
+        operations = plain_operations(work.architecture, plan.length, plan.batch)
+    seconds = _seconds(profile, plan, operations)
+    return None if seconds is None else plan.accumulation * slowdown * seconds
 
 
 @functools.lru_cache(maxsize=64)
-def _task_operations(config: ModelConfig, work: TaskWork, length: float, batch: int) -> int:
-    return count_operations(config, work, Plan(length=length, batch=batch, keep_attention=True))
+def _task_operations(work: TaskWork, length: float, batch: int) -> int:
+    return count_operations(work, Plan(length=length, batch=batch, keep_attention=True))
 
 
 def _seconds(profile: DeviceProfile, plan: Plan, operations: int) -> float | None:

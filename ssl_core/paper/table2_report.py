@@ -1,27 +1,26 @@
 """The paper's Table 2 and Figure 2 beside what follows from shapes: rows, tables and figures."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from common.errors import UsageError
 from common.figures import save_figure
 from common.progress import track
 from common.units import format_bytes, format_length
 from ssl_core.paper.plain_step import plain_operations, plain_step
-from ssl_core.paper.table2 import DEVICES, need, outcome, paper_cells
+from ssl_core.paper.planned_cell import COLUMNS, Rows, agreement, agreement_lines, columns, compare
+from ssl_core.paper.table2 import DEVICES, need, paper_cells, split
 from ssl_core.planning.device_profiles import known_profiles
-from ssl_core.planning.ladder import choose, describe, fitting
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.pretraining_recipe import RECIPES
+from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
-Rows = Sequence[dict[str, Any]]
-
+CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
+"""One device with memory of its own and one that shares it: the others are then predicted."""
 LENGTHS, BATCHES = (1.0, 5.0, 10.0, 15.0), (1, 2, 4, 8, 12)
 GROWTH = {4: 4, 8: 4, 12: 5}
 """By batch, how many times the memory of 1 s crops those of 15 s take (paper, section 5.1)."""
@@ -33,6 +32,7 @@ def table2_rows(progress: bool = False) -> Rows:
     Mixed precision of the paper is fp16; a planned step is exact otherwise.
     """
     profiles, rows = known_profiles(), []
+    base = PretrainingWork(architecture=preset("base"), recipe=RECIPES["base"])
     cells = paper_cells()
     for cell in track(cells, len(cells), "plan", progress):
         profile = profiles[cell.device]
@@ -42,54 +42,60 @@ def table2_rows(progress: bool = False) -> Rows:
             precision="fp16" if cell.precision == "mixed" else "fp32",
             device=profile.accelerator,
         )
-        model, room = (preset("base"), RECIPES["base"]), profile.process_bytes
-        try:
-            option, planned = fitting(*model, plan, room, profile.clientapp), "fits"
-        except UsageError:
-            option, planned = choose(*model, plan, room, profile.clientapp).leanest, "oom"
+        compared, _ = compare(
+            profile,
+            base,
+            plan,
+            paper=cell.outcome,
+            seconds=cell.seconds,
+            need=need(cell, profile.accelerator),
+        )
         rows.append({
             "device": cell.device,
             "length": cell.length,
             "batch": cell.batch,
             "precision": cell.precision,
-            "paper": cell.outcome,
-            "paper_seconds": cell.seconds,
-            "room": profile.training_bytes,
-            "plain": outcome(cell, profile),
-            "plain_bytes": need(cell, profile.accelerator),
-            "planned": planned,
-            "planned_bytes": option.estimate.total - profile.clientapp,
-            "plan": describe(option.plan),
+            **compared,
         })  # fmt: skip
     return rows
+
+
+def table2_result(rows: Rows) -> dict[str, Any]:
+    """The rows, how many agree with the paper, and how many when two devices are calibrated."""
+    found, predicted = split(CALIBRATED)
+    return agreement(rows) | {
+        "split": {
+            "calibrated_on": list(CALIBRATED),
+            "allocator": found.allocator,
+            "share": found.share,
+            "agree": {device: count._asdict() for device, count in predicted.items()},
+        },
+    }
+
+
+def table2_lines(result: dict[str, Any]) -> list[str]:
+    """The counts for people."""
+    calibrated = result["split"]
+    counts = calibrated["agree"].items()
+    return [
+        *agreement_lines(result),
+        f"calibrated on {' and '.join(calibrated['calibrated_on'])} only: "
+        + ", ".join(f"{device} {count['agree']} of {count['cells']}" for device, count in counts),
+    ]
 
 
 def table2_table(rows: Rows) -> Table:
     """The rows for people."""
     table = Table()
-    for head in (
-        "device",
-        "length",
-        "batch",
-        "precision",
-        "paper",
-        "room",
-        "plain step",
-        "planned step",
-    ):
+    for head in ("device", "length", "batch", "precision", *COLUMNS):
         table.add_column(head, justify="left" if head == "device" else "right")
     for row, after in zip(rows, [*rows[1:], None], strict=True):
-        seconds = row["paper_seconds"]
-        wrong = "" if row["paper"] == row["plain"] else " [red]not as in the paper[/red]"
         table.add_row(
             row["device"],
             format_length(row["length"]),
             str(row["batch"]),
             row["precision"],
-            "oom" if seconds is None else f"{seconds:.2f} s",
-            format_bytes(row["room"]),
-            f"{row['plain']}, {format_bytes(row['plain_bytes'])}{wrong}",
-            f"{row['planned']}, {format_bytes(row['planned_bytes'])}",
+            *columns(row),
             end_section=after is not None and after["device"] != row["device"],
         )
     return table

@@ -11,10 +11,20 @@ import functools
 from importlib import resources
 from typing import Literal
 
-from ssl_core.downstream.task_work import TaskWork, task_work
+import torch
+from torch._subclasses import FakeTensorMode
+
+from ssl_core.downstream.task_work import (
+    TaskWork,
+    learning_rates,
+    make_batch,
+    make_model,
+    make_step,
+    task_work,
+)
 from ssl_core.paper.plain_step import Accelerator, plain_task_step
 from ssl_core.planning.step_plan import Plan
-from ssl_core.planning.trace import trace_head
+from ssl_core.planning.trace import LiveMemory
 from ssl_core.wav2vec2.config import preset
 
 DEVICES = ("rpi4", "jetson-xavier-nx", "jetson-xavier-agx")
@@ -45,7 +55,7 @@ class TaskCell:
     @property
     def work(self) -> TaskWork:
         """The task; nothing is computed before."""
-        return task_work(self.task, unfrozen=self.unfrozen)
+        return task_work(self.task, preset("base"), unfrozen=self.unfrozen)
 
     @property
     def length(self) -> float:
@@ -82,7 +92,26 @@ def task_need(cell: TaskCell, accelerator: Accelerator) -> int:
 
 @functools.cache
 def _need(task: str, batch: int, unfrozen: bool, accelerator: Accelerator) -> int:
-    config, work = preset("base"), task_work(task, unfrozen=False, cached=True)
+    config = preset("base")
+    work = task_work(task, config, unfrozen=False, cached=True)
     length = work.length
-    head = trace_head(config, work, Plan(length=length, batch=batch))
+    head = trace_head(work, Plan(length=length, batch=batch))
     return plain_task_step(config, length, batch, accelerator, head, unfrozen=unfrozen).total
+
+
+def trace_head(work: TaskWork, plan: Plan) -> dict[str, int]:
+    """Bytes of a head alone, trained on frames: parameters, optimizer state and the rest."""
+    memory, work = LiveMemory(), dataclasses.replace(work, share="none", cached=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model(work)
+        with memory:
+            memory.label("parameters")
+            for parameter in model.head.parameters():
+                memory.follow(parameter)
+            memory.label("optimizer state")
+            step = make_step(model, work, plan)
+            memory.label("activations")
+            step.update(make_batch(step, work, torch.zeros), 0, learning_rates(work))
+    parts = memory.peak_parts
+    fixed = {name: parts.get(name, 0) for name in ("parameters", "optimizer state")}
+    return fixed | {"activations": memory.peak - sum(fixed.values())}

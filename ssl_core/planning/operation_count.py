@@ -1,22 +1,19 @@
 """Floating point operations of a training step, counted by torch's flop counter.
 
-Apart from the step, which runs without it: torch's counter brings a compiler along, 50 MiB of it.
+Apart from the step, which runs without it: torch's counter imports a compiler, 50 MiB of it.
 """
 
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_core.downstream.task_work import TaskWork, Work, make_batch, make_model, make_step, rates
+from ssl_core.planning.fake_tensors import Scalars
 from ssl_core.planning.step_plan import Plan
-from ssl_core.planning.trace import Scalars
-from ssl_core.training.pretraining_step import TrainingStep
-from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.model import PretrainingModel
+from ssl_core.planning.trace import without_layerdrop
+from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import FLOPS
 
 
@@ -37,22 +34,19 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=FLOPS | _OPERATIONS)
 
 
-def count_operations(config: ModelConfig, work: Work, plan: Plan) -> int:
+def count_operations(work: Work, plan: Plan) -> int:
     """Floating point operations of matrix products and convolutions in one update.
 
-    Counted by torch's flop counter on fake tensors; what a plan recomputes is in it.
+    Counted by torch's flop counter on fake tensors; what a plan recomputes is included.
+
+    Args:
+        work: what is trained.
+        plan: how the step is taken.
     """
-    config = dataclasses.replace(config, layerdrop=0.0)
-    plan = dataclasses.replace(plan, device="cpu")
+    work, plan = without_layerdrop(work), dataclasses.replace(plan, device="cpu")
     counted = counter()
     with FakeTensorMode(allow_non_fake_inputs=True), Scalars():
-        if isinstance(work, TaskWork):
-            task_step = make_step(make_model(config, work), work, plan)
-            with counted:
-                task_step.update(make_batch(task_step, work, torch.zeros), 0, rates(work))
-        else:
-            step = TrainingStep(PretrainingModel(config), work, plan, seed=0, total_updates=1)
-            batch = np.zeros((plan.batch, plan.samples), dtype=np.float32)
-            with counted:
-                step.update([batch] * plan.accumulation, 0)
+        started = work.start(plan)
+        with counted:
+            started.update(0)
     return int(counted.get_total_flops())

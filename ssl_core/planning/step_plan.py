@@ -5,53 +5,57 @@ from typing import Literal, get_args
 
 from common.errors import UsageError
 from partitions.sampling import SAMPLE_RATE
-from ssl_core.training.pretraining_recipe import Recipe
-from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.masking import minimum_frames
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerState = Literal["fp32", "bf16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A way to take a step. `precision` and `optimizer_state` round; nothing else changes a result.
+class StepOptions:
+    """How a step trades time for memory.
 
-    Exact means: the same gradient to the rounding of fp32, the same masks, negatives and dropout.
+    Exact means the same gradient to the rounding of fp32, the same masks, negatives and dropout.
     """
 
+    recompute_features: bool = False
+    """Recompute the convolutions in the backward pass instead of keeping their output. Exact. A
+    pretraining batch in several micro-batches always does."""
+    recompute_layers: bool = False
+    """Keep only the input of each transformer layer and recompute the rest. Exact."""
+    keep_attention: bool = False
+    """Keep the attention weights, frames x frames for every head. Exact; needs the most memory."""
+    optimizer_state: OptimizerState = "fp32"
+    """Precision of Adam's state: 8, 4 or 2 bytes a parameter. `bf16` and `int8` are not exact."""
+    apply_in_backward: bool = False
+    """Apply and free each gradient as soon as it is computed, so that they are never all in
+    memory. Exact; for updates of one batch, not split. After a gradient that is not finite the
+    rest of the update is skipped."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
+    keep_freed_memory: bool = True
+    """Keep freed memory for the next tensors instead of returning it to the kernel: faster on
+    Linux."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(StepOptions):
+    """A way to take a step. `precision` and `optimizer_state` round; the rest is exact."""
+
     length: float = 5.0
-    """Seconds in every crop."""
+    """Seconds in every crop or clip."""
     batch: int = 8
     """Crops over which one loss is taken (its diversity term is a statistic of them)."""
     micro_batch: int = 0
-    """Crops that are in memory at a time, at most `batch`; 0 is the whole batch. Exact."""
+    """Crops in memory at a time, at most `batch`; 0 is the whole batch. Exact."""
     accumulation: int = 1
     """Batches in an update."""
     precision: Precision = "fp32"
     """Of matrix products and of the activations between them; weights are in fp32. `bf16` and
-    `fp16`, with a scaled loss, for GPUs, are not exact."""
-    recompute_features: bool = False
-    """Run the convolutions again in the backward pass instead of keeping what they made. Exact.
-    A batch in several micro-batches always does."""
-    recompute_layers: bool = False
-    """Keep only the input of each transformer layer, and run it again. Exact."""
-    keep_attention: bool = False
-    """Keep the attention weights, frames x frames for every head. Exact; needs the most memory."""
-    optimizer_state: OptimizerState = "fp32"
-    """Of Adam's two moments: 8, 4 or 2 bytes a parameter. `bf16` and `int8` are not exact."""
-    apply_in_backward: bool = False
-    """Apply and drop each gradient as soon as it is made, so that they are never all in memory.
-    Exact; for one batch an update, whole. A gradient that is not finite stops the rest of the
-    update only."""
-    compile: bool = False
-    """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
-    keep_freed_memory: bool = True
-    """Keep freed memory for the next tensors rather than give it back: faster on Linux."""
+    `fp16` (with a scaled loss, for GPUs) are not exact."""
     device: str = "cpu"
     """A torch device: `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
-    """CPU threads of a step; 0 leaves torch's choice. Results depend on it in the last bits."""
+    """CPU threads of a step; 0 is torch's choice. Results depend on it in the last bits."""
 
     @property
     def samples(self) -> int:
@@ -64,17 +68,21 @@ class Plan:
         return self.batch * self.accumulation
 
     @property
-    def chunk(self) -> int:
+    def effective_micro_batch(self) -> int:
         """Crops in memory at a time."""
         return min(self.micro_batch or self.batch, self.batch)
 
     @property
+    def is_split(self) -> bool:
+        """Whether a batch is taken in several micro-batches."""
+        return self.effective_micro_batch < self.batch
+
+    @property
     def inexact(self) -> tuple[str, ...]:
         """The settings that round a result, as people write them."""
-        names = ("precision", "optimizer_state")
         return tuple(
             f"{name.replace('_', '-')} {getattr(self, name)}"
-            for name in names
+            for name in ("precision", "optimizer_state")
             if getattr(self, name) != "fp32"
         )
 
@@ -82,7 +90,7 @@ class Plan:
         """Check ranges and that the settings fit together.
 
         Raises:
-            UsageError: what is wrong and what would do.
+            UsageError: what is wrong and what to do.
         """
         for name in ("batch", "accumulation"):
             if getattr(self, name) < 1:
@@ -95,30 +103,19 @@ class Plan:
                     f"{name.replace('_', '-')} '{getattr(self, name)}' is not one of "
                     f"{', '.join(get_args(known))}"
                 )
-        if self.apply_in_backward and (self.accumulation > 1 or self.chunk < self.batch):
+        if self.apply_in_backward and (self.accumulation > 1 or self.is_split):
             raise UsageError(
-                "apply-in-backward is for updates of one batch, taken whole: set accumulation to 1 "
+                "apply-in-backward is for updates of one batch, not split: set accumulation to 1 "
                 "and micro-batch to 0"
             )
 
-    def validate_for(self, config: ModelConfig, recipe: Recipe) -> None:
-        """Check the plan against a model and a recipe.
+    def validate_clipping(self, clip_norm: float) -> None:
+        """Check the plan against a recipe's largest gradient norm.
 
         Raises:
-            UsageError: what is wrong and what would do.
+            UsageError: gradients are applied before their norm is known.
         """
-        self.validate()
-        if config.frames(self.samples) < minimum_frames(config):
-            least = minimum_frames(config) * 0.02 + 0.01
-            raise UsageError(
-                f"a length of {self.length:g}s is too short to mask: "
-                f"the model needs at least {least:.2f}s"
-            )
-        if recipe.negative_pool == "batch" and self.chunk < self.batch:
-            raise UsageError(
-                "recipe.negative-pool=batch needs the whole batch in memory: leave micro-batch at 0"
-            )
-        if self.apply_in_backward and recipe.clip_norm:
+        if self.apply_in_backward and clip_norm:
             raise UsageError(
                 "apply-in-backward cannot clip: the norm is known when all gradients are; "
                 "set recipe.clip-norm to 0"

@@ -95,14 +95,14 @@ class PlannedStep:
         ahead = [(weight, module) for weight, module in pairs if weight.requires_grad]
         return allocator.settling(modules, trained, ahead=ahead)
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """The optimisers' state by `kind/parameter name`, for a checkpoint."""
         states: dict[str, Tensor] = {}
         for optimizer in self.optimizers.values():
             states |= dict(optimizer.state())
         return states | {"loss_scale": torch.tensor(self.loss_scale)}
 
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: dict[str, Tensor]) -> None:
         """Bring back what `moments` gave."""
         for optimizer in self.optimizers.values():
             optimizer.load(moments)

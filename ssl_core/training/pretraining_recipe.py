@@ -1,9 +1,12 @@
-"""What of the original base recipe is not architecture, and a recipe for each preset."""
+"""The recipe of pretraining: hyperparameters that are not architecture, for each preset."""
 
 import dataclasses
 from typing import Literal
 
 from common.errors import UsageError
+from ssl_core.planning.step_plan import Plan
+from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.masking import minimum_frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,29 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UsageError(f"{name.replace('_', '-')} must not be below zero")
+
+    def validate_plan(self, architecture: ModelConfig, plan: Plan) -> None:
+        """Check a plan against the architecture and this recipe.
+
+        Args:
+            architecture: of the model.
+            plan: how a step is taken.
+
+        Raises:
+            UsageError: what is wrong and what to do.
+        """
+        plan.validate()
+        if architecture.frames(plan.samples) < minimum_frames(architecture):
+            least = minimum_frames(architecture) * 0.02 + 0.01
+            raise UsageError(
+                f"a length of {plan.length:g}s is too short to mask: "
+                f"the model needs at least {least:.2f}s"
+            )
+        if self.negative_pool == "batch" and plan.is_split:
+            raise UsageError(
+                "recipe.negative-pool batch needs the whole batch in memory: leave micro-batch at 0"
+            )
+        plan.validate_clipping(self.clip_norm)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -1,97 +1,88 @@
-"""The settings that central training, a device and a simulation have in common."""
+"""Settings that central pretraining, a device and a simulation have in common."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from common.settings import to_yaml
-from common.units import parse_length, parse_names
+from common.units import Names, Seconds
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training.overrides import change_plan, resolve
-from ssl_core.training.pretraining_recipe import Recipe
-from ssl_core.training.torch_device import choose_device, choose_precision
-from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.training.compute_settings import ComputeSettings
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.run_directory import stored_settings
+from ssl_core.wav2vec2.config import ModelConfig, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """What to train on, and how a step is taken. Scalars only, as Flower's run config needs."""
+class PretrainingSettings(ComputeSettings):
+    """What to pretrain on, and how."""
 
-    data: str = ""
-    """Corpus in LibriSpeech's layout; empty is the built-in demo corpus."""
-    subset: str = ""
-    """Subsets of the corpus, separated by commas; empty is all `train-*`."""
-    length: str = "5s"
+    data: Path | None = None
+    """Corpus in LibriSpeech's layout; without it the built-in demo corpus."""
+    subset: Names = Names()
+    """Subsets of the corpus, separated by commas; none is all `train-*`."""
+    length: Seconds = Seconds(5.0)
     """Length of every crop."""
     model: str = "base"
-    """Preset: `base` or `tiny`."""
-    checkpoint: str = ""
-    """Directory of weights to start from, this project's or transformers'; empty starts fresh."""
+    """Preset of architecture and recipe: `base` or `tiny`."""
+    checkpoint: Path | None = None
+    """Directory of weights to start from, this project's or transformers'; without it fresh ones."""
     batch: int = 4
     """Crops in a batch, over which one loss is taken."""
-    micro_batch: int = 0
-    """Crops in memory at a time; 0 is the whole batch. Does not change the result."""
     accumulation: int = 1
     """Batches in an update: batch x accumulation x length is the effective batch."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """`bf16`, `fp16`: matrix products in 16 bits (not exact); `auto`: bf16 where the device is
-    made for it."""
-    device: str = "auto"
-    """Torch device; `auto` is CUDA where there is one, else the CPU."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
     held_out: float = 0.05
-    """Share of speakers kept for evaluation."""
+    """Fraction of the speakers kept for evaluation."""
     eval_crops: int = 32
     """Held-out crops to evaluate on; 0 does not evaluate."""
-    seed: int = 0
-    """Seeds everything: weights, cohorts, crops, masks, dropout."""
     keep: int = 2
     """Checkpoints to keep."""
-    output: str = ""
-    """Run directory; empty makes one under `runs/`."""
-    resume: str = ""
+    output: Path | None = None
+    """Run directory; without it one is made under `runs/`."""
+    resume: Path | None = None
     """Run directory to go on with (its own settings are used)."""
-    set: str = ""
-    """Single settings of recipe, model and plan: `recipe.learning-rate=1e-3 model.layerdrop=0
-    plan.recompute-layers=true`."""
+    architecture: ModelConfig = ModelConfig()
+    """Architecture; the preset's unless given."""
+    recipe: Recipe = Recipe()
+    """Recipe; the preset's unless given."""
 
-    @property
-    def seconds(self) -> float:
-        """The crop length in seconds."""
-        return parse_length(self.length)
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A resumed run's settings, else architecture and recipe of the preset.
 
-    @property
-    def subsets(self) -> tuple[str, ...]:
-        """The chosen subsets."""
-        return parse_names(self.subset)
+        Raises:
+            UsageError: no such run or preset.
+        """
+        if given.get("resume"):
+            return vars(stored_settings(cls, Path(given["resume"])))
+        name = str(given.get("model", cls.model))
+        return {"architecture": preset(name), "recipe": RECIPES[name]}
 
-    def as_config(self) -> str:
-        """A run's `config.yaml`; says which settings of the plan are not exact."""
-        inexact = self.resolved_plan().inexact
-        note = f"# not exact: {', '.join(inexact)}\n" if inexact else ""
-        return note + to_yaml(self)
+    def validate(self) -> None:
+        """Check values and that they fit together.
 
-    def model_and_recipe(self) -> tuple[ModelConfig, Recipe]:
-        """The architecture and recipe."""
-        return resolve(self.model, self.set)
+        Raises:
+            UsageError: what is wrong.
+        """
+        self.require_at_least(1, "keep")
+        self.require_at_least(0, "eval_crops", "seed")
+        self.architecture.validate()
+        self.recipe.validate()
+        self.step_plan()
 
-    def resolved_plan(self) -> Plan:
+    def step_plan(self) -> Plan:
         """How this machine takes a step.
 
         Raises:
             UsageError: settings that do not fit together or this machine.
         """
-        device = choose_device(self.device)
-        plan = Plan(
-            length=self.seconds,
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            precision=choose_precision(self.precision, device),
-            device=device,
-            threads=self.threads,
-        )
-        plan = change_plan(plan, self.set)
-        config, recipe = self.model_and_recipe()
-        plan.validate_for(config, recipe)
+        plan = self.plan_for(length=self.length, batch=self.batch, accumulation=self.accumulation)
+        self.recipe.validate_plan(self.architecture, plan)
         return plan
+
+    def as_config(self) -> str:
+        """A run's `config.yaml`; says which settings of the plan are not exact."""
+        inexact = self.step_plan().inexact
+        note = f"# not exact: {', '.join(inexact)}\n" if inexact else ""
+        return note + to_yaml(self)

@@ -125,7 +125,7 @@ def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
     )
 
 
-class TrainingStep(PlannedStep):
+class PretrainingStep(PlannedStep):
     """Takes updates of pretraining by a plan, for everyone who pretrains here."""
 
     model: PretrainingModel
@@ -135,13 +135,13 @@ class TrainingStep(PlannedStep):
     ) -> None:
         """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
         recipe.validate()
-        plan.validate_for(model.config, recipe)
+        recipe.validate_plan(model.config, plan)
         self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
         super().__init__(model, model.wav2vec2, plan)
 
     def validate(self, plan: Plan) -> None:
         """Check that a plan fits the model and recipe; raises `UsageError`."""
-        plan.validate_for(self.model.config, self.recipe)
+        self.recipe.validate_plan(self.model.config, plan)
 
     def make_optimizers(self) -> dict[str, AdamW]:
         """One for all parameters."""
@@ -167,7 +167,7 @@ class TrainingStep(PlannedStep):
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
         """
-        if self.plan.chunk < len(waveforms):
+        if self.plan.effective_micro_batch < len(waveforms):
             return self._accumulate_in_two_stages(waveforms, draws, weights, divisor)
         with autocast(self.device, self.plan.precision):
             features = self._features(waveforms, self.plan.recompute_features)
@@ -179,10 +179,10 @@ class TrainingStep(PlannedStep):
     def _accumulate_in_two_stages(
         self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
     ) -> BatchSums:
-        chunk, masked = self.plan.chunk, draws.masked.numel()
+        size, masked = self.plan.effective_micro_batch, draws.masked.numel()
         pieces = [
-            (waveforms[first : first + chunk], draws.rows(first, first + chunk))
-            for first in range(0, len(waveforms), chunk)
+            (waveforms[first : first + size], draws.rows(first, first + size))
+            for first in range(0, len(waveforms), size)
         ]
         kept, probabilities = [], None
         with torch.no_grad(), autocast(self.device, self.plan.precision):

@@ -18,7 +18,8 @@ except ImportError:  # not on Windows
 
 from common import atomic
 from common.errors import DataError, UsageError
-from common.settings import from_mapping, read_yaml
+from common.settings import Settings, flat, from_mapping, read_yaml
+from ssl_core.training.old_settings import upgraded
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -153,28 +154,46 @@ class RunDirectory:
             self._lock = None
 
 
-def resumed(kind: type[Any], values: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """All settings of the run that `values["resume"]` names, with those given.
+def stored_settings(kind: type[Settings], path: Path) -> Settings:
+    """The settings a run was started with.
 
     Args:
         kind: dataclass of the settings.
-        values: given settings by field name.
-        free: names that may differ from the run's own, `resume` among them.
+        path: the run directory.
 
     Raises:
-        UsageError: no run is there, or a setting is not what it was.
+        UsageError: there is no run, or one with settings that this version does not have.
     """
-    path = Path(values["resume"])
     RunDirectory.reopen(path)
-    stored = from_mapping(kind, read_yaml(path / CONFIG), str(path / CONFIG))
-    known = {field.name for field in dataclasses.fields(kind)}
-    for name, value in values.items():
-        if name in known and name not in free and value != getattr(stored, name):
+    known = {field.name for field in dataclasses.fields(kind)} | set(getattr(kind, "SHORT", {}))  # type: ignore[arg-type]
+    return from_mapping(
+        kind, upgraded(read_yaml(path / CONFIG), frozenset(known)), str(path / CONFIG)
+    )
+
+
+def open_run(settings: Any, name: str, free: Collection[str]) -> RunDirectory:
+    """The run directory of `settings.resume`, else a new one.
+
+    Args:
+        settings: with `output`, `resume` and `as_config()`.
+        name: of a new directory under `runs/`, behind the time, where there is no `output`.
+        free: names of settings that may change when a run goes on.
+
+    Raises:
+        UsageError: not empty, not a run, or a run with other settings.
+    """
+    if settings.resume is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = settings.output or Path(f"runs/{stamp}-{name}")
+        return RunDirectory.create(path.resolve(), settings.as_config())
+    run = RunDirectory.reopen(settings.resume.resolve())
+    stored, now = flat(stored_settings(type(settings), run.path)), flat(settings)
+    for name, value in now.items():
+        if name.replace("-", "_") not in free and value != stored[name]:
             raise UsageError(
-                f"--resume {path}: --{name.replace('_', '-')} was {getattr(stored, name)!r} in "
-                "that run"
+                f"--resume {run.path}: {name} was {stored[name]!r} there and is {value!r} now"
             )
-    return dataclasses.asdict(stored) | dict(values)
+    return run
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
-from ssl_core.training.pretraining_step import StepReport, TrainingStep
+from ssl_core.training.pretraining_step import StepReport, PretrainingStep
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
@@ -256,15 +256,15 @@ def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
     ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = ask(MessageType.TRAIN, task(weights()))
-    update = TrainingStep.update
+    update = PretrainingStep.update
 
-    def tight(step: TrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
+    def tight(step: PretrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
         report = update(step, batches, number, key)
         if number == 3 and step.plan.chunk > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return report
 
-    monkeypatch.setattr(TrainingStep, "update", tight)
+    monkeypatch.setattr(PretrainingStep, "update", tight)
     reply = ask(MessageType.TRAIN, task(weights()))
     assert reply.content[protocol.METRICS]["micro_batch"] == 1
     assert reply.content[protocol.METRICS]["updates"] == 2

@@ -17,14 +17,14 @@ from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.downstream.task_step import Batch, TaskStep
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training.pretraining_step import TrainingStep
+from ssl_core.training.pretraining_step import PretrainingStep
 from ssl_core.wav2vec2 import hf
 from ssl_core.wav2vec2.config import Recipe, preset
 from ssl_core.wav2vec2.model import PretrainingModel
 
 plan = Plan(length=1.0, batch=2, recompute_layers=True, recompute_features=True)
 crops = np.random.default_rng(0).standard_normal((2, 16000), dtype="f")
-step = TrainingStep(PretrainingModel(preset("tiny")), Recipe(), plan, seed=0, total_updates=1)
+step = PretrainingStep(PretrainingModel(preset("tiny")), Recipe(), plan, seed=0, total_updates=1)
 for size in (0, 1):
     step.change_plan(dataclasses.replace(plan, micro_batch=size))
     assert step.update([crops], 0).applied

@@ -14,7 +14,7 @@ from ssl_core.planning.step_plan import Plan
 from ssl_core.training.adamw import AdamW
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.training.pretraining_settings import StepSettings
-from ssl_core.training.pretraining_step import TrainingStep, Weights, combine
+from ssl_core.training.pretraining_step import PretrainingStep, Weights, combine
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
 
@@ -39,7 +39,7 @@ def gradients(
     config: ModelConfig, plan: Plan, batches: list[np.ndarray]
 ) -> dict[str, torch.Tensor]:
     model = model_of(config)
-    step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+    step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
     masked = 0
     for number, batch in enumerate(batches):
         draws = draw(config, len(batch), batch.shape[1], np.random.default_rng(number))
@@ -91,7 +91,7 @@ def test_every_exact_setting_gives_the_plain_gradient(changes: dict[str, object]
 def updated(plan: Plan, updates: int = 3) -> dict[str, torch.Tensor]:
     """Weights after some updates."""
     model = model_of(DROPPING)
-    step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+    step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
     for number in range(updates):
         assert step.update([noise(2, seed=number)], number).applied
     return model.state_dict()
@@ -112,7 +112,7 @@ def test_an_extractor_of_few_convolutions_is_trained(
 ) -> None:
     widths = (32,) * (len(kernel) - 1) + TINY.conv_dim[-1:]
     config = dataclasses.replace(TINY, conv_dim=widths, conv_kernel=kernel, conv_stride=stride)
-    step = TrainingStep(
+    step = PretrainingStep(
         model_of(config), Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=2
     )
     assert step.update([noise(2)], 0).applied
@@ -122,7 +122,7 @@ def test_applying_in_backward_stops_at_a_loss_that_is_not_finite() -> None:
     model = model_of(TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = Plan(length=1.0, batch=2, apply_in_backward=True)
-    step = TrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
+    step = PretrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
     batch = noise(2)
     batch[0, 0] = np.nan
     assert not step.update([batch], 0).applied
@@ -171,11 +171,11 @@ def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int
 
     def trained(resume: bool) -> dict[str, torch.Tensor]:
         model = model_of(TINY)
-        step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+        step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
         for number in range(4):
             if resume and number == 2:
                 moments = {name: value.clone() for name, value in step.moments().items()}
-                step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+                step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
                 step.load_moments(moments)
             step.update([noise(2, seed=number)], number)
         return model.state_dict()
@@ -189,7 +189,7 @@ def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int
 def test_a_scaled_loss_is_halved_until_fp16_can_hold_its_gradient(in_backward: bool) -> None:
     model = model_of(TINY)
     plan = Plan(length=1.0, batch=2, precision="fp16", apply_in_backward=in_backward)
-    step = TrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
+    step = PretrainingStep(model, Recipe(), plan, seed=0, total_updates=100)
     step.loss_scale = 2.0**40
     first = step.update([noise(2)], 0)
     assert not first.applied
@@ -197,7 +197,7 @@ def test_a_scaled_loss_is_halved_until_fp16_can_hold_its_gradient(in_backward: b
     step.loss_scale = 2.0**10
     report = step.update([noise(2)], 0)
     assert report.applied
-    plain = TrainingStep(
+    plain = PretrainingStep(
         model_of(TINY), Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=100
     )
     assert report.gradient_norm == pytest.approx(
@@ -212,7 +212,7 @@ def test_accumulated_batches_weigh_the_same() -> None:
 
     def alone(batch: np.ndarray, number: int) -> dict[str, torch.Tensor]:
         model = model_of(TINY)
-        step = TrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
+        step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
         draws = draw(TINY, 2, 16_000, np.random.default_rng(number))
         step.accumulate(torch.from_numpy(batch), draws, WEIGHTS, draws.masked.numel())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -226,7 +226,7 @@ def test_accumulated_batches_weigh_the_same() -> None:
 def test_an_update_depends_on_seed_update_and_key_alone() -> None:
     def weights(update: int, key: int) -> torch.Tensor:
         model = model_of(TINY)
-        step = TrainingStep(model, Recipe(), Plan(length=1.0, batch=2), seed=5, total_updates=10)
+        step = PretrainingStep(model, Recipe(), Plan(length=1.0, batch=2), seed=5, total_updates=10)
         torch.manual_seed(np.random.randint(1000))
         step.update([noise(2)], update, key)
         return model.project_q.weight.detach().clone()
@@ -237,7 +237,7 @@ def test_an_update_depends_on_seed_update_and_key_alone() -> None:
 
 
 def test_the_step_reports_what_it_did() -> None:
-    step = TrainingStep(
+    step = PretrainingStep(
         model_of(TINY), Recipe(), Plan(length=1.0, batch=4), seed=0, total_updates=100
     )
     report = step.update([noise(4)], 0)
@@ -255,7 +255,7 @@ def test_the_step_reports_what_it_did() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     model = model_of(TINY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step = TrainingStep(model, Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=100)
+    step = PretrainingStep(model, Recipe(), Plan(length=1.0, batch=2), seed=0, total_updates=100)
     batch = noise(2)
     batch[0, 0] = np.nan
     report = step.update([batch], 0)

@@ -1,7 +1,6 @@
 """Batches of labelled clips, from audio or from what a frozen part of the model made of it once."""
 
 import collections
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from partitions.audio import SILENCE, BadAudio, read_piece
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.feature_cache import LIMIT, FeatureCache, clip_key
+from ssl_core.downstream.frozen_part import FrozenPart
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.task_recipe import TaskRecipe
-from ssl_core.downstream.task_step import Batch, TaskStep
+from ssl_core.downstream.task_step import Batch
 from ssl_core.training import randomness
-from ssl_core.wav2vec2.precision import autocast
 
 SILENT_LABEL = "silence"
 """The one class whose clips may be silent."""
@@ -28,7 +27,7 @@ TOGETHER = 40 * SAMPLE_RATE
 
 
 def check(data: TaskData, recipe: TaskRecipe) -> None:
-    """Check that every clip says what is to be found in it, in the training set's terms.
+    """Check that every clip has a text, or a label that the training set has.
 
     Raises:
         DataError: no clips, a class that the training set does not have, or no text.
@@ -51,7 +50,7 @@ def check(data: TaskData, recipe: TaskRecipe) -> None:
 
 
 def targets_of(clips: Sequence[Clip], labels: Sequence[str], recipe: TaskRecipe) -> torch.Tensor:
-    """`[clip]` classes, or `[clip, symbol]` padded with the blank; unknown symbols are left out."""
+    """`[clip]` classes, or `[clip, symbol]` padded with the blank; unknown symbols are skipped."""
     places = {label: number for number, label in enumerate(labels)}
     if not recipe.transcribes:
         return torch.tensor([places.get(clip.label, 0) for clip in clips])
@@ -61,57 +60,56 @@ def targets_of(clips: Sequence[Clip], labels: Sequence[str], recipe: TaskRecipe)
 
 
 class ClipLoader:
-    """Makes batches of clips at the stage a step trains from; unusable clips are passed over."""
+    """Makes batches of clips at the stage that a step trains from; unusable clips are skipped."""
 
     def __init__(
-        self, root: Path, labels: Sequence[str], step: TaskStep, limit: int = LIMIT
+        self,
+        root: Path,
+        labels: Sequence[str],
+        recipe: TaskRecipe,
+        frozen: FrozenPart,
+        limit: int = LIMIT,
     ) -> None:
-        """Batches for a step.
+        """Open the cache of features.
 
         Args:
             root: paths of clips are relative to it.
             labels: of the training set.
-            step: its model makes what the cache does not hold.
-            limit: bytes of the cache of features; 0 keeps none.
+            recipe: of the task.
+            frozen: computes the features that the cache does not hold.
+            limit: bytes of the cache; 0 keeps none.
         """
-        self.root, self.labels, self.step = root, labels, step
-        stage = step.stage
-        digest = step.model.upstream.digest(stage) if stage != "waveform" else ""
-        identity = f"{digest[:24]}-{stage}-{step.plan.precision}"
-        width = step.model.width(stage)
-        self.cache = FeatureCache(identity, width, limit if stage != "waveform" else 0)
+        self.root, self.labels, self.recipe, self.frozen = root, labels, recipe, frozen
+        limit = limit if frozen.makes_features else 0
+        self.cache = FeatureCache(frozen.identity(), frozen.width, limit)
         self.bad: dict[str, str] = {}
         """Clips that cannot be used, by name, and why."""
         self.examples: list[str] = []
+        """A message for each of the first few of them."""
         self._keys: dict[Clip, bytes] = {}
-        self._lock = threading.Lock()
-        """The model makes features in the thread that decodes and in that which evaluates."""
 
     @property
     def skips(self) -> collections.Counter[str]:
-        """Clips passed over, by reason."""
+        """Clips skipped, by reason."""
         return collections.Counter(self.bad.values())
 
     def waveform(self, clip: Clip) -> npt.NDArray[np.float32] | None:
         """The clip's samples `[sample]` as the model takes them; None when it cannot be used."""
         if clip.name in self.bad:
             return None
-        upstream = self.step.model.upstream
         try:
             audio = read_piece(self.root, clip.piece)
             level = float(np.sqrt(np.mean(np.square(audio, dtype=np.float64))))
             if level < SILENCE and clip.label != SILENT_LABEL:
                 raise BadAudio("silent", clip.piece.path, "the clip holds only silence")
-            if upstream.frames(len(audio)) < 1:
+            if self.frozen.frames(len(audio)) < 1:
                 raise BadAudio("too short", clip.piece.path, f"{len(audio)} samples make no frame")
         except BadAudio as error:
             self.bad[clip.name] = error.reason
             if len(self.examples) < 10:
                 self.examples.append(str(error))
             return None
-        if upstream.normalise:
-            audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
-        return audio
+        return self.frozen.normalised(audio)
 
     def key(self, clip: Clip) -> bytes:
         """Of the clip in the cache."""
@@ -125,12 +123,20 @@ class ClipLoader:
         show: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Compute what the cache lacks, the longest clips first; how many were computed.
+        """Compute the features that the cache lacks, the longest clips first.
+
+        Args:
+            clips: all that will be needed.
+            show: whether to show progress.
+            stopped: whether the user wants to stop.
+
+        Returns:
+            How many clips were computed.
 
         Raises:
-            Interrupted: `stopped` says so; what was computed is kept.
+            Interrupted: stopped; what was computed is kept.
         """
-        if self.step.stage == "waveform" or self.cache.problem:
+        if not self.frozen.makes_features or self.cache.problem:
             return 0
         by_key = {self.key(clip): clip for clip in clips}
         missing = self.cache.missing(by_key)
@@ -140,33 +146,26 @@ class ClipLoader:
         for group in bar:
             if stopped():
                 raise Interrupted(f"interrupted after {computed} clips of {len(todo)}")
-            computed += len(self._made(group))
+            computed += len(self._features(group))
             if self.cache.problem:
                 break
         return computed
 
-    def _made(self, clips: Sequence[Clip]) -> dict[Clip, torch.Tensor]:
-        """What the frozen part of the model makes of clips, kept in the cache too."""
+    def _features(self, clips: Sequence[Clip]) -> dict[Clip, torch.Tensor]:
+        """Features of the clips that can be used, kept in the cache too."""
         read = [(clip, self.waveform(clip)) for clip in clips]
-        usable = [(clip, audio) for clip, audio in read if audio is not None]
+        usable = {clip: audio for clip, audio in read if audio is not None}
         result: dict[Clip, torch.Tensor] = {}
-        step, stage = self.step, self.step.stage
-        for group in _groups([clip for clip, _ in usable]):
-            chosen = {clip: audio for clip, audio in usable if clip in set(group)}
-            samples = [len(audio) for audio in chosen.values()]
-            waveforms = [torch.from_numpy(audio).to(step.device) for audio in chosen.values()]
-            with self._lock, torch.no_grad(), autocast(step.device, step.plan.precision):
-                made = step.model.advance(waveforms, samples, "waveform", stage)
-            separate = step.model.separate(made.float().cpu(), samples, stage)
-            for clip, frames in zip(chosen, separate, strict=True):
-                result[clip] = frames.clone()
+        for group in _groups(list(usable)):
+            made = self.frozen([usable[clip] for clip in group])
+            result |= dict(zip(group, made, strict=True))
         self.cache.put([(self.key(clip), value.numpy()) for clip, value in result.items()])
         return result
 
     def batch(self, clips: Sequence[Clip]) -> tuple[Batch, list[Clip]] | None:
         """A batch of those of the clips that can be used, and which these are; None for none."""
         found: dict[Clip, torch.Tensor] = {}
-        stage = self.step.stage
+        stage = self.frozen.stage
         if stage == "waveform":
             for clip in clips:
                 audio = self.waveform(clip)
@@ -177,12 +176,12 @@ class ClipLoader:
             for clip in clips:
                 if self.key(clip) in kept:
                     found[clip] = torch.from_numpy(kept[self.key(clip)].copy())
-            found |= self._made([clip for clip in clips if clip not in found])
+            found |= self._features([clip for clip in clips if clip not in found])
         used = [clip for clip in clips if clip in found]
         if not used:
             return None
         samples = [len(found[clip]) if stage == "waveform" else clip.piece.samples for clip in used]
-        targets = targets_of(used, self.labels, self.step.model.recipe)
+        targets = targets_of(used, self.labels, self.recipe)
         return Batch([found[clip] for clip in used], stage, samples, targets), used
 
     @staticmethod
@@ -210,8 +209,8 @@ class ClipLoader:
             raise DataError(f"none of the clips can be used, such as: {self.examples[0]}")
 
     def describe_skips(self) -> list[str]:
-        """One line for each reason clips were passed over, then the first few of them."""
-        lines = [f"passed over, {reason}: {count}" for reason, count in self.skips.items()]
+        """One line for each reason clips were skipped, then the first few of them."""
+        lines = [f"skipped, {reason}: {count}" for reason, count in self.skips.items()]
         return lines + [f"  {example}" for example in self.examples[:3]]
 
 
