@@ -163,7 +163,7 @@ class Trainer:
         if saved is not None:
             loaded = checkpoint.load(saved)
             hf.load_into(model, loaded.weights, str(saved))
-            self.first, moments = int(loaded.state["next_update"]), loaded.extra
+            self.first, moments = int(loaded.state["next_update"]), loaded.optimizer_state
         elif settings.checkpoint:
             path = Path(settings.checkpoint)
             hf.load_into(model, hf.load_weights(path), str(path))
@@ -266,7 +266,7 @@ class Trainer:
                 self.step.model.config,
                 self.step.model.state_dict(),
                 state={"next_update": done, "updates": settings.updates, "seed": settings.seed},
-                extra=self.step.moments(),
+                optimizer_state=self.step.moments(),
             )
             checkpoint.prune(self.directory.checkpoints, settings.keep)
 

@@ -69,7 +69,9 @@ class FineTuning:
             "sums": dataclasses.asdict(self.sums),
         }
         path = self.directory.checkpoints / f"update-{next_update:07d}"
-        checkpoint.save_tensors(path, self.trained(), state=state, extra=self.step.moments())
+        checkpoint.save_tensors(
+            path, self.trained(), state=state, optimizer_state=self.step.moments()
+        )
         checkpoint.prune(self.directory.checkpoints, self.keep)
 
     def _load(self, path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_missing_subset_names_what_is_there(transcribed: Path) -> None:
 
 
 def test_a_subset_in_two_splits_is_refused(transcribed: Path) -> None:
-    with pytest.raises(UsageError, match="'dev-clean' stands in two splits"):
+    with pytest.raises(UsageError, match="'dev-clean' is in two splits"):
         asr.read(transcribed, TRAIN, VALID, VALID, 0)
 
 

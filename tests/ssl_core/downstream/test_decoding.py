@@ -165,11 +165,11 @@ def test_without_flashlight_the_error_says_what_to_install(
     ("content", "problem"),
     [
         (None, r"--words .*words: no such file"),
-        (b"ab\ncab\n", "no word is made of the task's symbols"),
-        (b"", "no word is made of the task's symbols"),
+        (b"ab\ncab\n", "no word can be spelled in the task's symbols"),
+        (b"", "no word can be spelled in the task's symbols"),
         (b"AB\nAB BA\n", r"words:2: expected one word, found 'AB BA'"),
         (b"AB\t12\n", r"words:1: expected one word"),
-        (b"\xff\xfe", "not a text in UTF-8"),
+        (b"\xff\xfe", "not UTF-8 text"),
     ],
 )
 def test_a_bad_list_of_words_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
@@ -182,7 +182,7 @@ def test_a_bad_list_of_words_is_named(tmp_path: Path, content: bytes | None, pro
 
 def test_an_n_gram_needs_words(tmp_path: Path) -> None:
     (tmp_path / "arpa").write_text(BIGRAMS)
-    with pytest.raises(UsageError, match="give the words to choose from with --words"):
+    with pytest.raises(UsageError, match="give the lexicon with --words"):
         beam_search(LABELS, 5, "", str(tmp_path / "arpa"))
     with pytest.raises(UsageError, match=r"--ngram .*none: no such file"):
         beam_search(LABELS, 5, "", str(tmp_path / "none"))

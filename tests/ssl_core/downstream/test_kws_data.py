@@ -127,7 +127,9 @@ def test_short_noise_serves_the_splits_it_is_long_enough_for(own: Path) -> None:
         for clip in (*data.valid, *data.test):
             assert clip.piece.path != f"{kws.NOISE}/tap.wav"
     write_noise(own / kws.NOISE / "hum.wav", 4 * 16_000)
-    with pytest.raises(DataError, match=r"long enough .* to valid on: at least one of 5 s is"):
+    with pytest.raises(
+        DataError, match=r"long enough .* in the valid split: a file of at least 5 s is"
+    ):
         kws.read(own, 12, 0)
 
 

@@ -161,7 +161,7 @@ def test_trials_of_missing_files_are_named_and_counted(voxceleb: Path) -> None:
     assert len(speaker.read_identification(voxceleb, 0).valid) == 3
 
 
-@pytest.mark.parametrize(("kept", "lacking"), [(1, "two voices"), (0, "the same voice")])
+@pytest.mark.parametrize(("kept", "lacking"), [(1, "different speakers"), (0, "the same speaker")])
 def test_trials_of_one_kind_have_no_error_rate(voxceleb: Path, kept: int, lacking: str) -> None:
     lines = (voxceleb / "veri_test.txt").read_text().splitlines()
     chosen = [line for line in lines if line.startswith(str(kept))]
