@@ -166,7 +166,7 @@ class AdamW:
                     yield f"{kind}_scales/{name}", part.scales
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` yielded (shapes there, such as `[block, 256]`)."""
+        """Restore state from a dict of what `state` yielded, shapes `[...]` as there."""
         for name, parameter in self.parameters.items():
             if f"step/{name}" not in state:
                 continue

@@ -1,4 +1,4 @@
-"""LibriSpeech's transcripts: their symbols, chapters that have none, and a drawn validation set."""
+"""LibriSpeech's transcripts: symbols, chapters without transcripts, and a random validation set."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""IEMOCAP and EmoDB: four emotions, folds of whole speakers, and who really speaks."""
+"""IEMOCAP and EmoDB: four emotions, folds by speaker, and the right speaker of a clip."""
 
 from collections import Counter
 from pathlib import Path

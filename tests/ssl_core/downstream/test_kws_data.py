@@ -1,4 +1,4 @@
-"""Speech Commands: official lists, unknown words, and silence that no two splits share."""
+"""Speech Commands: official lists, unknown words, and silence that is disjoint between splits."""
 
 import shutil
 from collections import Counter
@@ -27,7 +27,7 @@ def paths(clips: Iterable[Clip], label: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten commands and three other words, 4 files each; to be read only."""
+    """Ten commands and three other words, 4 files each; read-only."""
     root = tmp_path_factory.mktemp("speech") / "speech_commands_v0.02"
     valid, test = [], []
     for word in (*kws.COMMANDS, *OTHERS):
@@ -97,7 +97,7 @@ def test_unknown_and_silence_are_drawn_by_the_seed_alone(commands: Path, own: Pa
     assert drawn[0] == draw(commands, 0)
     for kind in range(6):
         assert len({tuple(each[kind]) for each in drawn}) > 1
-    # The same files, listed by the file system in another order.
+    # The file system lists the same files in another order.
     for word in ("cat", "bed"):
         shutil.move(own / word, own / f"_{word}")
         shutil.copytree(own / f"_{word}", own / word)

@@ -67,7 +67,7 @@ def test_splits_texts_and_labels(timers: Path) -> None:
     assert data.train[0].speaker == "ann"
     assert data.labels == tuple(sorted(set(data.train[0].text + data.train[1].text)))
     assert {"\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue0ff"} <= set(data.labels)
-    # A symbol that only a test has is an error the model makes, and its clip stays.
+    # A symbol that only the test set has counts as an error; its clip stays.
     assert "b" not in data.labels
     assert data.skips == {}
 
@@ -164,7 +164,7 @@ def test_a_missing_table_is_an_error(timers: Path, table: str) -> None:
         slots.read(timers)
 
 
-def test_what_is_left_out_is_counted(timers: Path) -> None:
+def test_skipped_files_are_counted(timers: Path) -> None:
     write_table(timers, "test-real", [("eve", "x", TIMER), ("eve", "  ", TIMER)])
     write_table(
         timers, "train-real", [("ann", "a", TIMER), ("ann", "b", TIMER), ("ann", "c", TIMER)]
