@@ -44,7 +44,7 @@ class CollapseAlarm:
             )
         if accuracy > 0.99:
             return "trivial", (
-                "accuracy is near 1, so the contrastive task has become trivial, through a "
+                "accuracy is near 1, so the contrastive loss has become trivial, through a "
                 "collapsed codebook or constant features: raise feature_penalty_weight or lower "
                 "the learning rate"
             )
