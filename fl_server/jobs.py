@@ -46,7 +46,9 @@ class Job(Protocol):
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Take the weights of a checkpoint; its state and other tensors."""
 
-    def save(self, path: Path, state: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
+    def save(
+        self, path: Path, state: Mapping[str, Any], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
         """Write a checkpoint."""
 
     def evaluate(self) -> dict[str, Any]:
@@ -117,11 +119,15 @@ class Pretraining:
         """See `Job`."""
         loaded = checkpoint.load(path)
         hf.load_into(self.model, loaded.weights, str(path))
-        return loaded.state, loaded.extra
+        return loaded.state, loaded.optimizer_state
 
-    def save(self, path: Path, state: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
+    def save(
+        self, path: Path, state: Mapping[str, Any], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
         """See `Job`."""
-        checkpoint.save(path, self.config, self.weights, state=state, extra=extra)
+        checkpoint.save(
+            path, self.config, self.weights, state=state, optimizer_state=optimizer_state
+        )
 
     def evaluate(self) -> dict[str, Any]:
         """See `Job`."""
@@ -221,16 +227,18 @@ class FineTuning:
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Job`."""
-        state, weights, extra = checkpoint.load_tensors(path)
+        state, weights, optimizer_state = checkpoint.load_tensors(path)
         if weights.keys() != self.weights.keys():
             raise DataError(f"{path} holds other tensors than the run shares")
         for name, value in self.weights.items():
             value.copy_(weights[name])
-        return state, extra
+        return state, optimizer_state
 
-    def save(self, path: Path, state: Mapping[str, Any], extra: Mapping[str, Tensor]) -> None:
+    def save(
+        self, path: Path, state: Mapping[str, Any], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
         """See `Job`."""
-        checkpoint.save_tensors(path, self.weights, state=state, extra=extra)
+        checkpoint.save_tensors(path, self.weights, state=state, optimizer_state=optimizer_state)
 
     def evaluate(self) -> dict[str, Any]:
         """See `Job`."""

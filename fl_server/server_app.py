@@ -134,9 +134,11 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
     if saved is not None:
-        state, extra = job.restore(saved)
-        sent = {name: value for name, value in extra.items() if name.startswith(PREFIX)}
-        optimizer.moments = {name: value for name, value in extra.items() if name not in sent}
+        state, optimizer_state = job.restore(saved)
+        sent = {name: value for name, value in optimizer_state.items() if name.startswith(PREFIX)}
+        optimizer.moments = {
+            name: value for name, value in optimizer_state.items() if name not in sent
+        }
     else:
         job.start()
     first = int(state["next_round"])
@@ -164,8 +166,8 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                 values = job.row(result) | job.evaluate()
                 run.log(number + 1, values | {"evaluate_seconds": time.monotonic() - started})
                 state = state_of(number, settings, federation)
-                extra = optimizer.moments | federation.broadcast.state()
-                job.save(run.checkpoints / f"round-{number + 1:05d}", state, extra)
+                optimizer_state = optimizer.moments | federation.broadcast.state()
+                job.save(run.checkpoints / f"round-{number + 1:05d}", state, optimizer_state)
                 checkpoint.prune(run.checkpoints, settings.keep)
                 say(describe_round(job, result, values, settings))
                 for failure in result.failures:

@@ -1,1 +1,1 @@
-"""Downstream tasks: corpora, heads, metrics and fine-tuning on a frozen or unfrozen backbone."""
+"""Downstream tasks: corpora, heads, metrics, and fine-tuning on a frozen or trained backbone."""

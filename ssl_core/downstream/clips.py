@@ -1,4 +1,4 @@
-"""Labelled clips: what a downstream task trains and is tested on."""
+"""Labelled clips, on which downstream tasks are trained and tested."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,26 +10,26 @@ from partitions.skips import describe_skips
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A stretch of a file with what is to be found in it."""
+    """Part of an audio file with its label or text."""
 
     piece: Piece
     speaker: str = ""
-    """Whose voice it is, where the corpus says so."""
+    """Empty if the corpus does not name speakers."""
     label: str = ""
-    """The class, of tasks that classify."""
+    """Class, for classification."""
     text: str = ""
-    """The symbols to be written, of tasks that transcribe."""
+    """Transcript, for transcription."""
 
     @property
     def name(self) -> str:
-        """Path, and where in the file it starts if that is not its beginning."""
+        """Path, with `@` and the first sample if that is not 0."""
         at = f"@{self.piece.start}" if self.piece.start else ""
         return self.piece.path + at
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Two files, and whether the same person speaks in both."""
+    """A pair of files, and whether they are of the same speaker."""
 
     same: bool
     first: str
@@ -39,21 +39,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A corpus as a task sees it."""
+    """Clips and labels of a task."""
 
     root: Path
-    """Paths of clips are relative to it."""
+    """Corpus root, to which paths of clips are relative."""
     train: tuple[Clip, ...]
     valid: tuple[Clip, ...]
     test: tuple[Clip, ...]
     labels: tuple[str, ...]
-    """Classes in a fixed order; of tasks that transcribe, the symbols without the blank."""
+    """Classes in a fixed order, or symbols without the blank for transcription."""
     trials: tuple[Trial, ...] = ()
-    """Of verification; `test` holds every file they name, once."""
+    """Of verification; `test` has every file of the trials once."""
     skips: Mapping[str, int] = field(default_factory=dict)
-    """Files left out, counted by reason."""
+    """Number of skipped files by reason."""
     skipped_examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The first few skipped paths by reason."""
 
     def describe_skips(self) -> list[str]:
-        """One line for each reason something was left out, with the first few paths."""
+        """One line per reason for skipping, with the first few paths."""
         return describe_skips(self.skips, self.skipped_examples)

@@ -1,4 +1,4 @@
-"""From the symbols of every frame to text: greedily, or by a beam search with words and n-grams."""
+"""CTC decoding: greedy, or a beam search with a lexicon and an n-gram model."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from common.errors import UsageError
 from ssl_core.downstream.heads import BLANK
 
 Decoder = Callable[[Tensor, Sequence[int]], list[str]]
-"""From logits `[clip, frame, symbol]` and the frames of each clip to texts."""
+"""Takes logits `[clip, frame, symbol]` and the frames of each clip, returns a text per clip."""
 
 
 def greedy(labels: Sequence[str]) -> Decoder:
-    """The most likely symbol of each frame, repeats joined, blanks left out."""
+    """Decode to the most likely symbol of each frame, without repeats and blanks."""
 
     def decode(logits: Tensor, lengths: Sequence[int]) -> list[str]:
         texts = []
@@ -31,41 +31,41 @@ def greedy(labels: Sequence[str]) -> Decoder:
 
 
 def beam_search(labels: Sequence[str], size: int, words: str = "", ngram: str = "") -> Decoder:
-    """A beam search by flashlight-text, through torchaudio's `ctc_decoder`.
+    """Decode with flashlight-text's beam search, through torchaudio's `ctc_decoder`.
 
     Args:
         labels: symbols without the blank.
-        size: hypotheses kept at a time.
-        words: a file with a word a line; without it any text can be found.
-        ngram: an n-gram model of words that KenLM reads (ARPA or binary).
+        size: hypotheses kept at each frame.
+        words: file with one word per line; empty allows any text.
+        ngram: word n-gram model for KenLM (ARPA or binary); needs `words`.
 
-    A word ends with a space, which the last one need not have.
+    In the lexicon a word ends with a space; the last word of a clip need not.
 
     Raises:
-        UsageError: flashlight-text is not installed, or a file is not there or not as described.
+        UsageError: flashlight-text is not installed, or a file is missing or invalid.
     """
     for option, path in (("--words", words), ("--ngram", ngram)):
         if path and not Path(path).is_file():
             raise UsageError(f"{option} {path}: no such file")
     if ngram and not words:
-        raise UsageError("--ngram scores words: give the words to choose from with --words")
+        raise UsageError("--ngram scores words: give the lexicon with --words")
     lexicon = None
     if words:
         known = set(labels)
         spelled = _listed(words)
         lexicon = {word: [*map(_token, word), _SPACE] for word in spelled if set(word) <= known}
         if not lexicon:
-            raise UsageError(f"--words {words}: no word is made of the task's symbols")
+            raise UsageError(f"--words {words}: no word can be spelled in the task's symbols")
     tokens = [_BLANK, *map(_token, labels)]
-    extra = [token for token in (_SPACE, _UNKNOWN) if token not in tokens]
-    tokens += extra
+    added = [token for token in (_SPACE, _UNKNOWN) if token not in tokens]
+    tokens += added
     decoder = _decoder(tokens, lexicon, ngram, size)
 
     def decode(logits: Tensor, lengths: Sequence[int]) -> list[str]:
         frames = torch.tensor(lengths, dtype=torch.int32)
-        scores = F.pad(logits.float().log_softmax(-1).cpu(), (0, len(extra), 0, 1), value=_NEVER)
+        scores = F.pad(logits.float().log_softmax(-1).cpu(), (0, len(added), 0, 1), value=_NEVER)
         if lexicon is not None:
-            # A last frame in which nothing but the end of a word is free.
+            # Append a frame that only allows the end of a word.
             scores[range(len(scores)), frames] = _NEVER
             scores[range(len(scores)), frames, tokens.index(_SPACE)] = 0
             frames = frames + 1
@@ -83,11 +83,11 @@ _NEVER = -1e4
 
 
 def _listed(path: str) -> list[str]:
-    """The words of a file with a word a line, sorted."""
+    """Sorted words of a file with one word per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--words {path}: not a text in UTF-8 ({error})") from None
+        raise UsageError(f"--words {path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
         if len(line.split()) > 1:
             raise UsageError(f"--words {path}:{number}: expected one word, found '{line.strip()}'")
@@ -99,7 +99,7 @@ def _token(symbol: str) -> str:
 
 
 def _decoder(tokens: list[str], lexicon: dict[str, list[str]] | None, ngram: str, size: int) -> Any:
-    """The library's decoder, which reads its lexicon from a file."""
+    """Make torchaudio's decoder, which reads its lexicon from a file."""
     try:
         from torchaudio.models.decoder import ctc_decoder
     except (ImportError, RuntimeError):  # torchaudio raises the latter

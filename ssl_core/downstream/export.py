@@ -1,8 +1,8 @@
-"""A fine-tuned model as a directory: in transformers' own class where it has one.
+"""Exports a fine-tuned model to a directory that transformers opens.
 
 `mean-linear` opens with `Wav2Vec2ForSequenceClassification` (its projection before the mean is the
-identity), `linear-ctc` with `Wav2Vec2ForCTC` and `Wav2Vec2CTCTokenizer`. The backbone of the others
-opens with `Wav2Vec2Model`; their heads are beside it under `head.`, as the modules of
+identity), `linear-ctc` with `Wav2Vec2ForCTC` and `Wav2Vec2CTCTokenizer`. With other heads,
+`Wav2Vec2Model` opens the backbone; the head's tensors have the prefix `head.` and the names of
 `ssl_core.downstream.heads`. `task.json` holds recipe and labels.
 """
 
@@ -28,14 +28,14 @@ TASK = "task.json"
 def export(
     model: TaskModel, task: str, labels: Sequence[str], path: Path, with_head: bool = True
 ) -> None:
-    """Write a model directory whole or not at all.
+    """Write a model directory atomically.
 
     Args:
-        model: fine-tuned.
-        task: its name.
+        model: fine-tuned model.
+        task: name of the task.
         labels: classes, or symbols without the blank.
-        path: of the directory.
-        with_head: whether the head is part of it; a personal one is not.
+        path: directory to create or replace.
+        with_head: whether to export the head too; False for a personal one.
 
     Raises:
         OSError: such as a full disk.
@@ -94,7 +94,7 @@ def _vocabulary(labels: Sequence[str]) -> dict[str, int]:
 def _transformers_parts(
     model: TaskModel, labels: Sequence[str], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The config, with the head's tensors renamed to transformers'; empty without a backbone."""
+    """The config, empty without a backbone; renames the head in `tensors` as transformers does."""
     if model.wav2vec2 is None:
         return {}
     own = model.wav2vec2.config
@@ -123,7 +123,7 @@ def _transformers_parts(
             "pad_token_id": BLANK,
             "ctc_loss_reduction": "mean",
         }
-        # The tokens that the tokenizer insists on are never written.
+        # The special tokens that the tokenizer requires are never predicted.
         tensors["lm_head.weight"] = torch.cat([weight, weight.new_zeros(spare, weight.shape[1])])
         tensors["lm_head.bias"] = torch.cat([bias, bias.new_full((spare,), -1e4)])
     return config

@@ -1,8 +1,8 @@
-"""What a frozen part of a model makes of a clip, kept on disk: computed once, whatever the epochs.
+"""Disk cache of the features of clips from the frozen part of a model.
 
-An SQLite file for each backbone and stage: a process may be killed at any time, and several may
-read and write. When all files together reach the limit, those of backbones that were not used for
-longest go; when that is not enough, what does not fit is computed again in every epoch.
+There is one SQLite file per backbone and stage: several processes may use it, and any may be killed
+at any time. When the files together reach the limit, the least recently used other files are
+deleted; if that is not enough, clips that do not fit are computed again in every epoch.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def clip_key(root: Path, piece: Piece) -> bytes:
-    """Of a piece's audio: its path, the file's size and time of change, and what of it is taken."""
+    """Digest of a piece's path, file size, modification time, first sample and length."""
     try:
         status = (root / piece.path).stat()
         version = f"{status.st_size} {status.st_mtime_ns}"
@@ -40,24 +40,24 @@ def clip_key(root: Path, piece: Piece) -> bytes:
 
 
 class FeatureCache:
-    """The clips of one backbone at one stage."""
+    """Features of clips from one backbone at one stage."""
 
     def __init__(
         self, identity: str, width: int, limit: int = LIMIT, folder: Path | None = None
     ) -> None:
-        """Open or make the file.
+        """Open or create the file.
 
         Args:
-            identity: of the backbone and stage; letters, digits and `-`.
-            width: numbers in a frame.
-            limit: bytes of all files in the folder; 0 keeps nothing.
-            folder: where files are; None is `features` in the user's cache.
+            identity: of backbone and stage, in letters, digits and `-`; names the file.
+            width: features per frame.
+            limit: bytes of all files in the folder; 0 switches the cache off.
+            folder: of all files; None for `features` in the user's cache folder.
         """
         self.width, self.limit = width, limit
         self.folder = folder or cache_folder() / "features"
         self.path = self.folder / f"{identity}.sqlite"
         self.problem = ""
-        """Why nothing more is kept; empty while there is room."""
+        """Why no more clips are stored; empty while there is room."""
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         if not limit:
@@ -84,7 +84,7 @@ class FeatureCache:
         self._connection = connection
 
     def _recover(self, error: Exception) -> None:
-        """Make a broken file anew; after anything else, such as a full disk, keep nothing more."""
+        """Recreate a corrupt file; after other errors, such as a full disk, stop storing."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN:
             self._disconnect()
             try:
@@ -100,17 +100,17 @@ class FeatureCache:
             self._connection = None
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing is found or stored afterwards."""
         with self._lock:
             self._disconnect()
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
-        """Those of the keys that are not kept."""
+        """The keys that are not in the cache."""
         wanted = set(keys)
         return wanted - set(self._found(sorted(wanted), "key"))
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Floats]:
-        """Frames of the clips that are kept, `[frame, feature]` each."""
+        """Features of the cached clips by key, `[frame, feature]` each."""
         return {
             key: np.frombuffer(data, np.float32).reshape(-1, self.width)
             for key, data in self._found(keys, "key, data")
@@ -131,7 +131,7 @@ class FeatureCache:
             yield from (row if len(row) > 1 else row[0] for row in rows)
 
     def put(self, clips: Sequence[tuple[bytes, Floats]]) -> None:
-        """Keep clips, all or none of them; `problem` says so when there is no room."""
+        """Store keys and `[frame, feature]` of clips, all or none; without room, sets `problem`."""
         size = sum(frames.nbytes for _, frames in clips)
         rows = [(key, np.ascontiguousarray(frames, np.float32).data) for key, frames in clips]
         with self._lock:
@@ -147,7 +147,7 @@ class FeatureCache:
                 self._recover(error)
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes fit once others' files are gone; none goes in vain."""
+        """Delete other files until `size` bytes fit; if they cannot, delete none, return False."""
         files = _files(self.folder)
         own = sum(used for path, (used, _) in files.items() if _database(path) == self.path)
         used = sum(used for used, _ in files.values())
@@ -168,12 +168,12 @@ class FeatureCache:
 
 
 def _database(path: Path) -> Path:
-    """The database that a file is part of."""
+    """Database of a file, which may be its `-wal` or `-shm`."""
     return path.with_name(path.name.removesuffix("-wal").removesuffix("-shm"))
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, float]]:
-    """Bytes and time of change of all files of all caches; another process may remove some."""
+    """Bytes and modification time of all cache files; other processes may delete some meanwhile."""
     found = {}
     for path in folder.glob("*.sqlite*"):
         with contextlib.suppress(FileNotFoundError):

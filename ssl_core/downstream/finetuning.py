@@ -70,7 +70,7 @@ class FineTuning:
         }
         path = self.directory.checkpoints / f"update-{next_update:07d}"
         checkpoint.save_tensors(
-            path, self.trained(), state=state, extra=self.step.optimizer_state()
+            path, self.trained(), state=state, optimizer_state=self.step.optimizer_state()
         )
         checkpoint.prune(self.directory.checkpoints, self.keep)
 

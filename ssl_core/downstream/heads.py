@@ -1,6 +1,6 @@
-"""Heads of the downstream tasks, on `[clip, frame, feature]` with the frames of each clip.
+"""Heads of downstream tasks.
 
-Padded frames never reach a result: a clip gets in a batch what it gets alone.
+Padding does not affect results: a clip in a batch gives what it gives alone.
 """
 
 from collections.abc import Sequence
@@ -16,50 +16,56 @@ from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.packing import frame_mask
 
 BLANK = 0
-"""Index of CTC's blank; symbols follow it."""
+"""Index of the CTC blank; symbols follow it."""
 
 _DROPOUT_SITE = 100
-"""Above the backbone's."""
+"""First dropout site of heads, above the backbone's."""
 
 
 class Prediction(NamedTuple):
-    """What a head makes of a batch."""
+    """Output of a head."""
 
     logits: Tensor
-    """`[clip, class]`; of a head that transcribes `[clip, frame, symbol]`."""
+    """`[clip, class]`, or `[clip, frame, symbol]` for transcription."""
     embedding: Tensor | None
-    """`[clip, embedding]` of heads that have one, else None."""
+    """`[clip, embedding]`, or None for heads without embedding."""
 
 
 class TaskHead(nn.Module):
-    """What every head has."""
+    """Base class of heads."""
 
     pools = False
-    """Whether the head looks at nothing but the mean over a clip's frames."""
+    """Whether the head only uses the mean over a clip's frames."""
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
-        """What a head makes of frames.
+        """Compute logits.
 
         Args:
-            x: `[clip, frame, feature]`, or their means as `[clip, 1, feature]` for one that pools.
+            x: `[clip, frame, feature]`, or means `[clip, 1, feature]` if the head pools.
             lengths: frames of each clip.
-            seeds: `[clip]`, for dropout; None drops nothing.
+            seeds: `[clip]`, for dropout; None for no dropout.
         """
         raise NotImplementedError
 
     def losses(self, prediction: Prediction, lengths: Sequence[int], targets: Tensor) -> Tensor:
-        """`[clip]`: nats of each clip; `targets` as `Batch.targets`."""
+        """Loss of each clip in nats, `[clip]`.
+
+        Args:
+            prediction: from `forward`.
+            lengths: frames of each clip.
+            targets: as `Batch.targets`: `[clip]`, or `[clip, symbol]` for transcription.
+        """
         return F.cross_entropy(prediction.logits.float(), targets, reduction="none")
 
 
 def mean_over_frames(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`[clip, frame, feature]` to `[clip, feature]`, of frames that are not padding."""
+    """Mean over frames without padding, `[clip, frame, feature]` to `[clip, feature]`."""
     counts = torch.tensor(lengths, dtype=x.dtype, device=x.device)[:, None]
     return (x * frame_mask(lengths, x)).sum(1) / counts
 
 
 class MeanLinear(TaskHead):
-    """The mean over frames and a linear layer (keywords, emotion)."""
+    """Mean over frames and a linear layer (keywords, emotion)."""
 
     pools = True
 
@@ -68,16 +74,22 @@ class MeanLinear(TaskHead):
         self.linear = nn.Linear(features, classes)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
-        """See `TaskHead.forward`."""
+        """Compute logits `[clip, class]`.
+
+        Args:
+            x: `[clip, frame, feature]`, or means `[clip, 1, feature]`.
+            lengths: frames of each clip.
+            seeds: `[clip]`, for dropout; unused.
+        """
         return Prediction(self.linear(mean_over_frames(x, lengths)), None)
 
 
 class _Transcriber(TaskHead):
     def losses(self, prediction: Prediction, lengths: Sequence[int], targets: Tensor) -> Tensor:
-        """CTC, a symbol's share of it: the loss of a clip divided by its symbols.
+        """CTC loss of each clip divided by its number of symbols, `[clip]`.
 
-        `targets`: `[clip, symbol]`, padded with the blank. A text that does not fit into its clip's
-        frames has no loss and teaches nothing.
+        `targets` are `[clip, symbol]`, padded with the blank. The loss is 0 if a text has more
+        symbols than CTC can align to the clip's frames.
         """
         counts = (targets != BLANK).sum(1)
         losses = F.ctc_loss(
@@ -100,21 +112,36 @@ class LinearCTC(_Transcriber):
         self.linear = nn.Linear(features, symbols)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
-        """See `TaskHead.forward`."""
+        """Compute logits `[clip, frame, symbol]`.
+
+        Args:
+            x: `[clip, frame, feature]`.
+            lengths: frames of each clip.
+            seeds: `[clip]`, for dropout; unused.
+        """
         return Prediction(self.linear(x), None)
 
 
 class LstmCTC(_Transcriber):
     """A bidirectional LSTM and a linear layer on every frame (slots, speech recognition).
 
-    Both directions are plain LSTMs on padded batches, the second on every clip turned round within
-    its own frames: on a CPU that is four times as fast as torch's bidirectional LSTM on a packed
+    Both directions are plain LSTMs on padded batches, the second on clips reversed within their
+    own frames. On a CPU this is four times as fast as torch's bidirectional LSTM on a packed
     sequence, with the same result.
     """
 
     def __init__(
         self, features: int, symbols: int, layers: int, units: int, dropout: float
     ) -> None:
+        """Initialise from torch's global generator.
+
+        Args:
+            features: per frame.
+            symbols: with the blank.
+            layers: of the LSTM.
+            units: per direction.
+            dropout: rate after each LSTM layer.
+        """
         super().__init__()
         widths = [features, *(2 * units for _ in range(layers - 1))]
         self.forwards = nn.ModuleList(nn.LSTM(width, units, batch_first=True) for width in widths)
@@ -123,21 +150,27 @@ class LstmCTC(_Transcriber):
         self.linear = nn.Linear(2 * units, symbols)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
-        """See `TaskHead.forward`."""
-        turned = _turned(lengths, x)
+        """Compute logits `[clip, frame, symbol]`.
+
+        Args:
+            x: `[clip, frame, feature]`.
+            lengths: frames of each clip.
+            seeds: `[clip]`, for dropout; None for no dropout.
+        """
+        reversal = _reversal(lengths, x)
         # On a CPU, torch's LSTM fails under autocast.
-        halves = torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu"
-        with torch.autocast(x.device.type, enabled=halves):
+        enabled = torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu"
+        with torch.autocast(x.device.type, enabled=enabled):
             for ahead, back, dropout in zip(
                 self.forwards, self.backwards, self.dropouts, strict=True
             ):
-                reverse = take_frames(back(take_frames(x, turned))[0], turned)
+                reverse = take_frames(back(take_frames(x, reversal))[0], reversal)
                 x = dropout(torch.cat([ahead(x)[0], reverse], 2), seeds)
         return Prediction(self.linear(x), None)
 
 
-def _turned(lengths: Sequence[int], x: Tensor) -> Tensor:
-    """`[clip, frame]`: where each frame stands when every clip is turned round; padding stays."""
+def _reversal(lengths: Sequence[int], x: Tensor) -> Tensor:
+    """Frame indices `[clip, frame]` that reverse each clip and keep its padding in place."""
     ends = torch.tensor(lengths, device=x.device)[:, None]
     places = torch.arange(x.shape[1], device=x.device)
     return torch.where(places < ends, ends - 1 - places, places)
@@ -146,9 +179,9 @@ def _turned(lengths: Sequence[int], x: Tensor) -> Tensor:
 class XVector(TaskHead):
     """Five time-delay layers, mean and deviation over time, an embedding (Snyder et al., 2018).
 
-    Widths, taps and dilations are the original's. Each frame is normalised over its channels rather
-    than over the batch: what a clip gives then depends neither on the clips beside it nor on how a
-    batch is split, and federated clients share no statistics of their audio.
+    Widths, taps and dilations are the original's. Layer norm replaces batch norm: the result for a
+    clip then depends neither on the rest of the batch nor on how the batch is split, and federated
+    clients share no statistics of their audio.
     """
 
     CHANNELS = (512, 512, 512, 512, 1500)
@@ -171,7 +204,13 @@ class XVector(TaskHead):
         self.linear = nn.Linear(self.EMBEDDING, classes)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
-        """See `TaskHead.forward`."""
+        """Compute logits `[clip, class]` and embeddings `[clip, embedding]`.
+
+        Args:
+            x: `[clip, frame, feature]`.
+            lengths: frames of each clip.
+            seeds: `[clip]`, for dropout; unused.
+        """
         mask = frame_mask(lengths, x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = layer((x * mask).transpose(1, 2)).transpose(1, 2)
@@ -184,11 +223,11 @@ class XVector(TaskHead):
 
 
 def make_head(recipe: TaskRecipe, features: int, labels: int) -> TaskHead:
-    """A task's head with initial weights from torch's global generator.
+    """Make the head of a task, initialised from torch's global generator.
 
     Args:
         recipe: of the task.
-        features: width of a frame.
+        features: per frame.
         labels: classes, or symbols without the blank.
     """
     if recipe.head == "mean-linear":

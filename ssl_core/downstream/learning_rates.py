@@ -1,4 +1,4 @@
-"""Learning rates of fine-tuning, epoch by epoch."""
+"""Learning rates of fine-tuning by epoch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,26 +8,26 @@ from ssl_core.downstream.task_step import BACKBONE, HEAD
 
 
 class Rates:
-    """The learning rates, as a recipe changes them from epoch to epoch."""
+    """Learning rates of head and backbone, on the schedule of a recipe."""
 
     def __init__(self, recipe: TaskRecipe) -> None:
-        """Begin with the recipe's."""
+        """Start from the rates of the recipe."""
         self.recipe = recipe
         self.factors = {HEAD: 1.0, BACKBONE: 1.0}
         self.last: float | None = None
 
     def at(self, epoch: int) -> dict[str, float]:
-        """Rates in an epoch, from 0."""
+        """Learning rates by parameter group in an epoch, counted from 0."""
         recipe = self.recipe
         first = {HEAD: recipe.head_rate, BACKBONE: recipe.backbone_rate}
         if recipe.schedule == "newbob":
             return {group: rate * self.factors[group] for group, rate in first.items()}
         part = epoch / max(1, recipe.epochs - 1)
-        share = 1 + part * (recipe.final_rate / recipe.head_rate - 1)
-        return {group: rate * share for group, rate in first.items()}
+        factor = 1 + part * (recipe.final_rate / recipe.head_rate - 1)
+        return {group: rate * factor for group, rate in first.items()}
 
     def after(self, error: float) -> None:
-        """Take note of an epoch's validation error; newbob compares it with that before."""
+        """Record the validation error of an epoch; newbob compares it with the previous one."""
         recipe, before = self.recipe, self.last
         self.last = error
         if before is None:
@@ -38,9 +38,9 @@ class Rates:
             self.factors[BACKBONE] *= recipe.backbone_anneal
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {"factors": self.factors, "last": self.last}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Bring back what `state` gave."""
+        """Restore what `state` returned."""
         self.factors, self.last = dict(state["factors"]), state["last"]

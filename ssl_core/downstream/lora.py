@@ -1,7 +1,7 @@
-"""Low-rank changes of the attention's projections (Hu et al., "LoRA", 2021): a small update.
+"""LoRA: low-rank adapters on the attention projections, for small updates (Hu et al., 2021).
 
-As peft makes them (its initial values and scale), without its imports: a device loads this project
-anew for every message, and peft brings all of transformers with it.
+Initial values and scale are peft's. peft itself is not used because it imports all of transformers,
+and a device imports this project again for every message.
 """
 
 import math
@@ -16,16 +16,16 @@ from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Backbone
 
 PROJECTIONS = ("q_proj", "v_proj")
-"""Of the attention, that get a low-rank change: those of the paper (section 4.2)."""
+"""Attention projections that get an adapter, as in the LoRA paper (section 4.2)."""
 SCALE = 2.0
-"""What the change is multiplied by: peft's `lora_alpha` is twice the rank."""
+"""Factor of the adapter: `lora_alpha / rank` with peft's `lora_alpha` at twice the rank."""
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer and a change of it of low rank."""
+    """A linear layer with a low-rank adapter."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
-        """Take over the weights of `base`; the change is zero at first."""
+        """Share the weights of `base`; the adapter's output is zero at first."""
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, base.bias is not None)
         self.weight, self.bias = base.weight, base.bias
@@ -34,16 +34,21 @@ class LoraLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
+        """Map `[..., in]` to `[..., out]`."""
         change = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return F.linear(x, self.weight, self.bias) + SCALE * change
 
 
 def add_lora(backbone: Backbone, rank: int, seed: int) -> None:
-    """Give the attention of every layer low-rank changes, in place.
+    """Add adapters to the attention of every layer, in place.
+
+    Args:
+        backbone: changed in place.
+        rank: of the adapters.
+        seed: for their initial values.
 
     Raises:
-        UsageError: a rank below 1, or no lower than the layers'.
+        UsageError: a rank below 1, or not below the hidden size.
     """
     if not 1 <= rank < backbone.config.hidden_size:
         raise UsageError(
@@ -58,7 +63,7 @@ def add_lora(backbone: Backbone, rank: int, seed: int) -> None:
 
 
 def merge_lora(backbone: Backbone) -> None:
-    """Add the changes to the weights and make plain layers of them again, in place."""
+    """Merge adapters into the weights and restore plain linear layers, in place."""
     for layer in backbone.encoder.layers:
         assert isinstance(layer, EncoderLayer)
         for name in PROJECTIONS:

@@ -1,4 +1,4 @@
-"""Scores of downstream tasks: accuracy, word and character error rates, equal error rate."""
+"""Metrics of downstream tasks: accuracy, word, character and equal error rates."""
 
 from collections.abc import Sequence
 
@@ -12,72 +12,72 @@ Floats = npt.NDArray[np.float64]
 
 
 def accuracy(expected: Sequence[str], predicted: Sequence[str]) -> float:
-    """Share of the clips whose class was found.
+    """Fraction of clips whose class was predicted.
 
     Raises:
         DataError: nothing to score.
     """
-    _some(expected)
+    _check_not_empty(expected)
     return float(np.mean([a == b for a, b in zip(expected, predicted, strict=True)]))
 
 
 def word_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> float:
-    """Words to insert, delete or replace, as a share of the words expected (jiwer).
+    """Word edits (insertions, deletions, substitutions) per expected word (jiwer).
 
     Raises:
         DataError: nothing to score.
     """
-    _some(expected)
+    _check_not_empty(expected)
     return float(jiwer.wer(list(expected), list(predicted)))
 
 
 def character_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> float:
-    """Symbols to insert, delete or replace, as a share of the symbols expected (jiwer).
+    """Symbol edits (insertions, deletions, substitutions) per expected symbol (jiwer).
 
     Raises:
         DataError: nothing to score.
     """
-    _some(expected)
+    _check_not_empty(expected)
     return float(jiwer.cer(list(expected), list(predicted)))
 
 
 def equal_error_rate(scores: Sequence[float], same: Sequence[bool]) -> tuple[float, float]:
-    """The rate at which as many impostors are let in as owners are kept out, and its threshold.
+    """Equal error rate: where the false acceptance and false rejection rates are equal.
 
-    Scores are sorted once. Between the two neighbouring thresholds where the rates cross, both are
-    taken to be linear (as on the convex ROC of the two points).
+    Both rates are interpolated linearly between the two neighbouring thresholds where they cross
+    (as on the convex ROC of the two points).
 
     Args:
-        scores: of trials; higher is more alike.
-        same: whether the same person speaks in both recordings of a trial.
+        scores: of trials; higher is more similar.
+        same: whether both recordings of a trial are of the same speaker.
 
     Returns:
-        The equal error rate in [0, 1] and the score at which it is reached.
+        The equal error rate in [0, 1] and its threshold.
 
     Raises:
-        DataError: no trial of one kind, or a score that is not finite.
+        DataError: no trial of the same or of different speakers, or a score that is not finite.
     """
-    values, owners = np.asarray(scores, np.float64), np.asarray(same, bool)
-    if not owners.any() or owners.all():
+    values, targets = np.asarray(scores, np.float64), np.asarray(same, bool)
+    if not targets.any() or targets.all():
         raise DataError("the equal error rate needs trials of the same and of different speakers")
     if not np.isfinite(values).all():
         raise DataError("a trial has a score that is not finite")
     thresholds, places = np.unique(values, return_inverse=True)
-    # Accepted is a score at or above a threshold; the last threshold accepts nothing.
-    owned = np.bincount(places[owners], minlength=len(thresholds))
-    foreign = np.bincount(places[~owners], minlength=len(thresholds))
-    kept_out = np.concatenate([[0], np.cumsum(owned)]) / owned.sum()
-    let_in = 1 - np.concatenate([[0], np.cumsum(foreign)]) / foreign.sum()
-    gap = kept_out - let_in
+    # Scores at or above a threshold are accepted; the last threshold accepts nothing.
+    targets_at = np.bincount(places[targets], minlength=len(thresholds))
+    impostors_at = np.bincount(places[~targets], minlength=len(thresholds))
+    rejected = np.concatenate([[0], np.cumsum(targets_at)]) / targets_at.sum()
+    accepted = 1 - np.concatenate([[0], np.cumsum(impostors_at)]) / impostors_at.sum()
+    gap = rejected - accepted
     after = int(np.argmax(gap >= 0))
     edges = np.append(thresholds, thresholds[-1])
     if not gap[after] or not after:
-        return float(kept_out[after]), float(edges[after])
+        return float(rejected[after]), float(edges[after])
     part = gap[after - 1] / (gap[after - 1] - gap[after])
-    rate = kept_out[after - 1] + part * (kept_out[after] - kept_out[after - 1])
+    rate = rejected[after - 1] + part * (rejected[after] - rejected[after - 1])
     return float(rate), float(edges[after - 1] + part * (edges[after] - edges[after - 1]))
 
 
-def _some(expected: Sequence[str]) -> None:
+def _check_not_empty(expected: Sequence[str]) -> None:
     if not expected:
-        raise DataError("there is nothing to score")
+        raise DataError("nothing to score")

@@ -1,4 +1,4 @@
-"""What a fine-tuned model does on the test set: scores, predictions, figures."""
+"""Writes and shows the results of a fine-tuned model: scores, predictions, figures."""
 
 import json
 from collections import Counter
@@ -29,7 +29,13 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_predictions(folder: Path, scored: Scored, readable: Readable = str) -> None:
-    """Write `predictions.tsv`: a clip a line with what was expected and what was found."""
+    """Write `predictions.tsv`, with the expected and predicted label or text of each clip.
+
+    Args:
+        folder: of the results.
+        scored: the clips.
+        readable: makes labels and texts readable.
+    """
     lines = ["clip\tseconds\texpected\tpredicted"]
     for clip, expected, found in zip(scored.clips, scored.expected, scored.predicted, strict=True):
         seconds = clip.piece.samples / SAMPLE_RATE
@@ -38,7 +44,13 @@ def write_predictions(folder: Path, scored: Scored, readable: Readable = str) ->
 
 
 def write_trials(folder: Path, trials: Sequence[Trial], cosines: Sequence[float]) -> None:
-    """Write `predictions.tsv` of trials: both files, whether they are the same voice, the score."""
+    """Write `predictions.tsv` of verification: files, whether of the same speaker, score.
+
+    Args:
+        folder: of the results.
+        trials: pairs of files.
+        cosines: score of each trial.
+    """
     lines = ["first\tsecond\tsame\tcosine"]
     for trial, cosine in zip(trials, cosines, strict=True):
         lines.append(f"{trial.first}\t{trial.second}\t{int(trial.same)}\t{cosine:.6f}")
@@ -46,7 +58,16 @@ def write_trials(folder: Path, trials: Sequence[Trial], cosines: Sequence[float]
 
 
 def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path | None:
-    """Draw `confusion.png`: rows are what was expected, as shares; None for too many classes."""
+    """Plot the confusion matrix, each row divided by its sum, to `confusion.png`.
+
+    Args:
+        folder: of the results.
+        scored: the clips.
+        labels: all classes, in the order of rows and columns.
+
+    Returns:
+        The file, or None if fewer than 2 or more than 60 classes occur.
+    """
     present = [label for label in labels if label in {*scored.expected, *scored.predicted}]
     if not 1 < len(present) <= _MOST_CLASSES:
         return None
@@ -55,29 +76,35 @@ def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path 
     for expected, found in zip(scored.expected, scored.predicted, strict=True):
         if expected in places:
             counts[places[expected], places[found]] += 1
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    fractions = counts / counts.sum(1, keepdims=True).clip(1)
     side = max(4.0, 0.28 * len(present) + 2)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
     axes.set_xticks(range(len(present)), present, rotation=90)
     axes.set_yticks(range(len(present)), present)
     axes.set_xlabel("predicted")
     axes.set_ylabel("expected")
     if len(present) <= 15:
-        for (row, column), share in np.ndenumerate(shares):
+        for (row, column), fraction in np.ndenumerate(fractions):
             if counts[row, column]:
-                color = "white" if share > 0.5 else "black"
+                color = "white" if fraction > 0.5 else "black"
                 text = f"{int(counts[row, column])}"
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, label="share of the clips of a class")
+    figure.colorbar(image, label="fraction of the clips of a class")
     path = folder / "confusion.png"
     save_figure(figure, path)
     return path
 
 
 def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> Path:
-    """Draw `curves.png`: loss and metric by epoch."""
+    """Plot loss and metric by epoch to `curves.png`.
+
+    Args:
+        folder: of the results.
+        rows: metrics of the epochs.
+        metric: name of the recipe's metric.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     name = "accuracy" if metric == "eer" else metric
     panels = (
@@ -99,7 +126,13 @@ def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) 
 
 
 def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None:
-    """Print the scores as a table."""
+    """Print the scores as a table.
+
+    Args:
+        console: to print to.
+        title: of the table.
+        result: values by name; only numbers and strings are shown.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("", justify="left")
     table.add_column("", justify="right")
@@ -115,7 +148,14 @@ def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None
 
 
 def show_errors(console: Console, scored: Scored, readable: Readable = str, most: int = 5) -> None:
-    """Print the commonest confusions, or the first texts that are not as expected."""
+    """Print the most frequent confusions, or the first wrong transcripts.
+
+    Args:
+        console: to print to.
+        scored: the clips.
+        readable: makes labels and texts readable.
+        most: confusions or transcripts to print.
+    """
     wrong = [
         pair for pair in zip(scored.expected, scored.predicted, strict=True) if pair[0] != pair[1]
     ]
@@ -124,10 +164,10 @@ def show_errors(console: Console, scored: Scored, readable: Readable = str, most
     if max(len(expected) for expected, _ in wrong) < 30:
         for (expected, found), count in Counter(wrong).most_common(most):
             console.print(
-                f"  {readable(expected)} taken for {readable(found)}: {count}",
+                f"  {readable(expected)} predicted as {readable(found)}: {count}",
                 highlight=False, markup=False,
             )  # fmt: skip
         return
     for expected, found in wrong[:most]:
-        console.print(f"  expected: {readable(expected)}", highlight=False, markup=False)
-        console.print(f"  found:    {readable(found)}", highlight=False, markup=False)
+        console.print(f"  expected:  {readable(expected)}", highlight=False, markup=False)
+        console.print(f"  predicted: {readable(found)}", highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Which part of a task's model is trained, which of that is shared, and which is personal."""
+"""Divides the trained parameters of a task's model into shared and personal ones."""
 
 from typing import NamedTuple
 
@@ -9,32 +9,33 @@ from ssl_core.downstream.task_recipe import Method, Share
 
 
 class Parts(NamedTuple):
-    """Names of parameters."""
+    """Names of trained parameters."""
 
     shared: frozenset[str]
     personal: frozenset[str]
 
     @property
     def trained(self) -> frozenset[str]:
-        """All that are trained."""
+        """All trained parameters."""
         return self.shared | self.personal
 
 
 def divide(
     model: TaskModel, method: Method, share: Share, *, layers: int, rank: int, seed: int
 ) -> Parts:
-    """Say which parameters are shared; gives the model low-rank changes where it is to have them.
+    """Divide the parameters; adds low-rank adapters to the model if `share` is `lora`.
 
     Args:
         model: upstream and head.
         method: of federated learning.
-        share: what of the backbone is trained.
-        layers: how many of the last layers, with `layers`.
-        rank: of the changes, with `lora`.
-        seed: of the changes' first values.
+        share: part of the backbone that is trained.
+        layers: number of last layers to train if `share` is `layers`.
+        rank: of the adapters if `share` is `lora`.
+        seed: for the adapters' initial values.
 
     Raises:
-        UsageError: a model without a backbone to share, too many layers, or nothing to share.
+        UsageError: the model has no backbone or too few layers, the rank is out of range, or
+            nothing would be shared.
     """
     if model.wav2vec2 is None and share != "none":
         raise UsageError(f"{model.upstream.name} has no backbone to train: set share to none")
@@ -61,6 +62,6 @@ def divide(
     if not body:
         raise UsageError(
             f"{method} keeps the head on the device and shares part of the backbone: with share "
-            "none there is nothing to share; take fedavg to share the head, or local"
+            "none there is nothing to share; use fedavg to share the head, or local"
         )
     return Parts(body, head)

@@ -1,4 +1,4 @@
-"""The recipes of the downstream tasks, one YAML file a task in `recipes/`."""
+"""Recipes of the downstream tasks, one YAML file per task in `recipes/`."""
 
 import dataclasses
 import math
@@ -13,20 +13,20 @@ FOLDER = Path(__file__).parent / "recipes"
 Head = Literal["mean-linear", "lstm-ctc", "linear-ctc", "x-vector"]
 Metric = Literal["accuracy", "eer", "wer", "cer"]
 Method = Literal["fedavg", "fedper", "fedrep", "local"]
-"""Of federated fine-tuning. `fedavg`: everything that is trained is shared; `fedper`: the head is
-personal (Arivazhagan et al., 2019); `fedrep`: so it is, and is trained before the shared part
-(Collins et al., 2021); `local`: nothing is shared."""
+"""Method of federated fine-tuning. `fedavg`: all trained parameters are shared; `fedper`: the head
+is personal (Arivazhagan et al., 2019); `fedrep`: the head is personal and is trained before the
+shared part (Collins et al., 2021); `local`: nothing is shared."""
 Share = Literal["backbone", "layers", "lora", "none"]
-"""What of the backbone is trained: all of it (the convolutions if the recipe says so), its last
-layers, low-rank changes of its attention, or nothing."""
+"""Part of the backbone that is trained: all of it (convolutions only if the recipe says so), its
+last layers, low-rank adapters of its attention, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRecipe:
-    """How a task is trained and scored; the defaults follow SpeechBrain's recipes (the paper, 3.2).
+    """How a task is trained and scored; the defaults are SpeechBrain's (the paper, section 3.2).
 
-    The optimiser is Adam; weight decay is decoupled (SpeechBrain adds it to the gradient, which at
-    2e-6 makes no difference that can be seen).
+    The optimizer is Adam with decoupled weight decay. SpeechBrain adds weight decay to the
+    gradient, which at 2e-6 makes no visible difference.
     """
 
     head: Head
@@ -34,41 +34,41 @@ class TaskRecipe:
     CTC; `linear-ctc`: a linear layer and CTC; `x-vector`: time-delay layers, statistics, embedding,
     linear layer."""
     metric: Metric
-    """By which the best epoch is chosen and the task is scored."""
+    """Chooses the best epoch and scores the task."""
     batch: int
-    """Clips in an update."""
+    """Clips per update."""
     epochs: int
     head_rate: float
-    """Adam's rate of the head."""
+    """Learning rate of the head."""
     backbone_rate: float
-    """Adam's rate of an unfrozen backbone."""
+    """Learning rate of an unfrozen backbone."""
     schedule: Literal["linear", "newbob"]
-    """`linear`: from `head_rate` down to `final_rate` over the epochs, the backbone's in
-    proportion; `newbob`: multiplied when the validation metric improves too little."""
+    """`linear`: from `head_rate` to `final_rate` over the epochs, the backbone's in proportion;
+    `newbob`: multiplied by a factor whenever the validation metric improves too little."""
     final_rate: float = 1e-4
     anneal: float = 0.9
     """Newbob's factor for the head."""
     backbone_anneal: float = 0.9
     """Newbob's factor for the backbone."""
     improvement: float = 0.0025
-    """Relative improvement below which newbob multiplies."""
+    """Relative improvement below which newbob lowers the rates."""
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 5.0
-    """Largest gradient norm (SpeechBrain's `max_grad_norm`); 0 is none."""
+    """Largest gradient norm (SpeechBrain's `max_grad_norm`); 0 for no clipping."""
     train_extractor: bool = False
-    """Whether an unfrozen backbone's convolutions are trained too."""
+    """Whether to train the convolutions of an unfrozen backbone too."""
     chunk: float = 0.0
-    """Seconds into which training clips are cut; 0 takes them whole."""
+    """Seconds of the chunks that training clips are cut into; 0 for whole clips."""
     lstm_layers: int = 2
     lstm_units: int = 1024
-    """In each direction."""
+    """Per direction."""
     dropout: float = 0.0
-    """Between the LSTM's layers and before its output layer."""
+    """Dropout rate after every LSTM layer."""
     length: float = 1.0
-    """Mean seconds of a clip in the paper's corpus (its Figure 1), for plans and estimates."""
+    """Mean seconds of a clip in the paper's corpus (Figure 1), for plans and estimates."""
 
     def validate(self) -> None:
         """Check ranges.
@@ -96,29 +96,29 @@ class TaskRecipe:
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"{name.replace('_', '-')} must be in (0, 1]")
         if (self.metric in ("wer", "cer")) != self.transcribes:
-            raise UsageError(f"a head {self.head} cannot be scored by {self.metric}")
+            raise UsageError(f"the head {self.head} cannot be scored by {self.metric}")
 
     @property
     def transcribes(self) -> bool:
-        """Whether the head writes symbols, rather than choose a class."""
+        """Whether the head transcribes, rather than classifies."""
         return self.head.endswith("ctc")
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric is one to be large."""
+        """Whether a higher value of the metric is better."""
         return self.metric == "accuracy"
 
 
 def tasks() -> tuple[str, ...]:
-    """The names of all tasks."""
+    """Sorted names of all tasks."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def recipe_of(task: str, path: Path | None = None) -> TaskRecipe:
-    """The recipe of a task, or the one in a YAML file.
+    """Read the recipe of a task, from `path` if that is given.
 
     Raises:
-        UsageError: no such task (the nearest is named), or a bad file.
+        UsageError: no such task (the message names the nearest), or an invalid file.
     """
     if task not in tasks():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""AdamW with moments in fp32, bf16 or 8 bits, for all parameters at once or one at a time."""
+"""AdamW with state in fp32, bf16 or 8 bits, applied to all parameters or to some of them."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -9,31 +9,31 @@ from torch import Tensor, nn
 from ssl_core.planning.step_plan import OptimizerState
 
 QUANTIZATION_BLOCK = 256
-"""Elements that share a scale when moments are kept in 8 bits."""
+"""Elements per scale of 8-bit state."""
 
 
 class AdamRecipe(Protocol):
-    """What a recipe says about Adam."""
+    """Adam's hyperparameters."""
 
     @property
     def beta1(self) -> float:
-        """Decay of the first moment."""
+        """Decay rate of the first moment."""
 
     @property
     def beta2(self) -> float:
-        """Decay of the second moment."""
+        """Decay rate of the second moment."""
 
     @property
     def epsilon(self) -> float:
-        """Added to the second moment's root."""
+        """Added to the square root of the second moment."""
 
     @property
     def weight_decay(self) -> float:
-        """Decoupled, times the rate."""
+        """Decoupled; multiplied by the learning rate."""
 
 
 class _Packed(NamedTuple):
-    """A moment in fewer bits."""
+    """A first or second moment as stored."""
 
     codes: Tensor
     scales: Tensor | None
@@ -42,7 +42,7 @@ class _Packed(NamedTuple):
 def _pack(value: Tensor, kind: OptimizerState, signed: bool) -> _Packed:
     if kind == "bf16":
         return _Packed(value.bfloat16(), None)
-    # The second moment's root is rounded up: an element is never taken for steadier than it is.
+    # The second moment is stored as its root, rounded up: rounding up never enlarges a step.
     flat = value.flatten() if signed else value.flatten().sqrt()
     flat = nn.functional.pad(flat, (0, -flat.numel() % QUANTIZATION_BLOCK))
     blocks = flat.view(-1, QUANTIZATION_BLOCK)
@@ -64,9 +64,10 @@ def _unpack(packed: _Packed, shape: torch.Size) -> Tensor:
 class AdamW:
     """Adam with decoupled weight decay.
 
-    Moments in fp32 give torch's fused AdamW. In bf16 they are rounded after every update; in 8
-    bits each block of 256 shares a scale, the first moment linear, the second by its root (after
-    Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022). Neither is exact.
+    With fp32 state this is torch's fused AdamW. bf16 state is rounded after every update. 8-bit
+    state has a scale per block of 256 elements: the first moment is quantized linearly, the second
+    by its square root (after Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
+    2022). Only fp32 is exact.
     """
 
     def __init__(
@@ -75,7 +76,13 @@ class AdamW:
         recipe: AdamRecipe,
         state: OptimizerState,
     ) -> None:
-        """Begin with moments of zero: made before the first step, they lie close together."""
+        """Allocate zero state now, before the first step, so that it lies close together in memory.
+
+        Args:
+            parameters: names and parameters to optimize.
+            recipe: hyperparameters.
+            state: precision of the optimizer state.
+        """
         self.parameters, self.recipe, self.kind = dict(parameters), recipe, state
         self._steps = {
             name: torch.zeros((), device=value.device) for name, value in self.parameters.items()
@@ -90,11 +97,11 @@ class AdamW:
         return _Packed(zero, None) if self.kind == "fp32" else _pack(zero, self.kind, signed)
 
     def apply(self, rate: float, names: Iterable[str] | None = None) -> None:
-        """Update the named parameters, or all, that have a gradient.
+        """Update parameters that have a gradient.
 
         Args:
             rate: learning rate.
-            names: of parameters.
+            names: parameters to update; None for all.
         """
         chosen = [
             name
@@ -146,7 +153,11 @@ class AdamW:
                 )
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """All state by `kind/parameter name`, for a checkpoint."""
+        """Yield all state by `kind/parameter name`, for a checkpoint.
+
+        `step` is `[]`. `exp_avg` and `exp_avg_sq` have the parameter's shape; in 8 bits they are
+        codes `[block, 256]`, with `exp_avg_scales` and `exp_avg_sq_scales` `[block, 1]`.
+        """
         for name, (first, second) in self._moments.items():
             yield f"step/{name}", self._steps[name]
             for kind, part in (("exp_avg", first), ("exp_avg_sq", second)):
@@ -155,7 +166,7 @@ class AdamW:
                     yield f"{kind}_scales/{name}", part.scales
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Bring back what `state` gave."""
+        """Restore state from a dict of what `state` yielded, shapes `[...]` as there."""
         for name, parameter in self.parameters.items():
             if f"step/{name}" not in state:
                 continue

@@ -102,7 +102,7 @@ class CentralRun:
         if saved is not None:
             loaded = checkpoint.load(saved)
             hf_checkpoint.load_into(model, loaded.weights, str(saved))
-            self.first, optimizer_state = int(loaded.state["next_update"]), loaded.extra
+            self.first, optimizer_state = int(loaded.state["next_update"]), loaded.optimizer_state
         elif settings.checkpoint:
             weights = hf_checkpoint.load_weights(settings.checkpoint)
             hf_checkpoint.load_into(model, weights, str(settings.checkpoint))
@@ -206,6 +206,6 @@ class CentralRun:
                 "updates": self.settings.updates,
                 "seed": self.settings.seed,
             },
-            extra=self.step.optimizer_state(),
+            optimizer_state=self.step.optimizer_state(),
         )
         checkpoint.prune(self.directory.checkpoints, self.settings.keep)

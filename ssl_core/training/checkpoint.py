@@ -1,4 +1,4 @@
-"""Checkpoints: a directory that transformers opens, and beside it what resuming needs."""
+"""Checkpoint directories: a model that transformers opens, with what resuming needs beside it."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from ssl_core.training.tensor_file import write_tensors
 from ssl_core.wav2vec2.config import ModelConfig
 
 STATE = "state.json"
-EXTRA = "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 PART = "weights.safetensors"
 _NUMBERED = re.compile(r"(?:update|round)-(\d+)")
 
@@ -31,10 +31,10 @@ class Checkpoint:
     config: ModelConfig
     weights: dict[str, Tensor]
     """By parameter name, fp32."""
-    extra: dict[str, Tensor]
-    """Optimiser moments by `kind/parameter name`; empty when there are none."""
+    optimizer_state: dict[str, Tensor]
+    """By `kind/parameter name`; may be empty."""
     state: dict[str, Any]
-    """Numbers that resuming needs, such as the next update or round."""
+    """Values for resuming, such as the next update or round."""
 
 
 def save(
@@ -43,16 +43,23 @@ def save(
     weights: dict[str, Tensor],
     *,
     state: Mapping[str, Any],
-    extra: Mapping[str, Tensor] | None = None,
+    optimizer_state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint whole or not at all; the same content gives the same bytes.
+    """Write a checkpoint atomically; the same content gives the same bytes.
+
+    Args:
+        directory: to create or replace.
+        config: architecture of the model.
+        weights: by parameter name, `[*parameter shape]` each.
+        state: values for resuming, as JSON.
+        optimizer_state: by `kind/parameter name`.
 
     Raises:
-        OSError: no space, or the place cannot be written; nothing half-written stays.
+        OSError: the disk is full or not writable; no partial checkpoint remains.
     """
     with atomic.directory(directory) as partial:
         hf.save_model(partial, config, weights)
-        _save_rest(partial, state, extra)
+        _save_rest(partial, state, optimizer_state)
 
 
 def save_tensors(
@@ -60,40 +67,51 @@ def save_tensors(
     weights: Mapping[str, Tensor],
     *,
     state: Mapping[str, Any],
-    extra: Mapping[str, Tensor] | None = None,
+    optimizer_state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write part of a model, as `save` does a whole one.
+    """Write a checkpoint of part of a model, without its architecture, atomically.
+
+    Args:
+        directory: to create or replace.
+        weights: by parameter name, `[*parameter shape]` each.
+        state: values for resuming, as JSON.
+        optimizer_state: by `kind/parameter name`.
 
     Raises:
-        OSError: no space, or the place cannot be written; nothing half-written stays.
+        OSError: the disk is full or not writable; no partial checkpoint remains.
     """
     with atomic.directory(directory) as partial:
         write_tensors(partial / PART, weights)
-        _save_rest(partial, state, extra)
+        _save_rest(partial, state, optimizer_state)
 
 
-def _save_rest(folder: Path, state: Mapping[str, Any], extra: Mapping[str, Tensor] | None) -> None:
-    if extra:
-        write_tensors(folder / EXTRA, extra)
+def _save_rest(
+    folder: Path, state: Mapping[str, Any], optimizer_state: Mapping[str, Tensor] | None
+) -> None:
+    if optimizer_state:
+        write_tensors(folder / OPTIMIZER, optimizer_state)
     text = json.dumps(dict(state), indent=2, sort_keys=True)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def load(directory: Path) -> Checkpoint:
-    """Read a checkpoint; one made by transformers has an empty state.
+    """Read a checkpoint; one saved by transformers has an empty state.
 
     Raises:
         DataError: missing or broken.
     """
     config, weights = hf.load_config(directory), hf.load_weights(directory)
-    state, extra = _load_rest(directory)
-    return Checkpoint(config, weights, extra, state)
+    state, optimizer_state = _load_rest(directory)
+    return Checkpoint(config, weights, optimizer_state, state)
 
 
 def load_tensors(
     directory: Path,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """State, weights and other tensors that `save_tensors` wrote.
+    """Read a checkpoint that `save_tensors` wrote.
+
+    Returns:
+        State, weights and optimizer state; tensors by name, `[*parameter shape]` each.
 
     Raises:
         DataError: missing or broken.
@@ -102,15 +120,17 @@ def load_tensors(
         weights = load_file(directory / PART)
     except (OSError, SafetensorError) as error:
         raise DataError(f"checkpoint {directory} is broken: {error}") from None
-    state, extra = _load_rest(directory)
-    return state, weights, extra
+    state, optimizer_state = _load_rest(directory)
+    return state, weights, optimizer_state
 
 
 def _load_rest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        extra = load_file(directory / EXTRA) if (directory / EXTRA).exists() else {}
+        path = directory / OPTIMIZER
+        optimizer_state = load_file(path) if path.exists() else {}
         path = directory / STATE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, extra
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return state, optimizer_state
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"checkpoint {directory} is broken: {error}") from None
 
@@ -130,7 +150,7 @@ def latest(parent: Path) -> Path | None:
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed process left half-written."""
+    """Delete all but the newest `keep` checkpoints, and partial ones of killed processes."""
     for _, path in numbered(parent)[:-keep]:
         shutil.rmtree(path)
     for stale in (*parent.glob(".*.partial"), *parent.glob(".*.old")):

@@ -1,4 +1,4 @@
-"""Figures of a training run, drawn from its metrics."""
+"""Training curves, drawn from the metrics of a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ _PANELS = (
 def plot_curves(
     runs: Mapping[str, Rows], path: Path, *, negatives: int, unit: str = "update"
 ) -> None:
-    """Loss, accuracy and code perplexity of one or more runs side by side.
+    """Plot loss, accuracy and code perplexity of one or more runs side by side.
 
     Args:
-        runs: metrics by the run's name; each row has `updates_done` and the plotted names.
-        path: of the PNG.
-        negatives: distractors of a frame, for the lines of chance.
-        unit: what the horizontal axis counts.
+        runs: metrics by run name; each row has `updates_done` and the plotted names.
+        path: PNG file to write.
+        negatives: per masked frame, for the chance level.
+        unit: label of the horizontal axis.
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     for axes, (title, series) in zip(figure.subplots(1, 3), _PANELS, strict=True):

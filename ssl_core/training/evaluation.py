@@ -1,4 +1,4 @@
-"""Evaluation on held-out speakers: the same crops, masks and negatives every time."""
+"""Evaluation on held-out speakers, with the same crops, masks and negatives every time."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from ssl_core.wav2vec2.quantizer import perplexity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over the masked frames of the held-out crops."""
+    """Means over all masked frames of the held-out crops."""
 
     loss: float
     """Contrastive loss in nats."""
     accuracy: float
     perplexity: float
-    """Effective number of codebook entries in use, all groups together, over all crops at once."""
+    """Code perplexity over all crops at once, summed over groups."""
     crops: int
     seconds: float
 
@@ -34,15 +34,15 @@ def evaluate(
     seed: int = 0,
     precision: str = "fp32",
 ) -> Evaluation:
-    """Contrastive loss and accuracy without dropout and Gumbel noise.
+    """Compute contrastive loss and accuracy without dropout or Gumbel noise.
 
     Args:
-        model: is put into evaluation mode and back.
-        crops: from `Crops.fixed`.
-        chunk: crops in memory at a time; the result does not depend on it.
-        device: where the model is.
+        model: set to evaluation mode meanwhile.
+        crops: from `Crops.fixed`; waveforms `[crop, sample]`.
+        chunk: crops per forward pass; the result does not depend on it.
+        device: that holds the model.
         seed: of masks and negatives.
-        precision: `bf16` runs matrix products in bfloat16.
+        precision: `fp32`, or `bf16` for matrix products in bfloat16.
     """
     was_training = model.training
     model.eval()

@@ -22,7 +22,13 @@ _WEIGHT_NORM = {
 
 
 def save_model(directory: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Write `config.json` and `model.safetensors` into an existing directory."""
+    """Write `config.json` and `model.safetensors` into an existing directory.
+
+    Args:
+        directory: must exist.
+        config: architecture of the model.
+        weights: by parameter name, `[*parameter shape]` each.
+    """
     text = json.dumps(config.to_hf(), indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
     write_tensors(directory / WEIGHTS, weights, metadata={"format": "pt"})
@@ -32,7 +38,7 @@ def load_config(directory: Path) -> ModelConfig:
     """Read the architecture from a checkpoint directory.
 
     Raises:
-        DataError: no such checkpoint, or one of another model.
+        DataError: no checkpoint there, or of another architecture than wav2vec 2.0.
     """
     path = directory / CONFIG
     try:
@@ -45,7 +51,10 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint directory by name (safetensors, else `pytorch_model.bin`).
+    """Read all tensors of a checkpoint directory: safetensors, else `pytorch_model.bin`.
+
+    Returns:
+        Tensors by parameter name, `[*parameter shape]` each.
 
     Raises:
         DataError: missing or broken files.
@@ -71,10 +80,10 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def load_model(directory: Path) -> PretrainingModel:
-    """A pretraining model from this project's or transformers' checkpoint directory.
+    """Load a pretraining model from a checkpoint directory of this project or of transformers.
 
     Raises:
-        DataError: missing, broken, of another shape, or without the parts of pretraining.
+        DataError: missing or broken, wrong shapes, or no quantizer and projections for pretraining.
     """
     model = PretrainingModel(load_config(directory))
     load_into(model, load_weights(directory), str(directory))
@@ -82,10 +91,15 @@ def load_model(directory: Path) -> PretrainingModel:
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Copy weights into a model by name, every one of them.
+    """Copy weights into a model by name; the names must match exactly.
+
+    Args:
+        model: changed in place.
+        weights: by parameter name, `[*parameter shape]` each.
+        where: source of the weights, for error messages.
 
     Raises:
-        DataError: a missing, unexpected or wrongly shaped tensor; `where` names the source.
+        DataError: a missing, unexpected or wrongly shaped tensor.
     """
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -96,6 +110,6 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     for name, value in own.items():
         if weights[name].shape != value.shape:
             raise DataError(
-                f"{where}: {name} is {tuple(weights[name].shape)}, the model's {tuple(value.shape)}"
+                f"{where}: {name} has shape {tuple(weights[name].shape)}, not {tuple(value.shape)}"
             )
         value.copy_(weights[name])

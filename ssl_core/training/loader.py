@@ -1,4 +1,4 @@
-"""Makes items in a thread, a few ahead of their use."""
+"""Prefetching: a background thread makes the next items."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Make items in a thread, at most `depth` ahead of their use; errors come out in order."""
+    """Iterate in a background thread, at most `depth` items ahead; errors are raised in order."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 

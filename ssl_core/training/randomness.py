@@ -1,4 +1,4 @@
-"""Seeded sources of chance, one for each purpose, independent of process, worker and order."""
+"""Random generators seeded by purpose, independent of process, worker and order."""
 
 import zlib
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ def _words(keys: tuple[int | str, ...]) -> list[int]:
 
 
 def generator(*keys: int | str) -> np.random.Generator:
-    """A generator named by its keys, such as (seed, "draws", partition, update)."""
+    """A generator seeded by keys, such as (seed, "draws", partition, update)."""
     return np.random.default_rng(np.random.SeedSequence(_words(keys)))
 
 
 @contextmanager
 def torch_seed(device: torch.device, *keys: int | str) -> Iterator[None]:
-    """Seed torch's own generators by keys inside the block, and put them back after it."""
+    """Seed torch's global generators by keys inside the block, and restore them after it."""
     seed = int(np.random.SeedSequence(_words(keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -1,8 +1,8 @@
-"""Files of tensors in the safetensors format, one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library's own functions hold a copy of all tensors while they write, and map what they read into
-memory. On a board neither is wanted: here a file costs the memory of its largest tensor. Messages
-hold tensors in the same format.
+The safetensors library copies all tensors to write them and maps whole files to read them. That is
+too much for a small board: here a file takes the memory of its largest tensor. Messages hold
+tensors in the same format.
 """
 
 import json
@@ -25,25 +25,26 @@ _LONGEST_HEADER = 100_000_000
 
 
 class Entry(NamedTuple):
-    """Where a tensor is in a file."""
+    """Position of a tensor in a file."""
 
     dtype: torch.dtype
     shape: list[int]
     start: int
-    """Its first byte, from the beginning of the file."""
+    """First byte, from the beginning of the file."""
     end: int
+    """One past the last byte."""
 
 
 def read_header(stream: IO[bytes], size: int) -> dict[str, Entry]:
-    """The tensors of a file of so many bytes, by name, in their order.
+    """Read the entries of a file of `size` bytes, by tensor name, in file order.
 
     Raises:
-        ValueError: it is cut short or broken.
+        ValueError: the file is truncated or broken.
     """
     try:
         length = int.from_bytes(stream.read(8), "little")
         if length > _LONGEST_HEADER:
-            raise ValueError("its header is too long")
+            raise ValueError("header too long")
         header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         found = {}
@@ -52,19 +53,24 @@ def read_header(stream: IO[bytes], size: int) -> dict[str, Entry]:
             dtype, shape = _TYPES[entry["dtype"]], [int(size) for size in entry["shape"]]
             count = int(np.prod(shape, dtype=np.float64)) if min(shape, default=0) >= 0 else -1
             if start < 8 + length or end - start != count * dtype.itemsize:
-                raise ValueError(f"{name} is not where it should be")
+                raise ValueError(f"the offsets of {name} do not fit its shape")
             found[name] = Entry(dtype, shape, start, end)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"its header: {error!r}") from None
+        raise ValueError(f"bad header: {error!r}") from None
     if size != max((entry.end for entry in found.values()), default=8 + length):
-        raise ValueError("it is cut short")
+        raise ValueError("truncated")
     return found
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors by name; the same tensors give the same bytes.
+    """Write tensors to a file; the same tensors give the same bytes.
+
+    Args:
+        path: file to write.
+        tensors: by name, of any shape `[...]`.
+        metadata: for the header.
 
     Raises:
         OSError: such as a full disk.
@@ -76,7 +82,16 @@ def write_tensors(
 def write_stream(
     stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors by name as a file; raises `OSError`."""
+    """Write tensors to a binary stream in the same format.
+
+    Args:
+        stream: to write to.
+        tensors: by name, of any shape `[...]`.
+        metadata: for the header.
+
+    Raises:
+        OSError: such as a full disk.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, value in tensors.items():
@@ -97,14 +112,14 @@ def write_stream(
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors in a file, each read when it is asked for."""
+    """Tensors of a file by name; each access reads one from disk."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
 
         Raises:
-            OSError: the file is not there, or cannot be read.
-            DataError: it is cut short or broken.
+            OSError: the file is missing or cannot be read.
+            DataError: the file is truncated or broken.
         """
         self._path = path
         try:
@@ -114,21 +129,25 @@ class TensorFile(Mapping[str, Tensor]):
             raise DataError(f"{path} is broken: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor."""
+        """Read a tensor, `[*shape]` as written.
+
+        Raises:
+            DataError: the file is truncated.
+        """
         dtype, shape, start, end = self._entries[name]
         with open(self._path, "rb") as stream:
             stream.seek(start)
             data = np.fromfile(stream, np.uint8, end - start)
         if len(data) < end - start:
-            raise DataError(f"{self._path} is cut short at {name}")
+            raise DataError(f"{self._path} is truncated at {name}")
         if not len(data):
             return torch.empty(shape, dtype=dtype)
         return torch.from_numpy(data).view(dtype).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
-        """Names."""
+        """Iterate over the names, in file order."""
         return iter(self._entries)
 
     def __len__(self) -> int:
-        """How many tensors."""
+        """Number of tensors."""
         return len(self._entries)

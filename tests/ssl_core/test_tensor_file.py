@@ -1,4 +1,4 @@
-"""Files of tensors: what safetensors reads and writes, one tensor at a time."""
+"""Tensor files: compatible with the safetensors library, one tensor at a time."""
 
 from pathlib import Path
 

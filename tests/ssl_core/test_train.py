@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_the_moments_and_opens_as_a_model(corpus: Path, tmp_p
     assert saved.state["next_update"] == 2
     model = hf.load_model(run / "checkpoints" / "update-0000002")
     for name, value in model.named_parameters():
-        assert saved.extra[f"exp_avg/{name}"].shape == value.shape
+        assert saved.optimizer_state[f"exp_avg/{name}"].shape == value.shape
     second = tmp_path / "second"
     again = ["--data", str(corpus), *OPTIONS, "--updates", "1", "--output", str(second)]
     assert main([*again, "--checkpoint", str(run / "checkpoints" / "update-0000002")]) == 0

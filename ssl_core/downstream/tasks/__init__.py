@@ -1,1 +1,1 @@
-"""Readers of the corpora that downstream tasks use, with the splits of the paper."""
+"""Readers of the corpora of downstream tasks, with the paper's splits."""

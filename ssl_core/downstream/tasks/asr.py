@@ -1,6 +1,6 @@
-"""LibriSpeech with its transcripts, as characters.
+"""Speech recognition on LibriSpeech, with transcripts as characters.
 
-torchaudio's reader fails on a chapter without transcripts.
+torchaudio's reader fails on a chapter without transcripts; this one skips it.
 """
 
 import unicodedata
@@ -11,14 +11,14 @@ from partitions.librispeech import Utterance, find_utterances
 from partitions.manifest import Piece
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.files import task_data
+from ssl_core.downstream.tasks.corpus_files import task_data
 from ssl_core.training.randomness import generator
 
 LABELS = (" ", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-"""The symbols of a transcript; the blank is none of them."""
+"""Symbols of a transcript, without the blank."""
 
-VALID_SHARE = 0.05
-"""Of the training utterances, drawn where no subset is given to validate on."""
+VALID_FRACTION = 0.05
+"""Fraction of the training utterances to validate on if no subset is given for that."""
 
 
 def read(
@@ -29,25 +29,24 @@ def read(
     seed: int = 0,
     progress: bool = False,
 ) -> TaskData:
-    """List the utterances of subsets of LibriSpeech that have a transcript.
+    """List the utterances of LibriSpeech subsets that have a transcript.
 
     Args:
         root: the folder that holds the subsets, its parent with `LibriSpeech/`, or one subset.
-        train: names of subsets such as `train-clean-100`.
-        valid: names of subsets such as `dev-clean`; without any, `VALID_SHARE` of the training
-            utterances, at least one, is drawn. The same voices are then in `train`.
-        test: names of subsets such as `test-clean`; without any, the clips of `valid`.
-        seed: of the utterances drawn to validate on.
-        progress: show a progress bar on stderr where that is a terminal.
+        train: names of subsets, such as `train-clean-100`.
+        valid: names of subsets, such as `dev-clean`; if empty, a random `VALID_FRACTION` of the
+            training utterances, at least one, whose speakers are then also in `train`.
+        test: names of subsets, such as `test-clean`; if empty, the clips of `valid`.
+        seed: for choosing the utterances to validate on.
+        progress: show a progress bar on stderr if that is a terminal.
 
-    Transcripts are upper case with the symbols of `LABELS`: punctuation becomes a space. Files
-    that are unreadable or empty, and utterances without a transcript or with other symbols in it,
-    are counted in `skips`.
+    Transcripts are upper case in the symbols of `LABELS`; punctuation becomes a space. `skips`
+    counts unreadable and empty files, and utterances with no transcript or with other symbols in
+    it.
 
     Raises:
-        UsageError: a subset that is not there, or one that stands in two splits; no subset to
-            train on.
-        DataError: another layout, or a split without any transcript.
+        UsageError: a missing subset, a subset in two splits, or no subset to train on.
+        DataError: wrong layout, or a split without any transcript.
     """
     _check(train, valid, test)
     corpus = find_utterances(root, (*train, *valid, *test), progress)
@@ -62,7 +61,7 @@ def read(
         for subsets in (train, valid, test)
     )
     if not valid and len(training) > 1:
-        count = max(1, round(VALID_SHARE * len(training)))
+        count = max(1, round(VALID_FRACTION * len(training)))
         order = generator(seed, "transcripts to validate on").permutation(len(training))
         drawn = {int(index) for index in order[:count]}
         validation = [clip for index, clip in enumerate(training) if index in drawn]
@@ -73,7 +72,7 @@ def read(
 
 
 def normalised(transcript: str) -> str | None:
-    """A transcript in the symbols of `LABELS`, or None where it has others, such as digits."""
+    """A transcript in the symbols of `LABELS`, or None if it has others, such as digits."""
     letters = []
     for letter in transcript.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").upper():
         mark = letter != "'" and unicodedata.category(letter).startswith("P")
@@ -88,11 +87,11 @@ def _check(train: tuple[str, ...], valid: tuple[str, ...], test: tuple[str, ...]
     for first, second in ((train, valid), (train, test), (valid, test)):
         both = sorted(set(first) & set(second))
         if both:
-            raise UsageError(f"subset '{both[0]}' stands in two splits: give it to one of them")
+            raise UsageError(f"subset '{both[0]}' is in two splits: give it to one of them")
 
 
 def _clip(utterance: Utterance, skips: Skips) -> Clip | None:
-    """An utterance with its transcript; one that has none is counted."""
+    """The clip of an utterance; None, and counted in `skips`, without a usable transcript."""
     if utterance.transcript is None:
         skips.add("no transcript", utterance.path)
         return None

@@ -1,6 +1,7 @@
-"""IEMOCAP: four emotions, in folds that leave out two speakers; EmoDB is read alike.
+"""Emotion recognition on IEMOCAP or EmoDB: four emotions, cross-validated by pairs of speakers.
 
-torchaudio's reader of IEMOCAP names as speaker whoever wore the sensors, not whoever speaks.
+torchaudio's reader of IEMOCAP gives the actor who wore the sensors as the speaker, not the one who
+speaks.
 """
 
 import re
@@ -11,7 +12,7 @@ from common.errors import DataError, UsageError
 from partitions.manifest import Piece, natural_order, path_problem
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.files import (
+from ssl_core.downstream.tasks.corpus_files import (
     check_folder,
     folders,
     lengths,
@@ -27,7 +28,7 @@ LAYOUT = (
     "Session1 to Session5 with dialog/EmoEvaluation/*.txt and sentences/wav/dialog/utterance.wav"
 )
 LABELS = ("ang", "hap", "neu", "sad")
-"""Anger, happiness with excitement, neutral and sadness."""
+"""Anger, happiness (with excitement), neutral, sadness."""
 
 SESSIONS = 5
 
@@ -43,22 +44,22 @@ def read(root: Path, fold: int, seed: int = 0, progress: bool = False) -> TaskDa
 
     Args:
         root: the folder that holds `Session1` to `Session5`, or its parent with `IEMOCAP/` or
-            `IEMOCAP_full_release/`; of EmoDB the folder of `labels.csv`, a table with the columns
+            `IEMOCAP_full_release/`; for EmoDB the folder of `labels.csv`, a table with the columns
             path, emotion and speaker.
-        fold: from 1 on. Its two speakers are the test set: those of that session of IEMOCAP, or
-            that pair of EmoDB's speakers in sorted order (an odd last one joins the last pair).
-            The next session or pair, the first one after the last, is the validation set.
-        seed: changes nothing, since nothing is drawn.
-        progress: show a progress bar on stderr where that is a terminal.
+        fold: from 1. Its two speakers are the test set: those of that session of IEMOCAP, or
+            that pair of EmoDB's sorted speakers (an odd last speaker joins the last pair). The
+            next session or pair, cyclically, is the validation set.
+        seed: unused, as nothing is random.
+        progress: show a progress bar on stderr if that is a terminal.
 
-    Excited counts as happy, and other emotions than the four are left out, which leaves 1085,
-    1023, 1151, 1031 and 1241 clips of the five sessions. Clips that are missing, unreadable or
-    empty are counted in `skips`.
+    Excited counts as happy. Clips with other emotions are skipped, which leaves 1085, 1023, 1151,
+    1031 and 1241 clips in the five sessions. `skips` also counts missing, unreadable and empty
+    clips.
 
     Raises:
         UsageError: no such fold.
-        DataError: another layout, a session without clips, too few speakers for three groups, or
-            a label file with a line that makes no sense.
+        DataError: wrong layout, a session without clips, too few speakers for three groups, or
+            an invalid line in a label file.
     """
     check_folder(root, CORPUS)
     skips = Skips({}, {})
@@ -76,7 +77,7 @@ def read(root: Path, fold: int, seed: int = 0, progress: bool = False) -> TaskDa
 
 
 def count_folds(root: Path) -> int:
-    """How many folds a corpus has: 5 of IEMOCAP, one for every two speakers of EmoDB.
+    """Number of folds of a corpus: 5 for IEMOCAP, one per pair of speakers for EmoDB.
 
     Raises:
         DataError: as `read`.
@@ -86,7 +87,7 @@ def count_folds(root: Path) -> int:
 
 
 def _groups(root: Path, skips: Skips, progress: bool) -> tuple[Path, list[Group]]:
-    """The corpus root, and the clips of every group of two speakers."""
+    """Corpus root, and the clips of each pair of speakers."""
     for folder in (root, root / "IEMOCAP", root / "IEMOCAP_full_release"):
         if any((folder / name / "dialog" / "EmoEvaluation").is_dir() for name in folders(folder)):
             return folder, _sessions(folder, skips, progress)
@@ -103,13 +104,13 @@ def _sessions(root: Path, skips: Skips, progress: bool) -> list[Group]:
         if not group:
             raise DataError(
                 f"no usable clip in {root / f'Session{number}'}; the folds need all {SESSIONS} "
-                f"sessions in the layout {LAYOUT}: unpack {CORPUS} again"
+                f"sessions, laid out as {LAYOUT}: unpack {CORPUS} again"
             )
     return groups
 
 
 def _evaluations(root: Path, session: str, skips: Skips) -> dict[str, tuple[str, str]]:
-    """Label and speaker by path, of the utterances of a session with one of the four emotions."""
+    """Label and speaker by path of the utterances in a session with one of the four emotions."""
     folder = root / session / "dialog" / "EmoEvaluation"
     advice = f"unpack {CORPUS} again"
     found: dict[str, tuple[str, str]] = {}
@@ -146,8 +147,8 @@ def _speaker_pairs(root: Path, skips: Skips, progress: bool) -> list[Group]:
     count = len(speakers) // 2
     if count < 3:
         raise DataError(
-            f"clips of {len(speakers)} speakers in {root}: two to test on, two to validate on and "
-            f"two to train on are needed; unpack it again"
+            f"clips of {len(speakers)} speakers in {root}, six are needed: two to train on, two to "
+            f"validate on and two to test on; unpack it again"
         )
     group_of = {speaker: min(n // 2, count - 1) for n, speaker in enumerate(speakers)}
     return [
@@ -156,7 +157,7 @@ def _speaker_pairs(root: Path, skips: Skips, progress: bool) -> list[Group]:
 
 
 def _table(path: Path, skips: Skips) -> dict[str, tuple[str, str]]:
-    """Label and speaker by path, of the rows of `labels.csv` with one of the four emotions."""
+    """Label and speaker by path of the rows of `labels.csv` with one of the four emotions."""
     found: dict[str, tuple[str, str]] = {}
     for number, row in rows_of(path, _COLUMNS, f"unpack {CORPUS} or EmoDB again"):
         file, emotion, speaker = (row[column] for column in _COLUMNS)

@@ -1,6 +1,6 @@
-"""Speech Commands v2: keyword spotting with 35 words, or with 12 classes.
+"""Keyword spotting on Speech Commands v2, with 35 words or 12 classes.
 
-torchaudio's reader has no 12 classes, and passes on what a list names whether it is there or not.
+torchaudio's reader does not make the 12 classes, nor check that the files in the lists exist.
 """
 
 import math
@@ -13,7 +13,7 @@ from partitions.manifest import Piece, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.files import (
+from ssl_core.downstream.tasks.corpus_files import (
     check_folder,
     folders,
     lengths,
@@ -27,19 +27,19 @@ from ssl_core.training.randomness import generator
 CORPUS = "Speech Commands v2"
 LAYOUT = "word/speaker_nohash_number.wav with validation_list.txt and testing_list.txt"
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-"""The words that are classes of their own among the 12 (Warden 2018, section 7)."""
+"""Words with a class of their own among the 12 (Warden 2018, section 7)."""
 
 UNKNOWN = "unknown"
 SILENCE = "silence"
 EXTRA_EVERY = 10
-"""Clips of commands, rounded up, for a clip of "unknown" and one of "silence".
+"""Clips of commands per clip of "unknown" and of "silence"; the quotient is rounded up.
 
 The published test set of 12 classes has 408 of each for 4074 clips of commands.
 """
 
 NOISE = "_background_noise_"
-NOISE_SHARES = {"train": 0.6, "valid": 0.2, "test": 0.2}
-"""Shares of every noise file, from its start on, that the silence of each split is cut from."""
+NOISE_FRACTIONS = {"train": 0.6, "valid": 0.2, "test": 0.2}
+"""Fractions of every noise file, in this order, from which the silence of a split is cut."""
 
 _FOLDER = "speech_commands_v0.02"
 _LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
@@ -54,18 +54,18 @@ def read(root: Path, words: int, seed: int = 0, progress: bool = False) -> TaskD
     Args:
         root: the folder `speech_commands_v0.02`, or one that holds it.
         words: 35 for every word that has clips to train on; 12 for ten commands, "unknown" drawn
-            from the other words, and "silence", crops of 1 s of the background noises.
-        seed: of the words that are "unknown" and of the crops that are "silence".
-        progress: show a progress bar on stderr where that is a terminal.
+            from the other words, and "silence", pieces of 1 s of the background noises.
+        seed: for choosing the clips of "unknown" and the pieces of "silence".
+        progress: show a progress bar on stderr if that is a terminal.
 
-    The speaker is the hash before `_nohash_`. Silence of one split shares no sample with that of
-    another: each cuts from its own stretch of every noise file (`NOISE_SHARES`). Files that are
-    unreadable, empty, misnamed, or named by a list and missing are counted in `skips`.
+    The speaker is the hash before `_nohash_`. The splits cut their silence from disjoint parts of
+    every noise file (`NOISE_FRACTIONS`). `skips` counts files that are unreadable, empty or
+    misnamed, and listed files that are missing.
 
     Raises:
         UsageError: `words` is neither 12 nor 35.
-        DataError: another layout; a list is missing, names an unsafe path, or names a file that
-            the other names too; no clips or no noise for a class of the 12.
+        DataError: wrong layout; a list that is missing or names an unsafe path; a file in both
+            lists; no clips or no noise for one of the 12 classes.
     """
     if words not in (12, 35):
         raise UsageError(f"no keyword spotting with {words} words: choose 12 or 35")
@@ -79,7 +79,7 @@ def read(root: Path, words: int, seed: int = 0, progress: bool = False) -> TaskD
         splits[listed.get(path, "train")].append(clip)
     if words == 35:
         labels = tuple(sorted({clip.label for clip in splits["train"]}))
-        _leave_out_untrained(splits, set(labels), skips)
+        _skip_untrained(splits, set(labels), skips)
     else:
         labels = (*COMMANDS, UNKNOWN, SILENCE)
         splits = _twelve(folder, splits, seed, skips)
@@ -98,7 +98,7 @@ def _locate(root: Path) -> Path:
 
 
 def _files(folder: Path, skips: Skips) -> dict[str, str]:
-    """Speakers of all files by path, sorted by word and name."""
+    """Speakers by path of all files, sorted by word and name."""
     speakers = {}
     for word in folders(folder):
         if word == NOISE:
@@ -114,10 +114,10 @@ def _files(folder: Path, skips: Skips) -> dict[str, str]:
 
 
 def _listed(folder: Path, on_disk: Mapping[str, str], skips: Skips) -> dict[str, str]:
-    """Split by path, of the files that the official lists name and that are there."""
+    """Split by path of all files in the official lists."""
     split_of: dict[str, str] = {}
     for split, name in _LISTS.items():
-        advice = f"{CORPUS} brings it, and it decides the split: unpack the archive again"
+        advice = f"it is part of {CORPUS} and defines the split: unpack the archive again"
         for number, line in lines_of(folder / name, advice):
             path = line.strip()
             problem = path_problem(path)
@@ -133,7 +133,7 @@ def _listed(folder: Path, on_disk: Mapping[str, str], skips: Skips) -> dict[str,
     return split_of
 
 
-def _leave_out_untrained(splits: Splits, trained: set[str], skips: Skips) -> None:
+def _skip_untrained(splits: Splits, trained: set[str], skips: Skips) -> None:
     for clips in splits.values():
         for clip in clips:
             if clip.label not in trained:
@@ -142,7 +142,7 @@ def _leave_out_untrained(splits: Splits, trained: set[str], skips: Skips) -> Non
 
 
 def _twelve(folder: Path, splits: Splits, seed: int, skips: Skips) -> Splits:
-    """Commands, with as many clips of "unknown" and of "silence" as `EXTRA_EVERY` says."""
+    """The splits of the 12 classes: commands, and a clip of the other two per `EXTRA_EVERY`."""
     noises = _noises(folder, skips)
     chosen: Splits = {}
     for split, clips in splits.items():
@@ -157,7 +157,7 @@ def _twelve(folder: Path, splits: Splits, seed: int, skips: Skips) -> Splits:
         others = [clip for clip in clips if clip.label not in COMMANDS]
         if wanted and not others:
             raise DataError(
-                f"no other words for the class '{UNKNOWN}' to {split} on in {folder}; "
+                f"no other words for the class '{UNKNOWN}' in the {split} split of {folder}; "
                 f"unpack {CORPUS} again"
             )
         order = generator(seed, "unknown words", split).permutation(len(others))[:wanted]
@@ -176,7 +176,7 @@ def _noises(folder: Path, skips: Skips) -> dict[str, int]:
     usable = lengths(folder, noise, skips)
     if not usable:
         raise DataError(
-            f"no audio in {folder / NOISE}, which the class '{SILENCE}' is cut from; unpack "
+            f"no audio in {folder / NOISE}, from which the class '{SILENCE}' is cut; unpack "
             f"{CORPUS} again, or ask for 35 words"
         )
     return usable
@@ -185,24 +185,24 @@ def _noises(folder: Path, skips: Skips) -> dict[str, int]:
 def _silence(
     folder: Path, noises: Mapping[str, int], split: str, count: int, seed: int
 ) -> Iterable[Clip]:
-    """Draw crops of 1 s from one split's stretch of every noise file, by path and start."""
+    """Draw pieces of 1 s from a split's part of every noise file, sorted by path and start."""
     before = 0.0
-    for name, share in NOISE_SHARES.items():
+    for name, fraction in NOISE_FRACTIONS.items():
         if name == split:
             break
-        before += share
+        before += fraction
     stretches = []
     for path, samples in noises.items():
         first = round(before * samples)
-        last = round((before + NOISE_SHARES[split]) * samples)
+        last = round((before + NOISE_FRACTIONS[split]) * samples)
         if last - first >= SAMPLE_RATE:
             stretches.append((path, first, last - first - SAMPLE_RATE + 1))
     starts = sum(available for _, _, available in stretches)
     if count and not starts:
-        seconds = 1 / min(NOISE_SHARES.values())
+        seconds = 1 / min(NOISE_FRACTIONS.values())
         raise DataError(
-            f"no noise in {folder / NOISE} is long enough for the class '{SILENCE}' to {split} "
-            f"on: at least one of {seconds:g} s is needed; unpack {CORPUS} again"
+            f"no noise in {folder / NOISE} is long enough for the class '{SILENCE}' in the {split} "
+            f"split: a file of at least {seconds:g} s is needed; unpack {CORPUS} again"
         )
     draws = generator(seed, "silence", split).choice(starts, size=count, replace=count > starts)
     for draw in sorted(int(each) for each in draws):

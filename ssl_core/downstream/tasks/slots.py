@@ -1,8 +1,8 @@
-"""Timers and Such v1.0: transcripts in which symbols wrap the values of slots.
+"""Slot filling on Timers and Such v1.0: transcripts with tags around the values of slots.
 
-Slots are tagged by single symbols, since CTC writes symbols: each slot name has an opening one of
-its own, from U+E000 on in the sorted order of the names, and all share the closing one, U+E0FF.
-Both are private use in Unicode, so that no transcript holds them.
+A tag is a single symbol, since CTC predicts symbols. Each slot has its own opening tag, from U+E000
+in the sorted order of slot names; all slots have the closing tag U+E0FF. These are in Unicode's
+private use area, so no transcript contains them.
 """
 
 import ast
@@ -17,7 +17,7 @@ from common.errors import DataError
 from partitions.manifest import Piece, path_problem
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.files import (
+from ssl_core.downstream.tasks.corpus_files import (
     check_folder,
     lengths,
     other_layout,
@@ -29,10 +29,10 @@ from ssl_core.downstream.tasks.spoken_numbers import forms
 CORPUS = "Timers and Such v1.0"
 LAYOUT = "{train,dev,test}-{real,synth}.csv with path, speakerId, transcription and semantics"
 FIRST_TAG = "\ue000"
-"""Opens the value of the first slot in sorted order; the others follow."""
+"""Opening tag of the first slot in sorted order; the others follow."""
 
 CLOSE = "\ue0ff"
-"""Closes the value of any slot."""
+"""Closing tag of every slot."""
 
 Value = str | int | float
 
@@ -45,28 +45,27 @@ class _Row:
     path: str
     speaker: str
     transcript: str | None
-    """None where the corpus has no transcripts."""
+    """None if the corpus has no transcripts."""
     slots: Mapping[str, Value]
 
 
 def read(root: Path, progress: bool = False) -> TaskData:
     """List the clips of Timers and Such with their tagged transcripts.
 
-    Train is `train-real` and `train-synth`, valid is `dev-real` (`dev-synth` where that is
-    missing), test is `test-real`. A table without the column transcription, as that of the coffee
-    orders, gives the values alone, tagged and in the sorted order of their slots; it needs no
-    synthetic part. The intent is no slot and is not written.
+    Train is `train-real` and `train-synth`, valid is `dev-real` (`dev-synth` if that is missing),
+    test is `test-real`. If the tables have no column transcription, as in the coffee orders, a
+    text is only the tagged values in the sorted order of their slots, and `train-synth` is not
+    needed. The intent is not a slot and is not transcribed.
 
     Args:
         root: the folder of the tables; their paths are relative to it.
-        progress: show a progress bar on stderr where that is a terminal.
+        progress: show a progress bar on stderr if that is a terminal.
 
-    `labels` holds the symbols of the training texts, sorted; a text to validate or test on may
-    have others. Clips that are missing, unreadable or empty, or have nothing to write, are counted
-    in `skips`.
+    `labels` are the sorted symbols of the training texts; validation and test texts may have
+    others. `skips` counts clips that are missing, unreadable or empty, or have an empty text.
 
     Raises:
-        DataError: another layout, a table that is missing, or a row that makes no sense.
+        DataError: wrong layout, a missing table, or an invalid row.
     """
     tables = _tables(root)
     skips = Skips({}, {})
@@ -89,7 +88,7 @@ def read(root: Path, progress: bool = False) -> TaskData:
 
 
 def slot_names(root: Path) -> tuple[str, ...]:
-    """The slots of a corpus in sorted order, which is that of their opening symbols.
+    """Slot names of a corpus in sorted order, which is that of their opening tags.
 
     Raises:
         DataError: as `read`.
@@ -98,9 +97,9 @@ def slot_names(root: Path) -> tuple[str, ...]:
 
 
 def readable(text: str, slots: Sequence[str] = ()) -> str:
-    """A tagged text for people: `<number1>five</> plus ...`.
+    """A tagged text with readable tags: `<number1>five</> plus ...`.
 
-    Without the names of the slots (`slot_names`) they are numbered: `<0>five</> plus ...`.
+    Without slot names (`slot_names`), slots are numbered: `<0>five</> plus ...`.
     """
     shown = []
     for symbol in text:
@@ -115,16 +114,16 @@ def readable(text: str, slots: Sequence[str] = ()) -> str:
 
 
 def tag(transcript: str, slots: Mapping[str, Value], tags: Mapping[str, str]) -> str:
-    """Wrap the value of every slot in its tag where the transcript says it, else append it.
+    """Tag the value of every slot in a transcript; append values that are not found in it.
 
-    A value is found where its words, or any form of a number (`spoken_numbers.forms`), stand as
-    whole words, in any case, with hyphens or spaces between them. Longer values are looked for
-    first, and no words are wrapped twice. What is appended is the value itself, a number in words.
+    A value is found if its words, or any form of a number (`spoken_numbers.forms`), occur as
+    whole words, in any case, joined by hyphens or spaces. Longer forms are matched first, and
+    matches do not overlap. Numbers are appended in words.
 
     Args:
-        transcript: what is said.
-        slots: values by slot.
-        tags: opening symbols by slot.
+        transcript: without tags.
+        slots: values by slot name.
+        tags: opening tags by slot name.
     """
     text = " ".join(transcript.split())
     ways = {slot: _ways(value) for slot, value in slots.items()}
@@ -150,7 +149,7 @@ def tag(transcript: str, slots: Mapping[str, Value], tags: Mapping[str, str]) ->
 
 
 def _tables(root: Path) -> dict[str, list[_Row]]:
-    """The rows of every split."""
+    """Rows by split."""
     check_folder(root, CORPUS)
     train = root / "train-real.csv"
     if not train.is_file():
@@ -167,8 +166,7 @@ def _tables(root: Path) -> dict[str, list[_Row]]:
         for row in rows:
             if split_of.setdefault(row.path, split) != split:
                 raise DataError(
-                    f"{row.path} stands in the tables of two splits in {root}; unpack {CORPUS} "
-                    f"again"
+                    f"{row.path} is in the tables of two splits in {root}; unpack {CORPUS} again"
                 )
     return tables
 
@@ -180,7 +178,7 @@ def _rows(table: Path) -> list[_Row]:
         problem = path_problem(row["path"])
         transcript = row.get("transcription")
         if problem is None and _TAG.search(f"{transcript} {row['semantics']}"):
-            problem = "a symbol between U+E000 and U+E0FF, which tag slots"
+            problem = "a symbol between U+E000 and U+E0FF, which are reserved for tags"
         if problem:
             raise DataError(f"{where}: {problem}; correct that row")
         slots = _slots(row["semantics"], where)
@@ -189,7 +187,7 @@ def _rows(table: Path) -> list[_Row]:
 
 
 def _slots(semantics: str, where: str) -> dict[str, Value]:
-    """Values by slot, of a literal of Python or JSON; some releases write `|` for its commas."""
+    """Values by slot name, from a JSON or Python literal; some releases have `|` for commas."""
     found: object = None
     for text in (semantics, semantics.replace("|", ",")):
         for parse in (json.loads, ast.literal_eval):
@@ -203,7 +201,7 @@ def _slots(semantics: str, where: str) -> dict[str, Value]:
     slots = found.get("slots") if isinstance(found, dict) else None
     if not isinstance(slots, dict):
         raise DataError(
-            f"{where}: semantics is no dictionary with 'slots' ({semantics[:60]!r}); "
+            f"{where}: semantics is not a dictionary with 'slots' ({semantics[:60]!r}); "
             f"correct that row"
         )
     values: dict[str, Value] = {}
@@ -213,7 +211,7 @@ def _slots(semantics: str, where: str) -> dict[str, Value]:
         finite = isinstance(value, int | float) and math.isfinite(value)
         if not isinstance(name, str) or not name or not (finite or isinstance(value, str)):
             raise DataError(
-                f"{where}: slot {name!r} holds {value!r}, neither text nor a finite number; "
+                f"{where}: slot {name!r} is {value!r}, neither text nor a finite number; "
                 f"correct that row"
             )
         values[name] = value
@@ -225,9 +223,9 @@ def _names(tables: Mapping[str, Iterable[_Row]]) -> tuple[str, ...]:
 
 
 def _tags(slots: Sequence[str]) -> dict[str, str]:
-    """Opening symbols by slot, of all slots in sorted order."""
+    """Opening tags by slot name; `slots` is sorted."""
     if len(slots) > _most_slots():
-        raise DataError(f"{len(slots)} slots, of which at most {_most_slots()} can be tagged")
+        raise DataError(f"{len(slots)} slots, but there are only {_most_slots()} tags")
     return {slot: chr(ord(FIRST_TAG) + number) for number, slot in enumerate(slots)}
 
 
@@ -242,7 +240,7 @@ def _tagged(row: _Row, tags: Mapping[str, str]) -> str:
 
 
 def _ways(value: Value) -> tuple[str, ...]:
-    """How a value may stand in a transcript, the usual way first."""
+    """Forms of a value in a transcript, the usual one first."""
     if isinstance(value, bool):
         return (str(value),)
     if isinstance(value, str):
@@ -254,10 +252,10 @@ def _ways(value: Value) -> tuple[str, ...]:
 
 
 def _places(way: str, text: str) -> Iterator[tuple[int, int]]:
-    """Where a form stands as whole words: letters end at no letter, digits at no digit."""
+    """Yield the spans where a form occurs as whole words: no letter or digit is cut off."""
     lower = text.lower()
     if len(lower) != len(text):
-        # A few letters become two in lower case, which would shift the places.
+        # Some letters become two in lower case, which would shift the positions.
         lower = text
     for said in dict.fromkeys((lower, lower.replace("-", " "))):
         first = said.find(way.lower())

@@ -1,6 +1,6 @@
-"""VoxCeleb1: who speaks (identification), and whether two files are one voice (verification).
+"""Speaker identification and verification on VoxCeleb1.
 
-torchaudio's readers download a list that is missing, and pass on what it names unseen.
+torchaudio's readers download missing lists, and do not check that the files in them exist.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from partitions.manifest import Piece, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData, Trial
-from ssl_core.downstream.tasks.files import (
+from ssl_core.downstream.tasks.corpus_files import (
     check_folder,
     folders,
     headers,
@@ -28,11 +28,11 @@ CORPUS = "VoxCeleb1"
 LAYOUT = "wav/idXXXXX/video/number.wav with veri_test.txt or iden_split.txt beside wav"
 TRIALS = "veri_test.txt"
 IDENTIFICATION = "iden_split.txt"
-VALID_SHARE = 0.1
-"""Of every speaker's utterances, drawn; the paper validates on a random tenth."""
+VALID_FRACTION = 0.1
+"""Fraction of every speaker's utterances to validate on; the paper takes a random tenth."""
 
 CHUNK_SECONDS = 3.0
-"""What utterances are cut into for training (SpeechBrain's recipes of VoxCeleb)."""
+"""Length of training chunks (SpeechBrain's VoxCeleb recipes)."""
 
 Split = Literal["paper", "official"]
 
@@ -46,25 +46,25 @@ def read_identification(
     seconds: float = CHUNK_SECONDS,
     progress: bool = False,
 ) -> TaskData:
-    """List the clips of VoxCeleb1 with the speaker as their label.
+    """List the clips of VoxCeleb1, labelled by speaker.
 
     Args:
         root: the folder that holds `wav` and the lists, its parent with `VoxCeleb1/`, or `wav`.
-        seed: of the paper's split.
-        split: "paper" takes the speakers that no trial of `veri_test.txt` names (1211 of the
-            whole corpus) and validates on a random tenth of the utterances of each, at least one
-            where there are two; accuracy is reported on those, so `test` holds the same clips.
-            Other utterances of the same video may be in `train`. "official" is `iden_split.txt`.
-        seconds: of the chunks that `train` is cut into; 0 leaves files whole.
-        progress: show a progress bar on stderr where that is a terminal.
+        seed: for the paper's split.
+        split: "paper" uses the speakers that are in no trial of `veri_test.txt` (1211 in the
+            whole corpus), and validates on a random tenth of the utterances of each, at least one
+            if there are two. Accuracy is reported on those, so `test` has the same clips; `train`
+            may have other utterances of the same video. "official" is `iden_split.txt`.
+        seconds: length of the chunks that `train` is cut into; 0 keeps whole files.
+        progress: show a progress bar on stderr if that is a terminal.
 
-    Clips of `valid` and `test` are whole files. Files that are
-    missing, unreadable or empty are counted in `skips`.
+    Clips of `valid` and `test` are whole files. `skips` counts files that are missing, unreadable
+    or empty.
 
     Raises:
         UsageError: an unknown split.
-        DataError: another layout, a list that is missing or has a line that makes no sense, or
-            fewer than two speakers.
+        DataError: wrong layout, a missing list, an invalid line in a list, or fewer than two
+            speakers.
     """
     if split not in ("paper", "official"):
         raise UsageError(f"no split '{split}' of {CORPUS}: choose paper or official")
@@ -74,7 +74,7 @@ def read_identification(
         train, valid, test = _official(folder, skips, progress)
     else:
         tested = _speakers_of(_trials(folder))
-        train, valid = _tenth(folder, tested, seed, skips, progress)
+        train, valid = _paper_split(folder, tested, seed, skips, progress)
         test = valid
     return _identification(folder, train, valid, test, skips, seconds)
 
@@ -82,24 +82,29 @@ def read_identification(
 def read_verification(
     root: Path, seed: int = 0, seconds: float = CHUNK_SECONDS, progress: bool = False
 ) -> TaskData:
-    """List the clips of VoxCeleb1 to train an embedding on, and the trials of `veri_test.txt`.
+    """List the clips of VoxCeleb1 for training embeddings, and the trials of `veri_test.txt`.
 
-    `train` and `valid` are those of the identification with the paper's split, whose speakers no
-    trial names; `test` holds each file of the trials once, sorted. Arguments are those of
-    `read_identification`.
+    `train` and `valid` are those of `read_identification` with the paper's split, whose speakers
+    are in no trial; `test` has each file of the trials once, sorted.
+
+    Args:
+        root: as in `read_identification`.
+        seed: for choosing the utterances to validate on.
+        seconds: length of the chunks that `train` is cut into; 0 keeps whole files.
+        progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
-        DataError: as `read_identification`; also trials that are all of one kind, or a trial of
-            a file that is missing, unreadable or empty.
+        DataError: as `read_identification`; also if all trials are of the same speaker or all of
+            different speakers, or a file of a trial is missing, unreadable or empty.
     """
     folder = _locate(root)
     numbered = _trials(folder)
     trials = tuple(numbered.values())
     for same in (True, False):
         if all(trial.same != same for trial in trials):
-            kind = "the same voice" if same else "two voices"
+            kind = "the same speaker" if same else "different speakers"
             raise DataError(
-                f"{folder / TRIALS}: no trial of {kind}, so there is no error rate; "
+                f"{folder / TRIALS}: no trial of {kind}, which the equal error rate needs; "
                 f"download the list again"
             )
     found = headers(folder, sorted(_files_of(trials)), progress)
@@ -109,12 +114,12 @@ def read_verification(
             if path in bad:
                 raise DataError(
                     f"{folder / TRIALS}:{number}: {path} is {bad[path]} in {folder}; {len(bad)} "
-                    f"of the {len(found)} files in trials cannot be used: unpack the test part of "
+                    f"of the {len(found)} files in trials cannot be used: unpack the test set of "
                     f"{CORPUS} there"
                 )
     skips = Skips({}, {})
     tested = _speakers_of(numbered)
-    train, valid = _tenth(folder, tested, seed, skips, progress)
+    train, valid = _paper_split(folder, tested, seed, skips, progress)
     test = [
         Clip(Piece(path, 0, samples), _speaker(path), _speaker(path))
         for path, samples in found.items()
@@ -126,10 +131,10 @@ def read_verification(
 def chunks(clip: Clip, seconds: float = CHUNK_SECONDS) -> list[Clip]:
     """Cut a clip into chunks of `seconds` that do not overlap.
 
-    A shorter remainder is dropped, unless it is all there is. A chunk is its own only chunk.
+    A shorter remainder is dropped; a clip that is not longer than a chunk is returned as it is.
 
     Raises:
-        UsageError: `seconds` is no length.
+        UsageError: chunks without a sample.
     """
     samples = round(seconds * SAMPLE_RATE)
     if samples < 1:
@@ -161,7 +166,7 @@ def _identification(
     if len(labels) < 2:
         raise DataError(
             f"clips of {len(labels)} speakers to train on in {root}, two are needed; unpack the "
-            f"development part of {CORPUS} there"
+            f"development set of {CORPUS} there"
         )
     if seconds:
         train = [chunk for clip in train for chunk in chunks(clip, seconds)]
@@ -184,12 +189,12 @@ def _is_speaker(name: str) -> bool:
 
 
 def _speaker(path: str) -> str:
-    """The speaker of a file by its path from the corpus root."""
+    """Speaker of a file, from its path relative to the corpus root."""
     return path.split("/")[1]
 
 
 def _path(name: str, where: str) -> str:
-    """Path from the corpus root of a file as the lists name it."""
+    """Path relative to the corpus root of a file in a list."""
     path = f"wav/{name}"
     problem = path_problem(path)
     if problem is None and (len(path.split("/")) != 4 or not _is_speaker(_speaker(path))):
@@ -200,8 +205,8 @@ def _path(name: str, where: str) -> str:
 
 
 def _trials(root: Path) -> dict[int, Trial]:
-    """The trials by the number of their line."""
-    advice = f"it comes with {CORPUS}: download it, and put it beside wav"
+    """Trials by line number."""
+    advice = f"it is part of {CORPUS}: download it and put it beside wav"
     trials = {}
     for number, line in lines_of(root / TRIALS, advice):
         where = f"{root / TRIALS}:{number}"
@@ -229,14 +234,14 @@ def _speakers_of(trials: Mapping[int, Trial]) -> set[str]:
     return {_speaker(path) for path in _files_of(trials.values())}
 
 
-def _tenth(
-    root: Path, left_out: set[str], seed: int, skips: Skips, progress: bool
+def _paper_split(
+    root: Path, tested: set[str], seed: int, skips: Skips, progress: bool
 ) -> tuple[list[Clip], list[Clip]]:
-    """Utterances of the other speakers to train on, and a tenth of each one's to validate on."""
+    """Utterances to train and to validate on, of the speakers that are not in `tested`."""
     paths = [
         f"wav/{speaker}/{video}/{name}"
         for speaker in folders(root / "wav")
-        if _is_speaker(speaker) and speaker not in left_out
+        if _is_speaker(speaker) and speaker not in tested
         for video in folders(root / "wav" / speaker)
         for name in names(root / "wav" / speaker / video)
         if name.endswith(".wav")
@@ -249,7 +254,7 @@ def _tenth(
     train: list[Clip] = []
     valid: list[Clip] = []
     for speaker, clips in by_speaker.items():
-        count = max(1, round(VALID_SHARE * len(clips))) if len(clips) > 1 else 0
+        count = max(1, round(VALID_FRACTION * len(clips))) if len(clips) > 1 else 0
         order = generator(seed, "identification", speaker).permutation(len(clips))
         chosen = {int(index) for index in order[:count]}
         for index, clip in enumerate(clips):
@@ -270,8 +275,8 @@ def _safe(paths: Iterable[str], skips: Skips) -> list[str]:
 def _official(
     root: Path, skips: Skips, progress: bool
 ) -> tuple[list[Clip], list[Clip], list[Clip]]:
-    """The utterances of `iden_split.txt` to train, validate and test on."""
-    advice = f"it comes with {CORPUS}: download it, and put it beside wav"
+    """Utterances to train, validate and test on according to `iden_split.txt`."""
+    advice = f"it is part of {CORPUS}: download it and put it beside wav"
     part_of: dict[str, str] = {}
     for number, line in lines_of(root / IDENTIFICATION, advice):
         where = f"{root / IDENTIFICATION}:{number}"

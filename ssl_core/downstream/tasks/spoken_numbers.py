@@ -1,4 +1,4 @@
-"""How a number may be said or written in an English transcript."""
+"""Spoken and written forms of numbers in English transcripts."""
 
 from decimal import Decimal
 
@@ -12,15 +12,15 @@ _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 # fmt: on
 _SCALES = ("", "thousand", "million", "billion", "trillion")
 _LONGEST = 15
-"""Digits before the point of the numbers that are spelled out."""
+"""Numbers with more digits before the point are not spelled out."""
 
 
 def forms(number: int | float) -> tuple[str, ...]:
-    """All ways to write a finite number, the usual words first, lower case, without hyphens.
+    """All forms of a finite number, the usual words first, in lower case without hyphens.
 
     `-37.5` is "minus thirty seven point five", "negative thirty seven point five" or "-37.5".
-    Decimals are said digit by digit. A float is taken as the shortest decimal that it prints as,
-    or, where that has more than six decimals (a third, say), rounded to two.
+    Decimals are spelled digit by digit. A float stands for the shortest decimal that denotes it,
+    rounded to two places if it has more than six (such as 1/3).
     """
     exact = Decimal(repr(number))
     if -int(exact.normalize().as_tuple().exponent) > 6:
@@ -48,7 +48,7 @@ def forms(number: int | float) -> tuple[str, ...]:
 
 
 def _whole(digits: str) -> list[str]:
-    """A whole number in words: with and without "and", and as hundreds where that is usual."""
+    """A whole number in words, with and without "and", and in hundreds ("nineteen hundred")."""
     if len(digits) > _LONGEST:
         return []
     number = int(digits)
@@ -59,7 +59,7 @@ def _whole(digits: str) -> list[str]:
 
 
 def _cardinal(number: int, joint: str) -> str:
-    """A number in words, with `joint` before the last two digits after a hundred or thousand."""
+    """A number in words, with `joint` between a hundred or thousand and the last two digits."""
     if number == 0:
         return _ONES[0]
     parts: list[str] = []

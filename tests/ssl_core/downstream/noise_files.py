@@ -1,4 +1,4 @@
-"""Files of noise in the layouts of corpora, and the recordings that lie beside the checkout."""
+"""Noise files in the layouts of corpora, and the recordings beside the checkout."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import soundfile
 
 
 def write_noise(path: Path, samples: int = 1600, rate: int = 16_000) -> Path:
-    """Write a file of noise and the folders above it."""
+    """Write a noise file and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(samples).uniform(-0.5, 0.5, samples)
     soundfile.write(path, noise, rate, subtype="PCM_16")
@@ -16,7 +16,7 @@ def write_noise(path: Path, samples: int = 1600, rate: int = 16_000) -> Path:
 
 
 def real_data(name: str) -> Path:
-    """A folder of real recordings, without which the test is skipped."""
+    """A folder of real recordings; skips the test if it is missing."""
     folder = Path(__file__).parents[3].parent / "shared" / "data" / name
     if not folder.is_dir():
         pytest.skip(f"no real recordings in ../shared/data/{name}")

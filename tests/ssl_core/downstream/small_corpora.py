@@ -1,4 +1,4 @@
-"""Trees of tones in the layouts of the corpora of all tasks, a few dozen short clips each."""
+"""Synthetic tones in the corpus layouts of all tasks, a few dozen short clips each."""
 
 import csv
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ EMOTIONS = ("ang", "hap", "neu", "sad")
 def write_tone(
     path: Path, pitch: float, samples: int = 4800, rate: int = 16_000, channels: int = 1
 ) -> Path:
-    """A tone with a little noise of its own, and the folders above it."""
+    """Write a tone with a little noise, and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([round(pitch), samples, len(path.name), *path.name.encode()])
     tone = 0.3 * np.sin(2 * np.pi * pitch * np.arange(samples) / rate)
@@ -24,7 +24,7 @@ def write_tone(
 
 
 def speech_commands(root: Path) -> Path:
-    """Four words, four clips each to train on, two each to validate and to test on."""
+    """Speech Commands: four words with four training, two validation and two test clips each."""
     lists: dict[str, list[str]] = {"validation": [], "testing": []}
     for place, word in enumerate(WORDS):
         for number in range(8):
@@ -38,7 +38,7 @@ def speech_commands(root: Path) -> Path:
 
 
 def emotions(root: Path, speakers: int = 6) -> Path:
-    """EmoDB's table, every emotion once by every speaker."""
+    """EmoDB: a table with every emotion once per speaker."""
     root.mkdir()
     with open(root / "labels.csv", "w", newline="") as stream:
         table = csv.writer(stream)
@@ -68,7 +68,7 @@ def voices(root: Path) -> Path:
 
 
 def transcripts(root: Path, subset: str, texts: Sequence[str], speaker: int = 7) -> Path:
-    """LibriSpeech: utterances of a subset, a fifth of a second a symbol."""
+    """LibriSpeech: utterances of a subset, 0.2 s per symbol."""
     folder = root / subset / str(speaker) / "1"
     for number, text in enumerate(texts):
         name = f"{speaker}-1-{number:04d}"
@@ -79,14 +79,14 @@ def transcripts(root: Path, subset: str, texts: Sequence[str], speaker: int = 7)
 
 
 def utterances(root: Path) -> Path:
-    """The three subsets that recognition asks for."""
+    """LibriSpeech: the three subsets of speech recognition."""
     transcripts(root, "train-clean-100", ("A BAD CAB", "DAB", "A CAB", "BAD", "ADD A"))
     transcripts(root, "dev-clean", ("A BAD", "CAB"), 8)
     return transcripts(root, "test-clean", ("BAD DAB", "A CAD", "ACE"), 9)
 
 
 def timers(root: Path) -> Path:
-    """Timers and Such, a few commands a table."""
+    """Timers and Such: a few commands per table."""
     semantics = "{'intent': 'SetTimer', 'slots': {'minutes': %d}}"
     spoken = {5: "five", 2: "two", 9: "nine"}
     for table in ("train-real", "train-synth", "dev-real", "test-real"):

@@ -1,4 +1,4 @@
-"""Models of a few thousand weights with every kind of dropout, and clips of noise to feed them."""
+"""Models of a few thousand weights with every kind of dropout, and noise clips as input."""
 
 import dataclasses
 from pathlib import Path
@@ -31,17 +31,17 @@ SMALL = ModelConfig(
     feat_proj_dropout=0.1,
     layerdrop=0.0,
 )
-"""Group norm and layers that normalise after each part, as base."""
+"""Group norm and post-norm layers, like base."""
 LAYER_NORM = dataclasses.replace(
     SMALL, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True
 )
-"""As large."""
+"""Layer norm and pre-norm layers, like large."""
 HEADS = {"mean-linear": "kws12", "lstm-ctc": "asr", "linear-ctc": "asr", "x-vector": "speaker"}
-"""A task of each head."""
+"""A task for each head."""
 
 
 def pretraining_model(config: ModelConfig = SMALL, seed: int = 0) -> PretrainingModel:
-    """Weights whose biases and gains are not the trivial ones they begin with."""
+    """Randomise biases and gains, which start at trivial values."""
     torch.manual_seed(seed)
     model = PretrainingModel(config)
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def backbone_of(config: ModelConfig = SMALL, seed: int = 0) -> Backbone:
 
 
 def small_recipe(head: str, **changes: object) -> TaskRecipe:
-    """The recipe of a head's task, with a narrow LSTM; without clipping."""
+    """The recipe of a head's task with a narrow LSTM and no clipping."""
     values: dict[str, object] = {"head": head, "lstm_units": 8, "clip_norm": 0.0}
     return dataclasses.replace(recipe_of(HEADS[head]), **values | changes)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def task_model(
 
 
 def save_backbone(folder: Path, config: ModelConfig = SMALL, seed: int = 0) -> Path:
-    """A checkpoint directory of pretraining."""
+    """Write a pretraining checkpoint directory."""
     folder.mkdir(parents=True)
     model = pretraining_model(config, seed)
     hf.save_model(folder, config, {name: v.detach() for name, v in model.state_dict().items()})
@@ -76,13 +76,13 @@ def save_backbone(folder: Path, config: ModelConfig = SMALL, seed: int = 0) -> P
 
 
 def noise(samples: int, seed: int = 0) -> Tensor:
-    """`[sample]` of noise."""
+    """Noise, `[sample]`."""
     rng = np.random.default_rng([samples, seed])
     return torch.from_numpy(rng.uniform(-0.5, 0.5, samples).astype(np.float32))
 
 
 def padded(clips: list[Tensor], seed: int = 1) -> Tensor:
-    """Clips of `[sample]` or `[frame, feature]` as a batch; loud noise stands behind each."""
+    """Batch of clips `[sample]` or `[frame, feature]`, padded with loud noise."""
     longest = max(len(clip) for clip in clips)
     generator = torch.Generator().manual_seed(seed)
     batch = 20 * torch.randn((len(clips), longest, *clips[0].shape[1:]), generator=generator)

@@ -1,4 +1,4 @@
-"""LibriSpeech's transcripts: their symbols, chapters that have none, and a drawn validation set."""
+"""LibriSpeech's transcripts: symbols, chapters without transcripts, and a random validation set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_missing_subset_names_what_is_there(transcribed: Path) -> None:
 
 
 def test_a_subset_in_two_splits_is_refused(transcribed: Path) -> None:
-    with pytest.raises(UsageError, match="'dev-clean' stands in two splits"):
+    with pytest.raises(UsageError, match="'dev-clean' is in two splits"):
         asr.read(transcribed, TRAIN, VALID, VALID, 0)
 
 

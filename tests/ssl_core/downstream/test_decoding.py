@@ -1,4 +1,4 @@
-"""From frames to text: greedily on exact cases, and by a beam search with words and n-grams."""
+"""CTC decoding: greedy on exact cases, and a beam search with a lexicon and n-grams."""
 
 import sys
 from pathlib import Path
@@ -29,11 +29,11 @@ ngram 2=2
 
 \\end\\
 """
-"""After AB comes BA."""
+"""AB is followed by BA."""
 
 
 def frames(text: str, sure: float = 20.0) -> Tensor:
-    """`[1, frame, symbol]` logits of a symbol a frame; `_` is the blank."""
+    """Logits `[1, frame, symbol]` with one symbol per frame; `_` is the blank."""
     places = [0 if symbol == "_" else LABELS.index(symbol) + 1 for symbol in text]
     return sure * torch.nn.functional.one_hot(torch.tensor(places), 4).float()[None]
 
@@ -53,7 +53,7 @@ def decoded(decoder: Decoder, text: str) -> str:
         ("AB__ __BA", "AB BA"),
     ],
 )
-def test_repeats_are_joined_and_blanks_left_out(path: str, text: str) -> None:
+def test_repeats_are_merged_and_blanks_removed(path: str, text: str) -> None:
     assert decoded(greedy(LABELS), path) == text
 
 
@@ -84,7 +84,7 @@ def test_a_beam_search_without_words_finds_any_text(path: str, text: str) -> Non
 
 @pytest.mark.usefixtures("flashlight")
 def test_a_beam_search_adds_the_paths_of_a_text() -> None:
-    """The likeliest symbols are blank, blank; the likeliest text, by its best path too, is that."""
+    """The text A has the best path (A, blank) and the highest probability over all paths."""
     scores = torch.tensor([[[0.0, -9, 2.0, -9], [3.0, -9, 0.0, -9]]])
     assert greedy(LABELS)(scores, [2]) == beam_search(LABELS, 10)(scores, [2]) == ["A"]
 
@@ -93,7 +93,7 @@ def test_a_beam_search_adds_the_paths_of_a_text() -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("AB BA", "AB BA"),  # ends without a frame for the space behind the last word
+        ("AB BA", "AB BA"),  # no frame for the space after the last word
         ("_AAB_ _B_A__", "AB BA"),
         ("B_B", "BB"),
         ("_____", ""),
@@ -130,7 +130,7 @@ def test_an_n_gram_decides_between_words(words: str, tmp_path: Path) -> None:
     pytest.importorskip("flashlight.lib.text.decoder.kenlm")
     arpa = tmp_path / "words.arpa"
     arpa.write_text(BIGRAMS)
-    # BA or BB: the sound leans a little to BB.
+    # BA or BB: the logits slightly favour BB.
     scores = frames("AB B_A", 8.0)
     scores[0, 5] = torch.tensor([-8.0, -8.0, 2.0, 2.5])
     assert beam_search(LABELS, 50, words)(scores, [6]) == ["AB BB"]
@@ -165,11 +165,11 @@ def test_without_flashlight_the_error_says_what_to_install(
     ("content", "problem"),
     [
         (None, r"--words .*words: no such file"),
-        (b"ab\ncab\n", "no word is made of the task's symbols"),
-        (b"", "no word is made of the task's symbols"),
+        (b"ab\ncab\n", "no word can be spelled in the task's symbols"),
+        (b"", "no word can be spelled in the task's symbols"),
         (b"AB\nAB BA\n", r"words:2: expected one word, found 'AB BA'"),
         (b"AB\t12\n", r"words:1: expected one word"),
-        (b"\xff\xfe", "not a text in UTF-8"),
+        (b"\xff\xfe", "not UTF-8 text"),
     ],
 )
 def test_a_bad_list_of_words_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
@@ -182,7 +182,7 @@ def test_a_bad_list_of_words_is_named(tmp_path: Path, content: bytes | None, pro
 
 def test_an_n_gram_needs_words(tmp_path: Path) -> None:
     (tmp_path / "arpa").write_text(BIGRAMS)
-    with pytest.raises(UsageError, match="give the words to choose from with --words"):
+    with pytest.raises(UsageError, match="give the lexicon with --words"):
         beam_search(LABELS, 5, "", str(tmp_path / "arpa"))
     with pytest.raises(UsageError, match=r"--ngram .*none: no such file"):
         beam_search(LABELS, 5, "", str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""IEMOCAP and EmoDB: four emotions, folds of whole speakers, and who really speaks."""
+"""IEMOCAP and EmoDB: four emotions, folds by speaker, and the right speaker of a clip."""
 
 from collections import Counter
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_fold_tests_on_one_session_and_validates_on_the_next(
     assert len({clip.speaker for clip in data.train}) == 6
     everyone = [{clip.speaker for clip in split} for split in (data.train, data.valid, data.test)]
     assert sum(len(speakers) for speakers in everyone) == len(set().union(*everyone)) == 10
-    # Excited counts as happy; frustration and no agreement are left out.
+    # Excited counts as happy; frustration and no agreement are skipped.
     counts = Counter(clip.label for clip in data.test)
     assert counts == {"ang": 4, "hap": 8, "neu": 4, "sad": 4}
     assert data.skips == {"another emotion": 40}
@@ -151,7 +151,9 @@ def test_an_odd_speaker_joins_the_last_pair(tmp_path: Path) -> None:
 
 def test_too_few_speakers(tmp_path: Path) -> None:
     root = write_emodb(tmp_path / "emodb", 5)
-    with pytest.raises(DataError, match=r"clips of 5 speakers in .*: two to test on"):
+    with pytest.raises(
+        DataError, match=r"clips of 5 speakers in .*, six are needed: two to train on"
+    ):
         emotion.read(root, 1, 0)
 
 

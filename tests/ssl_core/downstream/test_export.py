@@ -1,4 +1,4 @@
-"""Models pass to transformers and from it: the same logits, the same texts, or a clear error."""
+"""Models to and from transformers: the same logits, the same texts, or a clear error."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def our_logits(model: TaskModel, waveform: Tensor) -> Tensor:
 
 
 def opened(kind: Any, folder: Path) -> Any:
-    """A model of transformers that took every tensor of the directory, and needed no other."""
+    """A transformers model that uses every tensor of the directory and misses none."""
     model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
@@ -70,7 +70,9 @@ def test_transcribers_open_in_transformers_with_their_tokenizer(
     config: ModelConfig, tmp_path: Path
 ) -> None:
     model = task_model("linear-ctc", len(asr.LABELS), config)
-    model.head.get_parameter("linear.weight").data.mul_(SPREAD)  # so that many symbols are written
+    model.head.get_parameter("linear.weight").data.mul_(
+        SPREAD
+    )  # so that many symbols are predicted
     export(model, "asr", asr.LABELS, tmp_path / "model")
     theirs = opened(Wav2Vec2ForCTC, tmp_path / "model")
     tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "model")
@@ -82,7 +84,7 @@ def test_transcribers_open_in_transformers_with_their_tokenizer(
         assert (ours - expected[..., : len(asr.LABELS) + 1]).abs().max() < SPREAD * 1e-5
         assert expected.argmax(-1).max() <= len(asr.LABELS)
         text = greedy(asr.LABELS)(ours, [ours.shape[1]])[0]
-        # Their tokenizer writes no space at an end, and one where spaces meet.
+        # Their tokenizer strips spaces at the ends and merges repeated ones.
         assert tokenizer.batch_decode(expected.argmax(-1)) == [" ".join(text.split())]
         texts.append(text)
     assert len(texts[0]) > 5
@@ -127,7 +129,7 @@ def test_an_exported_backbone_is_an_upstream_again(head: str, tmp_path: Path) ->
     assert about["recipe"]["head"] == head
 
 
-def test_a_personal_head_is_left_out(tmp_path: Path) -> None:
+def test_a_personal_head_is_not_exported(tmp_path: Path) -> None:
     export(task_model("mean-linear"), "kws12", "abcde", tmp_path / "model", with_head=False)
     names = load_file(tmp_path / "model" / "model.safetensors").keys()
     assert all(name.startswith("wav2vec2.") for name in names)
@@ -282,7 +284,7 @@ def list_as_preprocessor(folder: Path, weights: dict[str, Tensor]) -> None:
     [
         (missing, r"does not fit the model: 1 missing \(such as encoder\.layers\.1\.final"),
         (unexpected, r"does not fit the model: 1 unexpected \(such as encoder\.layers\.2"),
-        (wrong_shape, r"layers\.1\.final_layer_norm\.bias is \(33,\), the model's \(32,\)"),
+        (wrong_shape, r"layers\.1\.final_layer_norm\.bias has shape \(33,\), not \(32,\)"),
         (other_model, "model_type is 'hubert', not wav2vec2"),
         (bad_preprocessor, r"preprocessor_config\.json cannot be read"),
         (list_as_preprocessor, r"preprocessor_config\.json cannot be read"),

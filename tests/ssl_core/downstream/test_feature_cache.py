@@ -1,4 +1,4 @@
-"""Features kept on disk: exact, bounded, shared, and never in the way when something breaks."""
+"""The feature cache: exact, bounded, shared by processes, and harmless when it fails."""
 
 import os
 import signal
@@ -117,7 +117,7 @@ def test_the_limit_is_kept_and_said(folder: Path) -> None:
     assert_holds(cache, first)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MIB
     cache.close()
-    # What is there is used again, and counted again.
+    # The clips in the file are found again and count towards the limit.
     cache = FeatureCache("a", WIDTH, MIB, folder)
     assert not cache.problem
     assert_holds(cache, first)
@@ -144,7 +144,7 @@ def test_the_file_not_used_for_longest_makes_room(folder: Path) -> None:
     names = {path.name.partition(".")[0] for path in folder.iterdir()}
     assert names == {"own", "middle", "new"}
     cache.close()
-    # Opening a file is a use of it.
+    # Opening a file counts as use.
     FeatureCache("middle", WIDTH, folder=folder).close()
     age(folder, "new", 1)
     cache = FeatureCache("own", WIDTH, 17 * MIB // 10, folder)
@@ -256,7 +256,7 @@ def test_a_full_disk_is_a_problem_and_no_crash(folder: Path) -> None:
     kept = clips(2)
     cache.put(kept)
     assert cache._connection is not None
-    cache._connection.execute("pragma max_page_count=10")  # what SQLite says of a full disk too
+    cache._connection.execute("pragma max_page_count=10")  # SQLite's error is that of a full disk
     cache.put(clips(5, 2000, 1))
     assert "full" in cache.problem
     assert_holds(cache, kept)
@@ -288,7 +288,7 @@ def writer(folder: Path, first: int, last: int) -> subprocess.Popen[str]:
 
 
 def kept_pairs(folder: Path, last: int) -> list[int]:
-    """Numbers whose two clips are both kept, as written; none is kept by half."""
+    """Numbers whose two clips are both stored as written; checks that no pair is stored by half."""
     cache = FeatureCache("shared", WIDTH, folder=folder)
     assert not cache.problem
     found = []
@@ -396,7 +396,7 @@ def test_a_file_is_that_of_everything_that_makes_its_features(audio: Path) -> No
     ]
     assert len({each.cache.path for each in variants}) == len(variants)
     assert loader(audio).cache.path == variants[0].cache.path
-    # What comes behind the convolutions does not change what they make.
+    # Later layers do not change the output of the convolutions.
     same = loader(audio, source=other, unfrozen=True)
     assert same.cache.path == variants[-1].cache.path
     trained = loader(audio, unfrozen=True, extractor=True)

@@ -1,4 +1,4 @@
-"""Speech Commands: official lists, unknown words, and silence that no two splits share."""
+"""Speech Commands: official lists, unknown words, and silence that is disjoint between splits."""
 
 import shutil
 from collections import Counter
@@ -27,7 +27,7 @@ def paths(clips: Iterable[Clip], label: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten commands and three other words, 4 files each; to be read only."""
+    """Ten commands and three other words, 4 files each; read-only."""
     root = tmp_path_factory.mktemp("speech") / "speech_commands_v0.02"
     valid, test = [], []
     for word in (*kws.COMMANDS, *OTHERS):
@@ -97,7 +97,7 @@ def test_unknown_and_silence_are_drawn_by_the_seed_alone(commands: Path, own: Pa
     assert drawn[0] == draw(commands, 0)
     for kind in range(6):
         assert len({tuple(each[kind]) for each in drawn}) > 1
-    # The same files, listed by the file system in another order.
+    # The file system lists the same files in another order.
     for word in ("cat", "bed"):
         shutil.move(own / word, own / f"_{word}")
         shutil.copytree(own / f"_{word}", own / word)
@@ -127,7 +127,9 @@ def test_short_noise_serves_the_splits_it_is_long_enough_for(own: Path) -> None:
         for clip in (*data.valid, *data.test):
             assert clip.piece.path != f"{kws.NOISE}/tap.wav"
     write_noise(own / kws.NOISE / "hum.wav", 4 * 16_000)
-    with pytest.raises(DataError, match=r"long enough .* to valid on: at least one of 5 s is"):
+    with pytest.raises(
+        DataError, match=r"long enough .* in the valid split: a file of at least 5 s is"
+    ):
         kws.read(own, 12, 0)
 
 

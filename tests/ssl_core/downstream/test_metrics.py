@@ -1,4 +1,4 @@
-"""Scores on cases that can be counted by hand; the equal error rate against every threshold."""
+"""Metrics on cases counted by hand; the equal error rate against all thresholds."""
 
 import itertools
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def test_accuracy() -> None:
         (["ONE TWO"], ["ONE TOO"], 1 / 2),
         (["ONE"], [""], 1.0),
         (["ONE"], ["TWO THREE FOUR"], 3.0),
-        # Words of all texts count together, not the mean of the texts' rates.
+        # The rate is over the words of all texts, not a mean over texts.
         (["ONE", "ONE TWO THREE"], ["TWO", "ONE TWO THREE"], 1 / 4),
         (["ONE TWO"], [" ONE  TWO "], 0.0),
     ],
@@ -64,7 +64,7 @@ def test_nothing_to_score_is_an_error(rate: object) -> None:
 
 
 def scan(scores: Sequence[float], same: Sequence[bool]) -> Fraction:
-    """The error rate where the lines through the points of all thresholds cross, exactly."""
+    """The exact error rate where the interpolated rates of all thresholds cross."""
     owners = [score for score, own in zip(scores, same, strict=True) if own]
     others = [score for score, own in zip(scores, same, strict=True) if not own]
     points = []
@@ -81,7 +81,7 @@ def scan(scores: Sequence[float], same: Sequence[bool]) -> Fraction:
 
 
 TRIALS = st.lists(
-    # Few different scores, so that many tie.
+    # Few distinct scores, so that many are tied.
     st.tuples(st.integers(-3, 3).map(lambda x: x / 4), st.booleans()), min_size=2, max_size=30
 ).filter(lambda trials: len({same for _, same in trials}) == 2)  # fmt: skip
 
@@ -102,7 +102,7 @@ def test_the_order_of_trials_and_a_rising_scale_change_nothing(
     random.shuffle(trials)  # type: ignore[attr-defined]
     scores, same = zip(*trials, strict=True)
     assert equal_error_rate([3 * s + 5 for s in scores], same)[0] == pytest.approx(rate)
-    # Who takes impostors for owners errs as often as who takes owners for impostors.
+    # Swapping impostors and targets and negating scores keeps the rate.
     mirrored = equal_error_rate([-s for s in scores], [not own for own in same])[0]
     assert mirrored == pytest.approx(rate)
 
@@ -115,7 +115,7 @@ def test_the_order_of_trials_and_a_rising_scale_change_nothing(
         ([0.5, 0.5], [0.5, 0.5, 0.5], 0.5),
         ([0.9, 0.1], [0.8, 0.0], 0.5),
         ([0.9, 0.8, 0.1], [0.7, 0.0, 0.0], 1 / 3),
-        # One threshold keeps out none and lets in 1/4, the next keeps out 1/3 and lets in none.
+        # One threshold rejects none and accepts 1/4, the next rejects 1/3 and accepts none.
         ([0.9, 0.8, 0.5], [0.5, 0.0, 0.0, 0.0], 1 / 7),
     ],
 )

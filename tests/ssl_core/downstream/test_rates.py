@@ -1,4 +1,4 @@
-"""Learning rates epoch by epoch, in exact numbers."""
+"""Learning rates by epoch, as exact numbers."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def test_newbob_multiplies_after_an_epoch_that_improves_too_little() -> None:
     recipe = recipe_of("asr")
     assert (recipe.anneal, recipe.backbone_anneal, recipe.improvement) == (0.7, 0.5, 0.0025)
     rates, heads, backbones = Rates(recipe), [], []
-    # Better, by too little, worse, better than the one before though not than the best, perfect.
+    # Better, too little better, worse, better than the previous but not the best, perfect.
     for epoch, error in enumerate((0.8, 0.7, 0.699, 0.75, 0.72, 0.0, 0.0)):
         heads.append(rates.at(epoch)[HEAD] / recipe.head_rate)
         backbones.append(rates.at(epoch)[BACKBONE] / recipe.backbone_rate)

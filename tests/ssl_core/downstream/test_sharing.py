@@ -1,4 +1,4 @@
-"""What of a task's model is shared and what is personal, and low-rank changes of its attention."""
+"""Shared and personal parameters of a task's model, and LoRA adapters of its attention."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 SHARES: tuple[Share, ...] = get_args(Share)
 SAMPLES = (9_000, 16_000, 4_000)
 NAMES = frozenset({"head.linear.weight", "head.linear.bias"})
-"""Of the head."""
+"""Parameters of the head."""
 LORA = {
     f"wav2vec2.encoder.layers.{layer}.attention.{name}.lora_{side}"
     for layer in (0, 1)
@@ -37,7 +37,7 @@ def split(model: TaskModel, method: Method, share: Share, layers: int = 1, rank:
 
 
 def expected_body(model: TaskModel, share: Share) -> set[str]:
-    """Of the names of a plain model, what `share` trains of the backbone."""
+    """Names of the backbone parameters, of a model without adapters, that `share` trains."""
     if share == "lora":
         return LORA
     untrained = ("head.", "wav2vec2.feature_extractor.", "wav2vec2.masked_spec_embed")
@@ -136,7 +136,7 @@ def test_low_rank_changes_are_nothing_at_first_and_follow_from_the_seed() -> Non
     torch.manual_seed(99)
     chance = torch.get_rng_state()
     add_lora(backbone_of(model), 4, seed=3)
-    assert torch.equal(torch.get_rng_state(), chance)  # whoever draws next draws the same
+    assert torch.equal(torch.get_rng_state(), chance)  # the global generator is untouched
     assert torch.equal(logits_of(model), before)
     again, other = task_model("mean-linear"), task_model("mean-linear")
     torch.manual_seed(5)
@@ -148,14 +148,14 @@ def test_low_rank_changes_are_nothing_at_first_and_follow_from_the_seed() -> Non
         assert torch.equal(again.get_parameter(name), value)
         if name.endswith("a"):
             assert not torch.equal(other.get_parameter(name), value)
-            # peft's: uniform up to the root of one over the width (Kaiming with a gain for 5).
+            # As in peft: uniform up to 1 / sqrt(width) (Kaiming with a = sqrt(5)).
             assert 0.1 < value.abs().max() <= 32**-0.5
         else:
             assert not value.any()
 
 
 def trained_with_lora(head: str = "mean-linear") -> tuple[TaskModel, dict[str, Tensor]]:
-    """A model after some updates of its low-rank changes and head, and the weights before."""
+    """A model after some updates of its adapters and head, and the weights before."""
     model = task_model(head)
     parts = split(model, "fedper", "lora")
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -202,7 +202,7 @@ def test_a_change_is_twice_the_product_of_its_factors(bias: bool) -> None:
     with torch.no_grad():
         layer.lora_a.copy_(torch.tensor([[1.0, -1.0]]))
         layer.lora_b.copy_(torch.tensor([[1.0], [0.0], [4.0]]))
-    # The change sees 3 - 4 = -1, and twice -1 times (1, 0, 4) is added.
+    # The adapter projects to 3 - 4 = -1, so 2 * -1 * (1, 0, 4) is added.
     assert SCALE == 2.0
     assert layer(x).tolist() == [[(torch.tensor([1.0, 4.0, -1.0]) + offset).tolist()]]
     assert layer.weight is base.weight

@@ -67,7 +67,7 @@ def test_splits_texts_and_labels(timers: Path) -> None:
     assert data.train[0].speaker == "ann"
     assert data.labels == tuple(sorted(set(data.train[0].text + data.train[1].text)))
     assert {"\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue0ff"} <= set(data.labels)
-    # A symbol that only a test has is an error the model makes, and its clip stays.
+    # A symbol that only the test set has counts as an error; its clip stays.
     assert "b" not in data.labels
     assert data.skips == {}
 
@@ -164,7 +164,7 @@ def test_a_missing_table_is_an_error(timers: Path, table: str) -> None:
         slots.read(timers)
 
 
-def test_what_is_left_out_is_counted(timers: Path) -> None:
+def test_skipped_files_are_counted(timers: Path) -> None:
     write_table(timers, "test-real", [("eve", "x", TIMER), ("eve", "  ", TIMER)])
     write_table(
         timers, "train-real", [("ann", "a", TIMER), ("ann", "b", TIMER), ("ann", "c", TIMER)]
@@ -179,12 +179,18 @@ def test_what_is_left_out_is_counted(timers: Path) -> None:
 @pytest.mark.parametrize(
     ("semantics", "problem"),
     [
-        ("__import__('os').getcwd()", "semantics is no dictionary with 'slots'"),
-        ("{'intent': 'SetTimer'}", "semantics is no dictionary with 'slots'"),
-        ("", "semantics is no dictionary with 'slots'"),
-        ("{'slots': {'a': [1]}}", r"slot 'a' holds \[1\], neither text nor a finite number"),
-        ("{'slots': {'a': 1e999}}", "slot 'a' holds inf, neither text nor a finite number"),
-        ("{'slots': {'a': '\ue000'}}", r"a symbol between U\+E000 and U\+E0FF, which tag slots"),
+        ("__import__('os').getcwd()", "semantics is not a dictionary with 'slots'"),
+        ("{'intent': 'SetTimer'}", "semantics is not a dictionary with 'slots'"),
+        ("", "semantics is not a dictionary with 'slots'"),
+        (
+            "{'slots': {'a': [1]}}",
+            r"slot 'a' is \[1\], neither text nor a finite number",
+        ),
+        ("{'slots': {'a': 1e999}}", "slot 'a' is inf, neither text nor a finite number"),
+        (
+            "{'slots': {'a': '\ue000'}}",
+            r"a symbol between U\+E000 and U\+E0FF, which are reserved for tags",
+        ),
     ],
 )
 def test_bad_semantics_name_their_line(timers: Path, semantics: str, problem: str) -> None:
@@ -202,7 +208,7 @@ def test_values_that_are_not_given_are_no_slots(timers: Path) -> None:
     ("text", "problem"),
     [
         ("path,transcription\na,b\n", r"no column 'semantics' \(found path, transcription\)"),
-        ("path,transcription,semantics\na,b\n", ":2: fewer columns than the first line"),
+        ("path,transcription,semantics\na,b\n", ":2: fewer columns than the header"),
         (f'path,transcription,semantics\n../a.wav,b,"{SUM}"\n', r":2: a path '\.\./a\.wav' with"),
         (f'path,transcription,semantics\n/a.wav,b,"{SUM}"\n', r":2: an absolute path '/a\.wav'"),
     ],
@@ -221,7 +227,7 @@ def test_tables_that_are_not_utf_8(timers: Path) -> None:
 
 def test_a_clip_in_two_splits_is_an_error(timers: Path) -> None:
     (timers / "test-real.csv").write_text((timers / "train-real.csv").read_text())
-    with pytest.raises(DataError, match=r"train-real/0\.wav stands in the tables of two splits"):
+    with pytest.raises(DataError, match=r"train-real/0\.wav is in the tables of two splits"):
         slots.read(timers)
 
 

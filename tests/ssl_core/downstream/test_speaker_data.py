@@ -1,4 +1,4 @@
-"""VoxCeleb1: the paper's and the official split, chunks, and trials that leak nothing."""
+"""VoxCeleb1: the paper's and the official split, chunks, and trials of untrained speakers."""
 
 from collections import Counter
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_the_tenth_is_drawn_by_the_seed_alone(voxceleb: Path) -> None:
     assert drawn[0] == speaker.read_identification(voxceleb.parent, 0).valid
     assert drawn[0] == speaker.read_identification(voxceleb / "wav", 0).valid
     assert len(set(drawn)) == 4
-    # Another speaker does not change the draw among the first one's utterances.
+    # The choice among a speaker's utterances does not depend on other speakers.
     write_noise(voxceleb / "wav" / "id0" / "video" / "00000.wav")
     of_first = [clip for clip in drawn[0] if clip.speaker == "id1"]
     again = speaker.read_identification(voxceleb, 0).valid
@@ -161,7 +161,7 @@ def test_trials_of_missing_files_are_named_and_counted(voxceleb: Path) -> None:
     assert len(speaker.read_identification(voxceleb, 0).valid) == 3
 
 
-@pytest.mark.parametrize(("kept", "lacking"), [(1, "two voices"), (0, "the same voice")])
+@pytest.mark.parametrize(("kept", "lacking"), [(1, "different speakers"), (0, "the same speaker")])
 def test_trials_of_one_kind_have_no_error_rate(voxceleb: Path, kept: int, lacking: str) -> None:
     lines = (voxceleb / "veri_test.txt").read_text().splitlines()
     chosen = [line for line in lines if line.startswith(str(kept))]
@@ -189,7 +189,7 @@ def test_a_bad_line_of_the_official_split_is_named(voxceleb: Path, line: str, pr
         speaker.read_identification(voxceleb, 0, "official")
 
 
-def test_what_is_left_out_is_counted(voxceleb: Path) -> None:
+def test_skipped_files_are_counted(voxceleb: Path) -> None:
     (voxceleb / "wav" / "id1" / "video0" / "00004.wav").write_bytes(b"no audio")
     assert speaker.read_identification(voxceleb, 0).skips == {"unreadable": 1}
     with open(voxceleb / "iden_split.txt", "a") as stream:

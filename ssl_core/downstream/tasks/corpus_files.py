@@ -1,4 +1,4 @@
-"""What every reader of a corpus does with its files: finds them, counts what it leaves out."""
+"""Finding and reading the files of a corpus: folders, audio headers, lists and tables."""
 
 import csv
 import io
@@ -17,7 +17,16 @@ _SHOWN = 5
 
 
 def headers(root: Path, paths: Iterable[str], progress: bool = False) -> dict[str, int | str]:
-    """Samples at 16 kHz of every file, or why it cannot be used (`samples_of`), by path."""
+    """Read the audio headers of files.
+
+    Args:
+        root: corpus root.
+        paths: relative to it.
+        progress: show a progress bar on stderr if that is a terminal.
+
+    Returns:
+        By path, the samples at 16 kHz, or the reason to skip the file (`samples_of`).
+    """
     chosen = tuple(dict.fromkeys(paths))
     with ThreadPoolExecutor(max_workers=4) as pool:
         found = pool.map(lambda path: samples_of(root / path), chosen)
@@ -28,7 +37,14 @@ def headers(root: Path, paths: Iterable[str], progress: bool = False) -> dict[st
 def lengths(
     root: Path, paths: Iterable[str], skips: Skips, progress: bool = False
 ) -> dict[str, int]:
-    """Samples at 16 kHz of every usable file by path; the others are counted in `skips`."""
+    """Samples at 16 kHz of every usable file, by path.
+
+    Args:
+        root: corpus root.
+        paths: relative to it.
+        skips: counts the unusable files.
+        progress: show a progress bar on stderr if that is a terminal.
+    """
     usable = {}
     for path, found in headers(root, paths, progress).items():
         if isinstance(found, str):
@@ -39,7 +55,7 @@ def lengths(
 
 
 def names(folder: Path) -> list[str]:
-    """What a folder holds, sorted, without hidden names; nothing where it cannot be read."""
+    """Sorted names in a folder, without hidden ones; empty if the folder cannot be read."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
@@ -47,15 +63,15 @@ def names(folder: Path) -> list[str]:
 
 
 def folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
+    """Sorted names of the subfolders of a folder, without hidden ones."""
     return [name for name in names(folder) if (folder / name).is_dir()]
 
 
 def check_folder(root: Path, corpus: str) -> None:
-    """Make sure that a corpus may lie there.
+    """Check that the corpus root is a folder with something in it.
 
     Raises:
-        DataError: no such folder, a file, or an empty folder.
+        DataError: missing, a file, or empty.
     """
     if not root.exists():
         raise DataError(f"no such folder: {root}; give the folder that holds {corpus}")
@@ -66,7 +82,13 @@ def check_folder(root: Path, corpus: str) -> None:
 
 
 def other_layout(root: Path, corpus: str, layout: str) -> DataError:
-    """The error for a folder that holds something else than a corpus in its layout."""
+    """The error for a folder that does not have the layout of a corpus.
+
+    Args:
+        root: the folder.
+        corpus: name of the corpus.
+        layout: what was expected there.
+    """
     there = names(root)
     shown = ", ".join(there[:_SHOWN]) + (", ..." if len(there) > _SHOWN else "")
     return DataError(
@@ -76,10 +98,10 @@ def other_layout(root: Path, corpus: str, layout: str) -> DataError:
 
 
 def lines_of(path: Path, advice: str) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line of a file that is not blank.
+    """Yield line number, from 1, and text of the lines of a file that are not blank.
 
     Raises:
-        DataError: missing, unreadable or not UTF-8; `advice` says what to do about it.
+        DataError: missing, unreadable or not UTF-8; the message ends with `advice`.
     """
     for number, line in enumerate(_text(path, advice).split("\n"), start=1):
         if line.strip():
@@ -89,11 +111,16 @@ def lines_of(path: Path, advice: str) -> Iterator[tuple[int, str]]:
 def rows_of(
     path: Path, columns: tuple[str, ...], advice: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number of the last line and contents by column of every row of a CSV file with a header.
+    """Yield the number of its last line and the values by column of every row of a CSV file.
+
+    Args:
+        path: of a CSV file with a header.
+        columns: required columns.
+        advice: what to do about a bad file; ends every error message.
 
     Raises:
-        DataError: missing, unreadable or not UTF-8, one of `columns` is not in it, or a row that
-            ends before them; `advice` says what to do about it.
+        DataError: missing, unreadable or not UTF-8, or a required column is missing from the
+            header or from a row.
     """
     reader = csv.DictReader(io.StringIO(_text(path, advice), newline=""))
     try:
@@ -106,7 +133,7 @@ def rows_of(
         for row in reader:
             if any(row[column] is None for column in columns):
                 raise DataError(
-                    f"{path}:{reader.line_num}: fewer columns than the first line has; {advice}"
+                    f"{path}:{reader.line_num}: fewer columns than the header; {advice}"
                 )
             yield reader.line_num, {column: row[column] or "" for column in there}
     except csv.Error as error:
@@ -133,18 +160,27 @@ def task_data(
     skips: Skips,
     trials: tuple[Trial, ...] = (),
 ) -> TaskData:
-    """Clips as a task sees them, every split with at least one.
+    """Make a `TaskData` and check that every split has a clip.
+
+    Args:
+        root: corpus root.
+        train: clips to train on.
+        valid: clips to validate on.
+        test: clips to test on.
+        labels: as `TaskData.labels`.
+        skips: files that were skipped.
+        trials: of verification.
 
     Raises:
-        DataError: a split without clips; what was left out is named.
+        DataError: a split without clips; the message lists what was skipped.
     """
     data = TaskData(
         root, tuple(train), tuple(valid), tuple(test), labels, trials, skips.counts, skips.examples
     )
     for split, clips in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if not clips:
-            left_out = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
-            raise DataError(f"no clip to {_PURPOSE[split]} in {root}{left_out}; unpack it again")
+            skipped = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
+            raise DataError(f"no clip to {_PURPOSE[split]} in {root}{skipped}; unpack it again")
     return data
 
 
