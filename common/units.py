@@ -1,4 +1,4 @@
-"""Lengths, sizes and lists of names as a person writes them (`5s`, `8GB`, `a, b`), and back."""
+"""Parses and formats lengths (`5s`), sizes (`8GB`) and lists of names (`a, b`)."""
 
 import math
 import re
@@ -12,7 +12,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_length(text: str | float) -> float:
-    """Seconds of audio from `5s`, `500ms`, `1.5min`, or a plain number of seconds.
+    """Parse `5s`, `500ms`, `1.5min` or a plain number of seconds; returns seconds.
 
     Raises:
         UsageError: not a length, or not above zero.
@@ -27,9 +27,9 @@ def parse_length(text: str | float) -> float:
 
 
 def parse_size(text: str | float) -> int:
-    """Bytes from `8GB`, `512MiB`, `1.5G` or a plain number of bytes.
+    """Parse `8GB`, `512MiB`, `1.5G` or a plain number of bytes; returns bytes.
 
-    `GB` is 10**9 bytes and `GiB` (or `G`) is 2**30, as vendors and tools write them.
+    `GB` is 10**9 bytes; `GiB` and `G` are 2**30 bytes.
 
     Raises:
         UsageError: not a size, or not above zero.
@@ -46,17 +46,17 @@ def parse_size(text: str | float) -> int:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Names from a text that separates them by commas; none from an empty one."""
+    """Split a text at commas; an empty text has no names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def format_length(seconds: float) -> str:
-    """The shortest way to write a length: `5s`, `15.8s`."""
+    """Seconds as a length in its shortest form: `5s`, `15.8s`."""
     return f"{seconds:g}s"
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: `48 s`, `12.5 min`, `1.63 h`."""
+    """Seconds in a readable unit: `48 s`, `12.5 min`, `1.63 h`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     if seconds < 3600:
@@ -65,7 +65,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """A size for people, in powers of 1024: `362 MiB`, `1.5 GiB`."""
+    """Bytes in a readable unit, in powers of 1024: `362 MiB`, `1.50 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.3g} {unit}"

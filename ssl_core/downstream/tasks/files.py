@@ -136,15 +136,15 @@ def task_data(
     """Clips as a task sees them, every split with at least one.
 
     Raises:
-        DataError: a split without clips; what was left out is named.
+        DataError: a split without clips; the message names the skipped files.
     """
     data = TaskData(
         root, tuple(train), tuple(valid), tuple(test), labels, trials, skips.counts, skips.examples
     )
     for split, clips in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if not clips:
-            left_out = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
-            raise DataError(f"no clip to {_PURPOSE[split]} in {root}{left_out}; unpack it again")
+            skipped = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
+            raise DataError(f"no clip to {_PURPOSE[split]} in {root}{skipped}; unpack it again")
     return data
 
 
