@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 highlight=False,
             )
     if (every or options.caps) and options.data is None:
-        console.print("caps: left out, they need --data")
+        console.print("caps: skipped, they need --data")
     elif every or options.caps:
         try:
             with capped(2**30):
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     highlight=False,
                 )
         except NoCgroup as error:
-            console.print(f"caps: left out: {error}")
+            console.print(f"caps: skipped: {error}")
     result |= summary(estimates, caps)
     result |= compare(tasks, "" if not estimates else "task_")
     if every or options.table2:

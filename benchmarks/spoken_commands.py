@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from partitions.demo_corpus import Espeak, voices_of
+from partitions.demo_corpus import voices_of
+from partitions.espeak import Espeak
 from partitions.sampling import SAMPLE_RATE
 
 NUMBERS = {

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all: written aside, flushed, then renamed."""
+"""Atomic replacement of files and directories: write to a temporary name, flush, then rename."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sync_path(path: Path) -> None:
-    """Ask the system to put a file or directory on the disk itself."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,10 +18,10 @@ def sync_path(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all.
+    """Write a UTF-8 text file atomically.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; the old file stays as it was.
+        OSError: the disk is full or the directory cannot be written; the old file is kept.
     """
     with replacing(path) as partial, open(partial, "w", encoding="utf-8") as stream:
         stream.write(text)
@@ -29,12 +29,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Yield the name of an empty file beside `path`; on success it takes that name, else it goes.
+    """Yield an empty temporary file beside `path`; rename it to `path` on success, else delete it.
 
-    Without `sync` a loss of power, not of the process, may leave a file that is cut short.
+    Without `sync` the file survives a crash of the process, but a power loss may truncate it.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; the old file stays as it was.
+        OSError: the disk is full or the directory cannot be written; the old file is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
@@ -55,12 +55,12 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; on success it takes that name, else it is removed.
+    """Yield an empty temporary directory; rename it to `path` on success, else delete it.
 
-    An existing directory of that name is replaced only once the new one is complete.
+    An existing directory is replaced only once the new one is complete.
 
     Raises:
-        OSError: the disk is full or the parent cannot be written; the old directory stays.
+        OSError: the disk is full or the parent cannot be written; the old directory is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))

@@ -1,8 +1,8 @@
-"""Errors a user can act on; each carries the exit code of the command line."""
+"""Errors that a user can act on, each with its exit code on the command line."""
 
 
 class ShortwaveError(Exception):
-    """Base of every error that is shown without a traceback.
+    """Base class of the errors shown without a traceback.
 
     The message says what was wrong, where, and what to do.
     """
@@ -17,10 +17,10 @@ class UsageError(ShortwaveError):
 
 
 class DataError(ShortwaveError):
-    """Audio, a manifest or a corpus that cannot be used (exit code 1)."""
+    """Unusable audio, manifest or corpus (exit code 1)."""
 
 
 class Interrupted(ShortwaveError):
-    """The user stopped the run; what was done so far can be resumed (exit code 130)."""
+    """The user stopped the run, which can be resumed (exit code 130)."""
 
     exit_code = 130

@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 def bar_of(console: Console, show: bool = True) -> Progress:
-    """A bar with counts, time gone and time left on a console; hidden where it is no terminal."""
+    """A bar with counts, elapsed time and time left; hidden if the console is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,9 +37,14 @@ def track(
     show: bool,
     count: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
-    """Pass `items` on, counting them on a bar with `show` and where stderr is a terminal.
+    """Yield `items`, counting them on a progress bar on stderr.
 
-    `count`: what an item counts for.
+    Args:
+        items: what to iterate over.
+        total: the sum of `count` over all items.
+        text: label of the bar.
+        show: whether to show the bar; it needs a terminal as well.
+        count: steps of the bar for an item.
     """
     with bar_of(Console(stderr=True), show) as bar:
         task = bar.add_task(text, total=total)

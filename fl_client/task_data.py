@@ -54,7 +54,7 @@ def load_pool(settings: TaskSettings) -> Pool:
         known = set(data.labels)
         kept = tuple(clip for clip in clips if clip.label in known)
         if len(kept) < len(clips):
-            skips.append(f"label without clips to train on: {len(clips) - len(kept)}")
+            skips.append(f"skipped, label without clips to train on: {len(clips) - len(kept)}")
         clips = kept
     return Pool(data.root, data.labels, clips, tuple(skips))
 

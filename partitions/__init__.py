@@ -1,1 +1,1 @@
-"""What is on disk: corpora, recutting to a length, speaker partitions. No torch, flwr or ray."""
+"""Corpora on disk, recutting to a length and speaker partitions. No torch, flwr or ray."""

@@ -13,12 +13,12 @@ from common import atomic, command
 from common.figures import save_figure
 from common.units import format_length, format_seconds, parse_length
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
-from partitions.length_figure import plot_lengths
-from partitions.lengths import recut, table
 from partitions.librispeech import find_utterances
 from partitions.manifest import write_manifest
 from partitions.prepared import prepare
-from partitions.speakers import HELD_OUT_SHARE, How, held_out_speakers, partition, seconds_of
+from partitions.recut import recut
+from partitions.recut_report import plot_lengths, table
+from partitions.speakers import HELD_OUT_FRACTION, How, held_out_speakers, partition, seconds_of
 
 USE_REAL = "python -m ssl_core.download --subset train-clean-100 --output DIR"
 """The command that downloads a subset of the real corpus."""
@@ -97,8 +97,8 @@ def _add_split(commands: "argparse._SubParsersAction[command.Parser]") -> None:
     parser.add_argument(
         "--held-out",
         type=float,
-        default=HELD_OUT_SHARE,
-        help="share of the speakers that is kept for evaluation, 0 to 0.33",
+        default=HELD_OUT_FRACTION,
+        help="fraction of the speakers that is kept for evaluation, 0 to 0.33",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same parts")
     _add_corpus(parser)

@@ -1,4 +1,4 @@
-"""Reads the samples of a crop, decoding no more of its files than the crop needs."""
+"""Reads the samples of a crop, decoding only the part of each file that the crop needs."""
 
 import math
 from pathlib import Path
@@ -13,42 +13,50 @@ from partitions.manifest import Piece, Sequence, path_problem
 from partitions.sampling import SAMPLE_RATE
 
 SILENCE = 1e-5
-"""Root mean square below which a crop is silent; full scale is 1, one 16-bit step is 3e-5."""
+"""RMS below which a crop counts as silent; full scale is 1, one 16-bit step is 3e-5."""
 
 _MARGIN = 0.025
-"""Seconds decoded on both sides of a resampled piece, longer than soxr's filter."""
+"""Seconds decoded on each side of a piece to resample; longer than soxr's filter."""
 
 _LONGEST = 2**40
-"""Frames a file may have: libsndfile reports about 2**63 where a stream does not state its own."""
+"""Most frames a file may have; libsndfile reports about 2**63 if a stream does not state them."""
 
 _PADDING = 2
-"""Samples that resampling may leave missing at a file's end, where rounding falls short."""
+"""Samples that may be missing at a file's end after resampling, because of rounding."""
 
 
 class BadAudio(DataError):
-    """Audio that cannot be used, and why.
+    """Unusable audio, with the reason.
 
     Attributes:
         reason: "missing", "unreadable", "truncated", "not finite", "silent" or "empty".
-        path: the file's path relative to the corpus root.
+        path: path of the file, relative to the corpus root.
     """
 
     def __init__(self, reason: str, path: str, detail: str) -> None:
-        """`detail` says what is wrong with the file, and what to do."""
+        """Build the message from the path and the detail.
+
+        Args:
+            reason: one of the reasons of the class.
+            path: path of the file, relative to the corpus root.
+            detail: what is wrong with the file and what to do.
+        """
         super().__init__(f"{path}: {detail}")
         self.reason = reason
         self.path = path
 
     def __reduce__(self) -> tuple[type["BadAudio"], tuple[str, str, str]]:
-        """Rebuild from all three arguments when it comes from another process."""
+        """Pickle all three arguments, so that the error can be sent between processes."""
         detail = str(self).removeprefix(f"{self.path}: ")
         return BadAudio, (self.reason, self.path, detail)
 
 
 def samples_of(path: Path) -> int | str:
-    """Samples at 16 kHz that a file's header promises, or why it cannot be used.
+    """Length in samples at 16 kHz according to the file's header; nothing is decoded.
 
-    The reasons are "missing", "unreadable" and "empty". Nothing is decoded.
+    Returns:
+        The number of samples, or the reason why the file is unusable: "missing", "unreadable" or
+        "empty".
     """
     try:
         if path.stat().st_size == 0:
@@ -67,14 +75,18 @@ def samples_of(path: Path) -> int | str:
 def read_crop(
     root: Path, sequence: Sequence, offset: int = 0, samples: int | None = None
 ) -> NDArray[np.float32]:
-    """Read `samples` samples of a sequence from `offset` on, as float32 [samples] at 16 kHz.
+    """Read a crop of a sequence as float32 `[sample]` at 16 kHz.
 
-    Both are counted in samples at 16 kHz; without `samples` the crop runs to the sequence's end.
+    Args:
+        root: the corpus root.
+        sequence: the sequence to crop.
+        offset: first sample of the crop, at 16 kHz.
+        samples: length of the crop in samples at 16 kHz; None means up to the sequence's end.
 
     Raises:
         BadAudio: a file is missing, unreadable, truncated or empty, or the crop holds NaN or
             infinite samples or only silence.
-        UsageError: the crop does not lie within the sequence.
+        UsageError: the crop is not within the sequence.
     """
     total = sequence.samples
     end = total if samples is None else offset + samples
@@ -97,12 +109,12 @@ def read_crop(
 
 
 def read_piece(root: Path, piece: Piece) -> NDArray[np.float32]:
-    """Read one piece as float32 [samples] at 16 kHz, mixed to mono and resampled where needed.
+    """Read a piece as float32 `[sample]` at 16 kHz, mixed to mono and resampled if needed.
 
     Raises:
         BadAudio: the file is missing, unreadable, truncated or empty, or the piece holds NaN or
             infinite samples.
-        UsageError: the piece's path leaves the root, or its position makes no sense.
+        UsageError: the path leads outside the root, or the position or length is invalid.
     """
     problem = path_problem(piece.path)
     if problem or piece.start < 0 or piece.samples < 1:
@@ -130,9 +142,9 @@ def read_piece(root: Path, piece: Piece) -> NDArray[np.float32]:
 
 
 def _decode(sound: soundfile.SoundFile, piece: Piece, start: int, end: int) -> NDArray[np.float32]:
-    """Samples `start` to `end` at the file's own rate, as mono."""
+    """Decode samples `start` to `end`, at the file's own rate, as mono `[sample]`."""
     if end > sound.frames:
-        raise _truncated(piece, f"promised {end} samples, the header has {sound.frames}")
+        raise _truncated(piece, f"needs {end} samples, the header states {sound.frames}")
     try:
         sound.seek(start)
         audio = sound.read(end - start, dtype="float32", always_2d=True)
@@ -145,17 +157,17 @@ def _decode(sound: soundfile.SoundFile, piece: Piece, start: int, end: int) -> N
 
 
 def _resample(sound: soundfile.SoundFile, piece: Piece) -> NDArray[np.float32]:
-    """The piece of a file of another rate: its span with a margin, resampled, then trimmed."""
+    """Decode a piece of another rate with a margin, resample it, then trim the margin."""
     rate = int(sound.samplerate)
     divisor = math.gcd(rate, SAMPLE_RATE)
-    # Only at multiples of these steps do both rates have a sample at the same instant, so that the
-    # resampler starts in phase with a resampling of the whole file.
+    # Both rates have a sample at the same instant only at multiples of these steps. Starting at one
+    # gives the same phase as resampling the whole file.
     source_step, target_step = rate // divisor, SAMPLE_RATE // divisor
     margin = math.ceil(_MARGIN * rate)
     steps = max(0, piece.start * rate // SAMPLE_RATE - margin) // source_step
     end = -(-(piece.start + piece.samples) * rate // SAMPLE_RATE)
     if end > sound.frames + math.ceil(_PADDING * rate / SAMPLE_RATE):
-        raise _truncated(piece, f"promised {end} samples, the header has {sound.frames}")
+        raise _truncated(piece, f"needs {end} samples, the header states {sound.frames}")
     audio = _decode(sound, piece, steps * source_step, min(end + margin, sound.frames))
     resampled = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
     first = piece.start - steps * target_step
@@ -167,7 +179,7 @@ def _resample(sound: soundfile.SoundFile, piece: Piece) -> NDArray[np.float32]:
 
 
 def _cause(error: Exception) -> str:
-    """What libsndfile says, without the path it adds."""
+    """The message of libsndfile without the path."""
     return str(getattr(error, "error_string", error)).rstrip(".")
 
 

@@ -1,10 +1,10 @@
-"""Everyday sentences for the demo corpus, from a small grammar of our own."""
+"""Generates everyday sentences for the demo corpus from a small grammar."""
 
 from random import Random
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text, as they stand between its spaces."""
+    """Split a text at whitespace."""
     return tuple(text.split())
 
 
@@ -96,13 +96,13 @@ _NEARNESS = words("near behind beyond beside outside through across past around 
 
 
 def sentence(random: Random) -> str:
-    """One sentence of about 8 to 15 words, in lower case with a full stop."""
+    """A random sentence of about 8 to 15 words, in lower case with a full stop."""
     shape = random.choice(_SHAPES)
     return f"{' '.join(words(shape(random)))}."
 
 
 def transcript(sentences: list[str]) -> str:
-    """Sentences as LibriSpeech writes them: upper case, no punctuation."""
+    """Transcript of sentences in LibriSpeech's form: upper case, no punctuation."""
     text = " ".join(sentences).upper()
     return " ".join("".join(c if c.isalpha() or c == "'" else " " for c in text).split())
 

@@ -1,4 +1,4 @@
-"""LibriSpeech on disk: finds the utterances of any subsets, their lengths and transcripts."""
+"""Finds the utterances of LibriSpeech subsets on disk, with lengths and transcripts."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips, describe_skips
 
 LAYOUT = "subset/speaker/chapter/speaker-chapter-number.flac"
-"""Where LibriSpeech keeps an utterance (its README.TXT), `.wav` being read as well."""
+"""Path of an utterance in LibriSpeech (its README.TXT); `.wav` is accepted as well."""
 
 _SUFFIXES = (".flac", ".wav")
 _SUBSET_NAME = re.compile(r"(train|dev|test)-.+")
@@ -35,7 +35,7 @@ class Utterance:
     samples: int
     """Length in samples at 16 kHz, whatever the file's own rate."""
     transcript: str | None
-    """The words in upper case, or None where the chapter has no transcript for it."""
+    """The words in upper case, or None if the chapter has no transcript of the utterance."""
 
     @property
     def seconds(self) -> float:
@@ -45,16 +45,16 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The utterances of some subsets, in order of subset, speaker, chapter and number."""
+    """The utterances of some subsets, ordered by subset, speaker, chapter and number."""
 
     root: Path
-    """The folder that holds the subsets."""
+    """The folder with the subsets."""
     utterances: tuple[Utterance, ...]
     subsets: tuple[str, ...] = ()
     skips: dict[str, int] = field(default_factory=dict)
-    """Files left out, counted by reason."""
+    """Number of skipped files by reason."""
     skipped_examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """The first few paths left out, by reason."""
+    """The first few skipped paths by reason."""
 
     @property
     def speakers(self) -> tuple[str, ...]:
@@ -68,29 +68,29 @@ class Corpus:
 
     @property
     def without_transcript(self) -> int:
-        """Number of utterances that have no transcript."""
+        """Number of utterances without a transcript."""
         return sum(utterance.transcript is None for utterance in self.utterances)
 
     def describe_skips(self) -> list[str]:
-        """One line for each reason something was left out, with the first few paths."""
+        """One line for each reason, with the count and the first few skipped paths."""
         return describe_skips(self.skips, self.skipped_examples)
 
 
 @dataclass(frozen=True)
 class AudioFile:
-    """An audio file as the file system lists it."""
+    """An audio file as listed by the file system."""
 
     path: str
     """Posix path relative to the corpus root."""
     size: int
     """Bytes."""
     modified: int
-    """Time of the last change in nanoseconds."""
+    """Time of the last change in nanoseconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The audio files of some subsets, not opened yet."""
+    """The audio files of some subsets, not opened."""
 
     root: Path
     subsets: tuple[str, ...]
@@ -100,14 +100,14 @@ class Listing:
 
 
 def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = False) -> Corpus:
-    """Find the utterances of a corpus in LibriSpeech's layout, reading only the files' headers.
+    """Find the utterances of a corpus in LibriSpeech's layout; only file headers are read.
+
+    A file with an unreadable header or without audio is counted in `skips`.
 
     Args:
-        root: the folder that holds the subsets, its parent with `LibriSpeech/`, or one subset.
-        subsets: names such as `train-clean-100`; none means every `train-*`, or else all there are.
-        progress: show a progress bar on stderr where that is a terminal.
-
-    A file whose header cannot be read or that holds no audio is counted in `skips`.
+        root: the folder with the subsets, its parent (with `LibriSpeech/` in it), or one subset.
+        subsets: names such as `train-clean-100`; if empty, every `train-*`, or else all subsets.
+        progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
         DataError: no such folder, another layout, or no usable audio.
@@ -140,9 +140,9 @@ def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = 
 
 
 def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
-    """List the audio files of a corpus with their sizes and times, without opening them.
+    """List the audio files of a corpus with their sizes and times of change; opens none of them.
 
-    Arguments and errors are those of `find_utterances`.
+    The arguments and errors are those of `find_utterances`.
     """
     folder, present = _locate(root)
     for subset in subsets:
@@ -158,16 +158,16 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
     for subset in sorted(chosen, key=natural_order):
         files += list(_files_of(folder, subset, skips))
     if not files:
-        left_out = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
+        skipped = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
         raise DataError(
-            f"empty corpus: no audio in {', '.join(chosen)} of {folder}{left_out}; expected "
-            f"{LAYOUT} there, download or unpack the subset again"
+            f"empty corpus: no audio in {', '.join(chosen)} of {folder}{skipped}; expected "
+            f"{LAYOUT} there; download or unpack the subset again"
         )
     return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
 
 
 def _locate(root: Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder that holds the subsets, and their names in order."""
+    """The folder with the subsets, and their names in order."""
     if not root.exists():
         raise DataError(f"no such folder: {root}; give the folder that holds LibriSpeech's subsets")
     if not root.is_dir():
@@ -190,7 +190,7 @@ def _locate(root: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in order; none where it cannot be read."""
+    """Names of the folders in a folder, in order; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
@@ -200,7 +200,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _is_subset(folder: Path) -> bool:
-    """Whether a folder looks like `subset`, in its name or in the folders it holds."""
+    """Whether a folder is a subset, judged by its name or the folders in it."""
     if _SUBSET_NAME.fullmatch(folder.name):
         return True
     for speaker in _folders(folder):
@@ -239,13 +239,13 @@ def _listed(path: str, entry: os.DirEntry[str]) -> AudioFile:
     try:
         status = entry.stat()
     except OSError:
-        # A link to nothing: it will be found missing when its header is read.
+        # A broken link: reading its header will report it as missing.
         return AudioFile(path, -1, 0)
     return AudioFile(path, status.st_size, status.st_mtime_ns)
 
 
 def _read_transcripts(folder: Path) -> dict[str, str]:
-    """Transcripts of one chapter by utterance name; empty where the file is missing."""
+    """Transcripts of one chapter by utterance name; empty if the file is missing."""
     name = f"{folder.parent.name}-{folder.name}.trans.txt"
     try:
         text = (folder / name).read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Manifests: which samples of which files make up each training sequence, and whose voice it is."""
+"""Manifests: the file positions and the speaker of every training sequence."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from partitions.skips import describe_skips
 FORMAT_VERSION = 1
 """Written in the first line of every manifest; other versions are refused.
 
-To be raised when the format changes, or the recutting that cached manifests hold.
+Raise it when the format changes, or when recutting changes, which makes cached manifests stale.
 """
 
 _TITLE = "# shortwave manifest"
@@ -25,19 +25,19 @@ _LENGTHS_A_LINE = 16
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of one audio file."""
+    """A span of one audio file."""
 
     path: str
     """Posix path of the file, relative to the corpus root."""
     start: int
-    """First sample, counted at 16 kHz from the start of the file."""
+    """First sample at 16 kHz, counted from the start of the file."""
     samples: int
     """Number of samples at 16 kHz."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One recut sequence: pieces of one speaker's utterances, joined in order."""
+    """A recut sequence: joined pieces of one speaker's utterances."""
 
     speaker: str
     pieces: tuple[Piece, ...]
@@ -50,30 +50,30 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A corpus recut to one nominal length; every position is in samples at 16 kHz."""
+    """A corpus recut to one nominal length; positions are in samples at 16 kHz."""
 
     root: Path
-    """The folder that holds the subsets."""
+    """The folder with the subsets."""
     length: float
-    """Nominal length in seconds; no sequence is shorter."""
+    """Nominal length in seconds, which is the minimum of every sequence."""
     sequences: tuple[Sequence, ...]
-    """The sequences, speaker by speaker."""
+    """The sequences, grouped by speaker."""
     total_samples: int
-    """Audio before recutting: the sequences and the remainder together."""
+    """Samples before recutting: all sequences and the remainder."""
     remainder_samples: int = 0
-    """Audio in no sequence, because it does not fill another one."""
+    """Samples in no sequence: too few to fill another one."""
     remainder_speakers: int = 0
     """Speakers with a remainder."""
     skips: Mapping[str, int] = field(default_factory=dict)
-    """Files and speakers left out, counted by reason."""
+    """Number of skipped files and speakers by reason."""
     skipped_examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The first few paths or speakers left out, by reason."""
+    """The first few skipped paths or speakers by reason."""
     utterance_lengths: tuple[int, ...] = ()
-    """Lengths in samples of the utterances before recutting."""
+    """Lengths of the utterances before recutting, in samples."""
 
     @cached_property
     def speaker_samples(self) -> dict[str, int]:
-        """Samples in sequences of each speaker, by speaker in sorted order."""
+        """Samples in the sequences of each speaker; speakers are sorted."""
         samples: dict[str, int] = {}
         for sequence in self.sequences:
             samples[sequence.speaker] = samples.get(sequence.speaker, 0) + sequence.samples
@@ -100,19 +100,19 @@ class Manifest:
         return self.remainder_samples / SAMPLE_RATE
 
     def describe_skips(self) -> list[str]:
-        """One line for each reason something was left out, with the first few examples."""
+        """One line for each reason, with the count and the first few skipped examples."""
         return describe_skips(self.skips, self.skipped_examples)
 
 
 def natural_order(name: str) -> tuple[int, int, str]:
-    """Sorting key: numbers by value, then other names by their letters."""
+    """Sorting key: numbers by value, then other names alphabetically."""
     if name.isascii() and name.isdigit():
         return (0, int(name), name)
     return (1, 0, name)
 
 
 def path_problem(path: str) -> str | None:
-    """Why a relative posix path cannot stand in a manifest, or None if it can."""
+    """Why a path is not a safe relative posix path, or None if it is."""
     if not path:
         return "an empty path"
     if _FORBIDDEN.search(path):
@@ -125,13 +125,13 @@ def path_problem(path: str) -> str | None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest as text, whole or not at all.
+    """Write a manifest as text, atomically.
 
-    Header lines start with `#`; then one line a sequence, tab-separated:
+    Header lines start with `#`; then follows one tab-separated line for each sequence:
     `speaker path start samples [path start samples ...]`.
 
     Raises:
-        DataError: a name that the format cannot hold (a tab or a line break, say).
+        DataError: a name with a character that the format does not allow, such as a tab.
         OSError: the disk is full or the folder cannot be written.
     """
     root = str(manifest.root.resolve())
@@ -170,9 +170,9 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
     """Read a manifest; `root` replaces the corpus root written in it.
 
     Raises:
-        DataError: missing, not UTF-8, not a manifest, of another version, cut short, empty, or a
-            line with an unsafe path, a number that is not above zero, or a missing column; the
-            message names the file and the line.
+        DataError: the file is missing, not UTF-8, not a manifest, of another version, truncated or
+            empty, or a line has an unsafe path, an invalid number or a missing column; the message
+            names the file and the line.
     """
     try:
         content = path.read_bytes()
@@ -191,7 +191,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
 
 
 class _Reader:
-    """Collects the lines of one manifest, and knows where it is for the errors."""
+    """Parses a manifest line by line; errors name the current line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -255,7 +255,7 @@ class _Reader:
 
     def finish(self, root: Path | None) -> Manifest:
         if not self.sequences:
-            raise DataError(f"{self.path}: an empty manifest: no sequence in it; recut the corpus")
+            raise DataError(f"{self.path}: an empty manifest, without sequences; recut the corpus")
         self.number = 1
         counts = {
             key: self.integer(self.header.get(key, ""), f"header '{key}'", least=0)
@@ -271,7 +271,7 @@ class _Reader:
             raise self.fail(f"positions at {counts['sample rate']} Hz, not {SAMPLE_RATE}")
         if counts["sequences"] != len(self.sequences):
             found = len(self.sequences)
-            raise self.fail(f"cut short: {found} sequences of {counts['sequences']} promised")
+            raise self.fail(f"truncated: {found} sequences of {counts['sequences']}")
         try:
             length = float(self.header.get("length", ""))
         except ValueError:
@@ -279,7 +279,7 @@ class _Reader:
         if not 0 < length < float("inf"):
             raise self.fail("no header 'length' in seconds")
         if root is None and not self.header.get("root"):
-            raise self.fail("no header 'root', the folder that holds the subsets")
+            raise self.fail("no header 'root', the folder with the subsets")
         return Manifest(
             root=root if root is not None else Path(self.header["root"]),
             length=length,

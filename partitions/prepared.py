@@ -1,4 +1,4 @@
-"""A corpus scanned and recut, kept in the user's cache."""
+"""Scans and recuts a corpus, with the result kept in the user's cache."""
 
 import contextlib
 import hashlib
@@ -6,21 +6,27 @@ from pathlib import Path
 
 from common.cache_folder import cache_folder
 from common.errors import DataError
-from partitions.lengths import recut
 from partitions.librispeech import find_utterances, list_audio
 from partitions.manifest import FORMAT_VERSION, Manifest, read_manifest, write_manifest
+from partitions.recut import recut
 
 
 def prepare(
     root: Path, subsets: tuple[str, ...] = (), length: float = 5.0, progress: bool = False
 ) -> Manifest:
-    """Scan a corpus and recut it to `length` seconds, or take the result from the cache.
+    """Scan a corpus and recut it, or read the result from the cache.
 
-    The cache lies under `cache_folder()/manifests`, one file for each listing of the corpus (name,
-    size and time of every audio file), subsets and length; a broken or unwritable cache is ignored.
+    The cache has one manifest in `cache_folder()/manifests` for each combination of audio files
+    (name, size and time of change), subsets and length. A damaged or unwritable cache is ignored.
+
+    Args:
+        root: the corpus, see `find_utterances`.
+        subsets: names of the subsets, see `find_utterances`.
+        length: nominal length of the sequences, in seconds.
+        progress: show a progress bar on stderr if that is a terminal.
 
     Raises:
-        DataError: no corpus there, none of its audio is usable, or no speaker has `length` seconds.
+        DataError: no corpus there, no usable audio, or no speaker with `length` seconds of audio.
         UsageError: an unknown subset.
     """
     listing = list_audio(root, subsets)

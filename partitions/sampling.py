@@ -1,4 +1,4 @@
-"""The one sampling rate of this project."""
+"""The sampling rate of the project."""
 
 SAMPLE_RATE = 16_000
-"""Samples a second of every waveform the model sees (wav2vec 2.0, section 4.1)."""
+"""Samples per second of the model's input (wav2vec 2.0, section 4.1)."""

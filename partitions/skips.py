@@ -1,4 +1,4 @@
-"""What is left out of a corpus: counted by reason, with the first few examples."""
+"""Counts skipped files and speakers by reason, with the first few examples."""
 
 import re
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ _EXAMPLES = 3
 
 
 class Skips:
-    """Counts what is left out by reason, with the first few examples."""
+    """Counts of skipped paths by reason, with the first few examples."""
 
     def __init__(self, counts: dict[str, int], examples: dict[str, tuple[str, ...]]) -> None:
-        """Go on counting in `counts` and `examples`, both by reason."""
+        """Continue from `counts` and `examples`, both by reason."""
         self.counts = counts
         self.examples = examples
 
@@ -24,11 +24,11 @@ class Skips:
 
 
 def describe_skips(skips: Mapping[str, int], examples: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """One line for each reason: `left out, unreadable: 3 (a.flac, b.flac, ...)`."""
+    """One line for each reason: `skipped, unreadable: 3 (a.flac, ...)`."""
     lines = []
     for reason, count in skips.items():
         named = examples.get(reason, ())
         more = ", ..." if count > len(named) else ""
         shown = f" ({', '.join(named)}{more})" if named else ""
-        lines.append(f"left out, {reason}: {count}{shown}")
+        lines.append(f"skipped, {reason}: {count}{shown}")
     return lines

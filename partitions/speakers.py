@@ -1,4 +1,4 @@
-"""Shares a manifest out: held-out speakers for evaluation, a part for each client."""
+"""Splits a manifest into held-out speakers for evaluation and a part for each client."""
 
 import heapq
 import itertools
@@ -14,50 +14,59 @@ from partitions.manifest import Manifest, Sequence
 from partitions.sampling import SAMPLE_RATE
 
 How = Literal["speaker", "iid", "skewed"]
-"""Whole speakers a client, evenly shuffled sequences, or shuffled with skewed amounts."""
+"""Whole speakers, shuffled sequences in even parts, or shuffled sequences in skewed amounts."""
 
-HELD_OUT_SHARE = 0.05
-"""Share of the speakers that is held out by default."""
+HELD_OUT_FRACTION = 0.05
+"""Fraction of the speakers that is held out by default."""
 
 _HELD_OUT_SPEAKERS = 2
 _HELD_OUT_SECONDS = 60.0
 _DOMINANT = 4.0
+"""A speaker with more than this multiple of the median audio is held out last."""
 _CONCENTRATION = 0.5
-"""Of the Dirichlet distribution of skewed amounts: below one, few clients hold most."""
+"""Of the Dirichlet distribution of the skewed amounts; below 1, a few clients get most audio."""
 
 
 def held_out_speakers(
-    manifest: Manifest, count_or_share: int | float = HELD_OUT_SHARE, seed: int = 0
+    manifest: Manifest, count_or_fraction: int | float = HELD_OUT_FRACTION, seed: int = 0
 ) -> tuple[str, ...]:
-    """Choose speakers for evaluation, who belong to no client; returned sorted.
+    """Choose speakers for evaluation, who belong to no client.
 
-    A whole number asks for that many speakers. A share (a float below one) asks for that share of
-    the speakers, but at least 2 speakers and 60 s of audio, and at most a third of the speakers.
-    Speakers with over four times the median audio are passed over while there are others: they are
-    worth most in training, and would drown the others in an evaluation. The choice depends only on
-    the speakers, their audio and the seed.
+    Speakers with over four times the median audio are chosen last: they are worth most in training
+    and would dominate the evaluation. The choice depends only on the speakers, their audio and the
+    seed.
+
+    Args:
+        manifest: the recut corpus.
+        count_or_fraction: an int is the number of speakers. A float is the fraction of the
+            speakers, with at least 2 speakers and 60 s of audio and at most a third of the
+            speakers.
+        seed: the same seed gives the same speakers.
+
+    Returns:
+        The speakers, sorted.
 
     Raises:
-        UsageError: a share outside 0 to 1/3, or more than a third of the speakers.
+        UsageError: a fraction outside 0 to 1/3, or more than a third of the speakers.
     """
     samples = manifest.speaker_samples
     most = len(samples) // 3
-    if isinstance(count_or_share, float) and not 0 <= count_or_share <= 1 / 3:
-        raise UsageError(f"cannot hold out a share of {count_or_share:g}: choose 0 to 0.33")
-    if isinstance(count_or_share, int) and not 0 <= count_or_share <= max(most, 0):
+    if isinstance(count_or_fraction, float) and not 0 <= count_or_fraction <= 1 / 3:
+        raise UsageError(f"cannot hold out a fraction of {count_or_fraction:g}: choose 0 to 0.33")
+    if isinstance(count_or_fraction, int) and not 0 <= count_or_fraction <= max(most, 0):
         raise UsageError(
-            f"cannot hold out {count_or_share} of {len(samples)} speakers: "
-            f"at most a third, {most}, so that enough are left to train on"
+            f"cannot hold out {count_or_fraction} of {len(samples)} speakers: "
+            f"at most a third, {most}, so that enough remain for training"
         )
-    if not count_or_share or not most:
+    if not count_or_fraction or not most:
         return ()
     order = list(samples)
     Random(f"held-out speakers {seed}").shuffle(order)
     ordinary = _DOMINANT * statistics.median(samples.values())
     order.sort(key=lambda speaker: samples[speaker] > ordinary)
-    if isinstance(count_or_share, int):
-        return tuple(sorted(order[:count_or_share], key=list(samples).index))
-    wanted = max(_HELD_OUT_SPEAKERS, round(count_or_share * len(samples)))
+    if isinstance(count_or_fraction, int):
+        return tuple(sorted(order[:count_or_fraction], key=list(samples).index))
+    wanted = max(_HELD_OUT_SPEAKERS, round(count_or_fraction * len(samples)))
     chosen: list[str] = []
     seconds = 0.0
     for speaker in order[:most]:
@@ -75,34 +84,37 @@ def partition(
     seed: int = 0,
     exclude: Collection[str] = (),
 ) -> tuple[tuple[int, ...], ...]:
-    """Share the sequences out to clients: for each client, indices into `manifest.sequences`.
+    """Divide the sequences among clients.
 
-    Every sequence of a speaker who is not in `exclude` goes to exactly one client, and every client
-    has at least one sequence.
+    Every sequence whose speaker is not in `exclude` goes to exactly one client, and every client
+    gets at least one sequence.
 
     Args:
         manifest: the recut corpus.
-        clients: number of parts.
-        how: "speaker" gives whole speakers to a client, balanced by audio; with more clients than
-            speakers, each client has a consecutive part of one speaker. "iid" shuffles all
-            sequences and deals them evenly. "skewed" shuffles them and draws each client's share
-            from a Dirichlet distribution.
+        clients: number of clients.
+        how: "speaker" assigns whole speakers to clients, balanced by audio; if there are more
+            clients than speakers, each client gets consecutive sequences of one speaker. "iid"
+            shuffles all sequences and divides them evenly. "skewed" shuffles them and draws the
+            fraction of each client from a Dirichlet distribution.
         seed: the same seed gives the same parts.
-        exclude: speakers who are held out.
+        exclude: the held-out speakers.
+
+    Returns:
+        For each client, indices into `manifest.sequences`.
 
     Raises:
-        UsageError: no such way, fewer than one client, or more clients than sequences.
+        UsageError: unknown `how`, fewer than one client, or more clients than sequences.
     """
     if how not in get_args(How):
         known = get_args(How)
         raise UsageError(f"no partition '{how}'{nearest(how, known)} (known: {', '.join(known)})")
     if clients < 1:
-        raise UsageError(f"{clients} clients cannot share anything: ask for at least 1")
+        raise UsageError(f"cannot divide a corpus among {clients} clients: ask for at least 1")
     indices = select(manifest, (each for each in manifest.speakers if each not in set(exclude)))
     if clients > len(indices):
         raise UsageError(
-            f"{clients} clients cannot share {len(indices)} sequences of "
-            f"{format_length(manifest.length)}: at most {len(indices)} clients at this length; "
+            f"cannot divide {len(indices)} sequences of {format_length(manifest.length)} among "
+            f"{clients} clients: at most {len(indices)} clients at this length; "
             f"ask for fewer clients, a shorter length, or add more audio"
         )
     random = Random(f"partition {how} {seed}")
@@ -110,15 +122,15 @@ def partition(
         parts = _by_speaker(manifest, indices, clients, random)
     else:
         random.shuffle(indices)
-        shares = [1.0] * clients
+        weights = [1.0] * clients
         if how == "skewed":
-            shares = [random.gammavariate(_CONCENTRATION, 1.0) for _ in range(clients)]
-        parts = _deal(indices, shares)
+            weights = [random.gammavariate(_CONCENTRATION, 1.0) for _ in range(clients)]
+        parts = _split(indices, weights)
     return tuple(tuple(sorted(part)) for part in parts)
 
 
 def select(manifest: Manifest, speakers: Iterable[str]) -> list[int]:
-    """Indices of the sequences of these speakers, in the manifest's order."""
+    """Indices of the sequences of these speakers, in manifest order."""
     wanted = set(speakers)
     return [index for index, each in enumerate(manifest.sequences) if each.speaker in wanted]
 
@@ -136,12 +148,12 @@ def sequences_of(manifest: Manifest, indices: Iterable[int]) -> tuple[Sequence, 
 def _by_speaker(
     manifest: Manifest, indices: list[int], clients: int, random: Random
 ) -> list[list[int]]:
-    """Whole speakers for each client, or parts of one speaker where clients are more."""
-    voices: dict[str, list[int]] = {}
+    """Whole speakers for each client, or part of one speaker if clients outnumber speakers."""
+    owned: dict[str, list[int]] = {}
     for index in indices:
-        voices.setdefault(manifest.sequences[index].speaker, []).append(index)
+        owned.setdefault(manifest.sequences[index].speaker, []).append(index)
     samples = manifest.speaker_samples
-    order = sorted(voices)
+    order = sorted(owned)
     random.shuffle(order)
     order.sort(key=lambda speaker: -samples[speaker])
     if clients <= len(order):
@@ -149,12 +161,12 @@ def _by_speaker(
         loads = [(0, client) for client in range(clients)]
         for speaker in order:
             load, client = heapq.heappop(loads)
-            parts[client] += voices[speaker]
+            parts[client] += owned[speaker]
             heapq.heappush(loads, (load + samples[speaker], client))
     else:
-        allotted = _allot(order, {each: len(voices[each]) for each in order}, samples, clients)
+        allotted = _allot(order, {each: len(owned[each]) for each in order}, samples, clients)
         parts = [
-            part for speaker in order for part in _deal(voices[speaker], [1.0] * allotted[speaker])
+            part for speaker in order for part in _split(owned[speaker], [1.0] * allotted[speaker])
         ]
     random.shuffle(parts)
     return parts
@@ -163,7 +175,7 @@ def _by_speaker(
 def _allot(
     order: list[str], sequences: dict[str, int], samples: dict[str, int], clients: int
 ) -> dict[str, int]:
-    """How many clients share each speaker: the next goes where clients hold most audio each."""
+    """Clients per speaker: each extra client goes to the speaker with most audio per client."""
     allotted = dict.fromkeys(order, 1)
     waiting: list[tuple[float, int]] = [
         (-samples[each], rank) for rank, each in enumerate(order) if sequences[each] > 1
@@ -178,11 +190,11 @@ def _allot(
     return allotted
 
 
-def _deal(indices: list[int], shares: list[float]) -> list[list[int]]:
-    """Cut a list into consecutive parts in proportion to `shares`, with at least one in each."""
-    spare = len(indices) - len(shares)
-    total = sum(shares)
-    bounds = [round(spare * part / total) for part in itertools.accumulate(shares)]
+def _split(indices: list[int], weights: list[float]) -> list[list[int]]:
+    """Split a list into consecutive non-empty parts in proportion to `weights`."""
+    spare = len(indices) - len(weights)
+    total = sum(weights)
+    bounds = [round(spare * part / total) for part in itertools.accumulate(weights)]
     bounds[-1] = spare
     ends = [bound + rank for rank, bound in enumerate(bounds, start=1)]
     return [indices[first:last] for first, last in itertools.pairwise([0, *ends])]

@@ -87,7 +87,7 @@ def write_report(
         f"| largest client process | {format_bytes(max(row['peak_bytes'] for row in rows))} |",
         f"| updates that failed | {int(sum(row['failures'] for row in rows))} |",
         f"| crops skipped | {_skips(skipped)} |",
-        f"| recutting | {', '.join(manifest.describe_skips()) or 'nothing left out'}; remainder "
+        f"| recutting | {', '.join(manifest.describe_skips()) or 'nothing skipped'}; remainder "
         f"{format_seconds(manifest.remainder_seconds)} |",
         "",
         *(["## Devices", "", *fleet_table(fleet, settings, rows), ""] if fleet else []),

@@ -66,7 +66,7 @@ def test_clips_that_nobody_trains_on_are_left_out_of_the_pool(
     monkeypatch.setattr(TaskSettings, "read_data", lambda *_, **__: data)
     pool = load_pool(TaskSettings(task="verification", data="voices"))
     assert pool.clips == (known,)
-    assert pool.skips == ("label without clips to train on: 1",)
+    assert pool.skips == ("skipped, label without clips to train on: 1",)
 
 
 @pytest.mark.parametrize("how", HOWS)

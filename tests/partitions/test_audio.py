@@ -1,4 +1,4 @@
-"""Crops: exact samples, only the crop's part decoded, and every kind of bad audio named."""
+"""Crops: exact samples, no needless decoding, and every kind of bad audio."""
 
 import pickle
 from pathlib import Path
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from common.errors import UsageError
 from partitions.audio import BadAudio, read_crop, read_piece
-from partitions.lengths import recut
 from partitions.librispeech import find_utterances
 from partitions.manifest import Piece, Sequence
+from partitions.recut import recut
 
 
 def noise(frames: int, channels: int = 1, seed: int = 0) -> NDArray[np.float32]:
-    """Noise [frames, channels] on the steps of 16-bit audio."""
+    """Noise, `[frame, channel]`, at 16-bit steps."""
     steps = np.random.default_rng(seed).integers(-9000, 9000, (frames, channels))
     return (steps / 32768).astype(np.float32)
 
@@ -123,22 +123,24 @@ def test_a_header_without_samples_is_empty(root: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999])
-def test_a_truncated_flac_is_read_up_to_its_end_only(root: Path, share: float, rate: int) -> None:
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_flac_is_read_up_to_its_end_only(
+    root: Path, fraction: float, rate: int
+) -> None:
     soundfile.write(root / "a.flac", noise(rate * 5), rate)
     content = (root / "a.flac").read_bytes()
     full = read_piece(root, Piece("a.flac", 0, 16_000))
-    (root / "a.flac").write_bytes(content[: int(len(content) * share)])
+    (root / "a.flac").write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(BadAudio) as caught:
         read_crop(root, whole("a.flac", 80_000))
     assert caught.value.reason == "truncated"
     with pytest.raises(BadAudio):
         read_piece(root, Piece("a.flac", 70_000, 10_000))
-    if share >= 0.5:
+    if fraction >= 0.5:
         np.testing.assert_array_equal(read_piece(root, Piece("a.flac", 0, 16_000)), full)
 
 
-def test_a_wav_shorter_than_promised_is_truncated(root: Path) -> None:
+def test_a_wav_shorter_than_its_header_states_is_truncated(root: Path) -> None:
     soundfile.write(root / "a.wav", noise(16_000), 16_000)
     content = (root / "a.wav").read_bytes()
     (root / "a.wav").write_bytes(content[:20_000])

@@ -1,4 +1,4 @@
-"""The demo corpus: LibriSpeech's layout, distinct voices, whole and repeatable builds."""
+"""The demo corpus: LibriSpeech's layout, distinct voices, atomic and repeatable builds."""
 
 import json
 import subprocess
@@ -11,8 +11,9 @@ import soundfile
 
 from common.errors import UsageError
 from partitions import demo_corpus as demo
-from partitions.lengths import recut, summary
 from partitions.librispeech import find_utterances
+from partitions.recut import recut
+from partitions.recut_report import summary
 from partitions.speakers import held_out_speakers, partition
 
 pytest.importorskip("espeakng_loader", reason="espeak-ng is an optional extra")
@@ -48,9 +49,9 @@ def test_layout_and_transcripts() -> None:
         ["1003", "M"],
         ["1004", "F"],
     ]
-    promised = json.loads((folder / "COMPLETE").read_text())
-    assert promised["voices"] == 4
-    assert promised["utterances"] == len(corpus.utterances)
+    expected = json.loads((folder / "COMPLETE").read_text())
+    assert expected["voices"] == 4
+    assert expected["utterances"] == len(corpus.utterances)
 
 
 def test_two_builds_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

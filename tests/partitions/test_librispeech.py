@@ -1,4 +1,4 @@
-"""Finding utterances: order, lengths, transcripts, subsets, and what is left out and why."""
+"""Finding utterances: order, lengths, transcripts, subsets and skipped files."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_bad_files_are_counted_by_reason(root: Path, write: Writer) -> None:
     ]
     assert corpus.skips == {"name not speaker-chapter-number": 1, "empty": 2, "unreadable": 4}
     assert corpus.describe_skips()[2] == (
-        "left out, unreadable: 4 (train-a/1/1/1-1-0001.flac, train-a/1/1/1-1-0002.flac, "
+        "skipped, unreadable: 4 (train-a/1/1/1-1-0001.flac, train-a/1/1/1-1-0002.flac, "
         "train-a/1/1/1-1-0003.flac, ...)"
     )
 
@@ -134,7 +134,7 @@ def test_layout_without_audio_is_an_empty_corpus(root: Path) -> None:
 
 def test_only_unusable_audio_names_the_reasons(root: Path, write: Writer) -> None:
     write("train-a", 1, 1, 0).write_bytes(b"")
-    with pytest.raises(DataError, match=r"no usable audio .*left out, empty: 1 \(train-a/1/1/1-1"):
+    with pytest.raises(DataError, match=r"no usable audio .*skipped, empty: 1 \(train-a/1/1/1-1"):
         find_utterances(root)
 
 

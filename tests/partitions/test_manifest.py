@@ -90,7 +90,7 @@ def test_written_form(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.tsv", Path("elsewhere")).root == Path("elsewhere")
     assert manifest.speakers == ("7",)
     assert manifest.seconds == 10 / 16000
-    assert manifest.describe_skips() == ["left out, empty: 1 (a/7/1/7-1-1.flac)"]
+    assert manifest.describe_skips() == ["skipped, empty: 1 (a/7/1/7-1-1.flac)"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, proble
         (HEADER.format(0).encode(), "an empty manifest"),
         (b"hello\n", ":1: not a manifest"),
         (b"# shortwave manifest\t99\n", ":1: a manifest of another version"),
-        (HEADER.format(2).encode() + b"7\ta.flac\t0\t5\n", "cut short: 1 sequences of 2"),
+        (HEADER.format(2).encode() + b"7\ta.flac\t0\t5\n", "truncated: 1 sequences of 2"),
         (HEADER.format(1).encode() + b"7\t\xff.flac\t0\t5\n", ":9: not UTF-8"),
         (b"# shortwave manifest\t1\n7\ta.flac\t0\t5\n", "header 'sample rate' is ''"),
         (

@@ -44,7 +44,7 @@ def test_recut(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == f"results: {output}"
-    assert "1s: left out, speaker shorter than the length: 1 (6)" in shown
+    assert "1s: skipped, speaker shorter than the length: 1 (6)" in shown
     assert "without transcript: 1 utterances (none is needed here)" in shown
     assert (output / "lengths.md").read_text().splitlines()[3] in shown
     manifest = read_manifest(output / "manifest-1s.tsv")
@@ -93,7 +93,9 @@ def test_more_clients_than_sequences(corpus: Path, tmp_path: Path) -> None:
         *("split", "--data", corpus, "--length", "1s", "--clients", 99, "--output", tmp_path / "o")
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 99 clients cannot share 12 sequences of 1s: at most 12")
+    assert done.stderr.startswith(
+        "error: cannot divide 12 sequences of 1s among 99 clients: at most 12"
+    )
     assert not (tmp_path / "o").exists()
 
 

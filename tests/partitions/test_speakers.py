@@ -1,4 +1,4 @@
-"""Held-out speakers and the three ways to share a corpus out to clients."""
+"""Held-out speakers and the three partitions of a corpus among clients."""
 
 import random
 from collections.abc import Sequence as Many
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UsageError
-from partitions.lengths import recut
 from partitions.librispeech import find_utterances
 from partitions.manifest import Manifest, Piece, Sequence
+from partitions.recut import recut
 from partitions.speakers import (
     How,
     held_out_speakers,
@@ -37,17 +37,17 @@ def manifest_of(counts: Many[int], samples: int = 80_000) -> Manifest:
 @settings(max_examples=150, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=12),
-    share=st.floats(0, 1),
+    fraction=st.floats(0, 1),
     how=st.sampled_from(WAYS),
     seed=st.integers(0, 99),
 )
 def test_parts_are_disjoint_complete_and_never_empty(
-    counts: list[int], share: float, how: How, seed: int
+    counts: list[int], fraction: float, how: How, seed: int
 ) -> None:
     manifest = manifest_of(counts)
     held_out = held_out_speakers(manifest, seed=seed)
     expected = [i for i, each in enumerate(manifest.sequences) if each.speaker not in held_out]
-    clients = 1 + round(share * (len(expected) - 1))
+    clients = 1 + round(fraction * (len(expected) - 1))
     parts = partition(manifest, clients, how, seed, held_out)
     assert len(parts) == clients
     assert all(parts)
@@ -73,7 +73,7 @@ def test_as_many_clients_as_speakers_have_one_each() -> None:
     assert all(len(voices(manifest, part)) == 1 for part in parts)
 
 
-def test_more_clients_than_speakers_share_each_speaker_out() -> None:
+def test_more_clients_than_speakers_divide_each_speaker() -> None:
     manifest = manifest_of([12, 3, 1])
     parts = partition(manifest, 6, "speaker", 0)
     assert sorted(map(len, parts)) == [1, 3, 3, 3, 3, 3]
@@ -105,7 +105,7 @@ def test_more_clients_than_sequences() -> None:
     with pytest.raises(UsageError) as caught:
         partition(manifest_of([3, 2]), 6, "speaker", 0)
     assert str(caught.value) == (
-        "6 clients cannot share 5 sequences of 5s: at most 5 clients at this length; "
+        "cannot divide 5 sequences of 5s among 6 clients: at most 5 clients at this length; "
         "ask for fewer clients, a shorter length, or add more audio"
     )
 
@@ -129,7 +129,7 @@ def test_held_out_speakers_do_not_depend_on_order() -> None:
 
 
 def test_held_out_speakers_are_enough_and_at_most_a_third() -> None:
-    # 100 speakers of 5 s: 5 of them are the share, 12 are needed for 60 s.
+    # Of 100 speakers of 5 s, the fraction gives 5, but 60 s need 12.
     assert len(held_out_speakers(manifest_of([1] * 100))) == 12
     assert len(held_out_speakers(manifest_of([12] * 100))) == 5
     assert len(held_out_speakers(manifest_of([12] * 10))) == 2

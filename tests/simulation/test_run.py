@@ -179,7 +179,7 @@ def test_bad_audio_is_skipped_and_counted(simulate: Simulate, corpus: Path, tmp_
         data=bad,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "left out" in done.stdout
+    assert "skipped, empty: 1 (" in done.stdout
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -115,7 +115,7 @@ def test_without_a_test_subset_the_validation_clips_are_tested_on(transcribed: P
 
 def test_a_split_without_transcripts_is_an_error(transcribed: Path) -> None:
     (transcribed / "test-clean" / "9" / "1" / "9-1.trans.txt").unlink()
-    with pytest.raises(DataError, match=r"no clip to test on in .*; left out, no transcript: 1"):
+    with pytest.raises(DataError, match=r"no clip to test on in .*; skipped, no transcript: 1"):
         asr.read(transcribed, TRAIN, VALID, TEST, 0)
 
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, UsageError
-from partitions.length_figure import plot_lengths
-from partitions.lengths import TOO_SHORT, Band, band, recut, summary, table
 from partitions.librispeech import Corpus, Utterance, find_utterances
 from partitions.manifest import Piece
+from partitions.recut import TOO_SHORT, Band, band, recut
+from partitions.recut_report import plot_lengths, summary, table
 
 
 def corpus_of(speakers: dict[str, list[int]]) -> Corpus:
-    """A corpus with utterances of these lengths in samples, which exists only in memory."""
+    """A corpus, in memory only, with utterances of these lengths in samples."""
     return Corpus(
         Path("/corpus"),
         tuple(
@@ -69,7 +69,7 @@ def test_a_length_without_audio_is_refused(length: float) -> None:
         band(length)
 
 
-def test_a_stream_is_cut_whole_across_the_borders_of_utterances() -> None:
+def test_a_stream_is_cut_whole_across_utterance_boundaries() -> None:
     manifest = recut(corpus_of({"7": [100_000, 66_401]}), 5)
     path = "train-a/7/1/7-1-{}.flac"
     assert [sequence.pieces for sequence in manifest.sequences] == [
@@ -145,7 +145,7 @@ def test_a_large_corpus_has_the_papers_means(length: float, mean: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("length", "mean", "sequences", "share"),
+    ("length", "mean", "sequences", "fraction"),
     [
         (1, 1.1, 5339, 0.0005),
         (5, 5.2, 1029, 0.0892),
@@ -154,7 +154,7 @@ def test_a_large_corpus_has_the_papers_means(length: float, mean: float) -> None
     ],
 )
 def test_real_recordings_have_the_papers_means(
-    librispeech: Path, length: float, mean: float, sequences: int, share: float
+    librispeech: Path, length: float, mean: float, sequences: int, fraction: float
 ) -> None:
     # Most speakers here have one utterance of 14 to 16 s, hence the remainders.
     corpus = find_utterances(librispeech)
@@ -164,7 +164,7 @@ def test_real_recordings_have_the_papers_means(
     assert row.minimum >= length
     assert row.maximum - row.minimum <= 1
     assert row.sequences == sequences
-    assert row.remainder_share == pytest.approx(share, abs=1e-4)
+    assert row.remainder_fraction == pytest.approx(fraction, abs=1e-4)
     total = sum(utterance.samples for utterance in corpus.utterances)
     assert manifest.samples + manifest.remainder_samples == total == manifest.total_samples
 
@@ -172,7 +172,10 @@ def test_real_recordings_have_the_papers_means(
 def test_table_and_figure(root: Path, write: Writer, tmp_path: Path) -> None:
     write("train-a", 1, 1, 0, samples=3 * 16_000)
     manifests = [recut(find_utterances(root), length) for length in (1, 2)]
-    assert table(manifests).splitlines()[2:] == [
+    assert table(manifests).splitlines() == [
+        "| set | sequences | speakers | audio | mean (s) | min (s) | max (s) | remainder "
+        "| fraction |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         "| utterances | 1 | | 3 s | 3.00 | 3.00 | 3.00 | | |",
         "| 1s | 3 | 1 | 3 s | 1.00 | 1.00 | 1.00 | 0 s of 0 speakers | 0.00% |",
         "| 2s | 1 | 1 | 2.1 s | 2.10 | 2.10 | 2.10 | 0.9 s of 1 speakers | 30.00% |",

@@ -1,29 +1,27 @@
-"""Recuts a corpus to a target length by joining and cutting within each speaker, and reports it."""
+"""Recuts a corpus to a nominal length by joining and cutting each speaker's utterances."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from common.errors import DataError, UsageError
-from common.units import format_length, format_seconds
+from common.units import format_length
 from partitions.librispeech import Corpus, Utterance
 from partitions.manifest import Manifest, Piece, Sequence
 from partitions.sampling import SAMPLE_RATE
 
 PAPER_MEANS = {1.0: 1.1, 5.0: 5.2, 10.0: 10.4, 15.0: 15.8}
-"""Mean seconds of the paper's four data sets by their nominal length (section 3.1)."""
+"""Mean seconds of the paper's four data sets by nominal length (section 3.1)."""
 
 TOO_SHORT = "speaker shorter than the length"
-"""The reason under which speakers without a single sequence are counted."""
+"""Reason for skipping speakers with too little audio for one sequence."""
 
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Band:
-    """Lengths in seconds that the sequences of one set may have, and their target mean."""
+    """Allowed sequence lengths of a set and their target mean, in seconds."""
 
     minimum: float
     mean: float
@@ -31,14 +29,14 @@ class Band:
 
 
 def band(length: float) -> Band:
-    """The lengths of the sequences of a set of nominal length `length`, all in seconds.
+    """The band of sequence lengths for a nominal length in seconds.
 
-    The means of the paper's four sets are its own (section 3.1); others follow the same trend. No
-    sequence is shorter than the nominal length, so a crop of that length always fits, and the
-    spread is within a second, as in the paper.
+    The means for the paper's four lengths are the paper's (section 3.1); the others follow the same
+    trend. No sequence is shorter than the nominal length, so that a crop of that length always
+    fits. The spread is at most a second, as in the paper.
 
     Raises:
-        UsageError: a length that is not above zero.
+        UsageError: the length is not above zero.
     """
     if not 0 < length < math.inf:
         raise UsageError(f"a length of {length} s holds no audio: it must be above zero")
@@ -48,16 +46,20 @@ def band(length: float) -> Band:
 
 
 def recut(corpus: Corpus, length: float) -> Manifest:
-    """Join each speaker's utterances into one stream and cut it into sequences of one length.
+    """Join each speaker's utterances into one stream and cut it into sequences.
 
-    A stream is cut whole into nearly equal sequences, as many as bring them closest to the band's
-    mean. Streams that no number brings inside the band give as many sequences as they can; these
-    have one common length, which brings the mean of the whole set to the band's, and the rest of
-    such a stream is its remainder. Sequences and remainders together are the whole corpus.
+    A stream is cut without remainder into nearly equal sequences whose length is closest to the
+    band's mean. If no such cut is within the band, the stream gives as many sequences as fit, and
+    the rest is its remainder. The sequences of all these streams have one common length, chosen so
+    that the mean of the whole set is the band's. Sequences and remainders add up to the corpus.
+
+    Args:
+        corpus: the utterances.
+        length: nominal length in seconds.
 
     Raises:
         DataError: no speaker has enough audio for one sequence.
-        UsageError: a length that is not above zero.
+        UsageError: the length is not above zero.
     """
     limits = band(length)
     streams: dict[str, list[Utterance]] = {}
@@ -98,7 +100,15 @@ def recut(corpus: Corpus, length: float) -> Manifest:
 
 
 def cut(available: Mapping[str, int], limits: Band) -> dict[str, list[int]]:
-    """Sizes of the sequences cut from each speaker's stream; `available` and sizes in samples."""
+    """Lengths of the sequences to cut from each speaker's stream.
+
+    Args:
+        available: length of each speaker's stream in samples at 16 kHz.
+        limits: the allowed lengths in seconds.
+
+    Returns:
+        For each speaker, the lengths of the sequences in samples at 16 kHz.
+    """
     least = math.ceil(limits.minimum * SAMPLE_RATE - 1e-6)
     most = math.floor(limits.maximum * SAMPLE_RATE + 1e-6)
     mean = limits.mean * SAMPLE_RATE
@@ -124,7 +134,7 @@ def cut(available: Mapping[str, int], limits: Band) -> dict[str, list[int]]:
 
 
 def _join(stream: list[Utterance], sizes: list[int]) -> Iterator[tuple[Piece, ...]]:
-    """Pieces of each sequence, following the stream across the utterances' borders."""
+    """The pieces of each sequence, cut from the stream across utterance boundaries."""
     source = iter(stream)
     utterance = next(source)
     start = 0
@@ -140,65 +150,3 @@ def _join(stream: list[Utterance], sizes: list[int]) -> Iterator[tuple[Piece, ..
             start += taken
             missing -= taken
         yield tuple(pieces)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one recut set holds; lengths in seconds."""
-
-    length: float
-    sequences: int
-    speakers: int
-    hours: float
-    mean: float
-    minimum: float
-    maximum: float
-    remainder_seconds: float
-    remainder_speakers: int
-    remainder_share: float
-    """Share of all audio that is in no sequence, from 0 to 1."""
-
-
-def summary(manifest: Manifest) -> Summary:
-    """Count the sequences of a set, its audio, its lengths and what was left over."""
-    lengths = sequence_seconds(manifest)
-    return Summary(
-        length=manifest.length,
-        sequences=len(lengths),
-        speakers=len(manifest.speakers),
-        hours=manifest.seconds / 3600,
-        mean=float(lengths.mean()),
-        minimum=float(lengths.min()),
-        maximum=float(lengths.max()),
-        remainder_seconds=manifest.remainder_seconds,
-        remainder_speakers=manifest.remainder_speakers,
-        remainder_share=manifest.remainder_samples / max(1, manifest.total_samples),
-    )
-
-
-def table(manifests: list[Manifest]) -> str:
-    """A Markdown table with a row for the utterances as they are and one for each recut set."""
-    lines = [
-        "| set | sequences | speakers | audio | mean (s) | min (s) | max (s) | remainder | share |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    if manifests and manifests[0].utterance_lengths:
-        lengths = np.array(manifests[0].utterance_lengths) / SAMPLE_RATE
-        lines.append(
-            f"| utterances | {len(lengths)} | | {format_seconds(lengths.sum())} "
-            f"| {lengths.mean():.2f} | {lengths.min():.2f} | {lengths.max():.2f} | | |"
-        )
-    for row in map(summary, manifests):
-        lines.append(
-            f"| {format_length(row.length)} | {row.sequences} | {row.speakers} "
-            f"| {format_seconds(row.hours * 3600)} | {row.mean:.2f} | {row.minimum:.2f} "
-            f"| {row.maximum:.2f} | {format_seconds(row.remainder_seconds)} "
-            f"of {row.remainder_speakers} speakers | {row.remainder_share:.2%} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def sequence_seconds(manifest: Manifest) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Of each sequence, its seconds."""
-    samples = [sequence.samples for sequence in manifest.sequences]
-    return np.array(samples, dtype=np.float64) / SAMPLE_RATE

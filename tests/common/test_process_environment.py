@@ -1,3 +1,5 @@
+"""Restarting a command without glibc's cache of freed objects."""
+
 import os
 import platform
 import subprocess
@@ -11,9 +13,9 @@ from common.process_environment import VARIABLE, tuned
 ROOT = Path(__file__).parents[2]
 CACHE = "glibc.malloc.tcache_count"
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 
-WALLS = """
+FRAGMENTATION = """
 import ctypes, torch
 from ssl_core.planning import allocator
 
@@ -42,7 +44,7 @@ def run(code: str, *words: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_what_the_user_set_stays() -> None:
+def test_a_value_set_by_the_user_is_kept() -> None:
     assert tuned({}) == {VARIABLE: f"{CACHE}=0"}
     assert tuned({VARIABLE: "glibc.malloc.hugetlb=1", "A": "b"}) == {
         VARIABLE: f"glibc.malloc.hugetlb=1:{CACHE}=0", "A": "b",
@@ -51,7 +53,7 @@ def test_what_the_user_set_stays() -> None:
     assert tuned(own) == own
 
 
-def test_a_command_runs_again_in_its_process_once() -> None:
+def test_a_command_restarts_once_in_the_same_process() -> None:
     code = (
         "import os, sys; from common.process_environment import restart; print(os.getpid()); "
         "sys.stdout.flush(); restart(); print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
@@ -60,8 +62,8 @@ def test_a_command_runs_again_in_its_process_once() -> None:
     assert first == second
     assert found == f"{CACHE}=0"
     assert words == ["--length", "5s"]
-    assert len(run(code, **{VARIABLE: f"{CACHE}=7"})) == 2  # the user's own: not again
+    assert len(run(code, **{VARIABLE: f"{CACHE}=7"})) == 2  # set by the user: no restart
 
 
-def test_freed_tensors_join_to_hold_a_larger_one() -> None:
-    assert run(WALLS, **tuned({})) == ["True"]
+def test_freed_tensors_are_merged_to_hold_a_larger_one() -> None:
+    assert run(FRAGMENTATION, **tuned({})) == ["True"]

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Atomic replacement of files and directories."""
 
 import os
 from pathlib import Path
