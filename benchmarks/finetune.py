@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from ssl_core.downstream.loading import ClipLoader
 from torch import Tensor
 
 from common import command
@@ -32,7 +33,6 @@ from common.process_environment import tuned
 from partitions.audio import read_piece
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.learning_rates import Rates
-from ssl_core.downstream.loading import ClipLoader
 from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.task_step import TaskStep

@@ -23,6 +23,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
+from ssl_core.training.overrides import resolve
 
 from common import command
 from common.errors import ShortwaveError
@@ -37,7 +38,6 @@ from ssl_core.planning.ladder import choose, describe, ladder, leanest
 from ssl_core.planning.measure import measure
 from ssl_core.planning.memory_cgroup import NoCgroup, capped
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training.overrides import resolve
 
 MIB = 2**20
 UPDATES = 3

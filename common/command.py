@@ -1,14 +1,13 @@
-"""What every command line here shares: its parser, its errors and its exit codes."""
+"""What every command here shares: subcommands, errors and exit codes."""
 
-import argparse
 import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from common.errors import ShortwaveError, UsageError
+from common.errors import ShortwaveError
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -17,44 +16,32 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults, takes no abbreviations and names the nearest option."""
-
-    def __init__(self, **settings: object) -> None:
-        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        settings.setdefault("allow_abbrev", False)
-        super().__init__(**settings)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line that names the nearest known option, and exit with 2."""
-        marker = "unrecognized arguments: "
-        if message.startswith(marker):
-            word = message.removeprefix(marker).split()[0].split("=")[0]
-            message += nearest(word, list(self._option_string_actions))
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+Main = Callable[[Sequence[str] | None], int | None]
+"""A command: words of the command line in (None: the process's own), exit code out."""
 
 
-def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Let argparse report the `UsageError` of a parsing function as a bad argument."""
+def subcommand(
+    prog: str, description: str, commands: Mapping[str, tuple[str, Main]], words: Sequence[str]
+) -> int:
+    """Run the subcommand that the first word names; returns the exit code.
 
-    def convert(text: str) -> object:
-        try:
-            return parse(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def positive(text: str) -> int:
-    """A whole number above zero, for `argument`."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise UsageError(f"'{text}' is not a whole number") from None
-    if number < 1:
-        raise UsageError(f"{number} is not above zero")
-    return number
+    Args:
+        prog: name of the command.
+        description: of the command.
+        commands: help and function of each subcommand by name.
+        words: of the command line.
+    """
+    name = words[0] if words else ""
+    if name in ("-h", "--help"):
+        listed = "\n".join(f"  {each:14} {text}" for each, (text, _) in commands.items())
+        print(f"usage: {prog} COMMAND [options]\n\n{description}\n\ncommands:\n{listed}")
+        return 0
+    if name not in commands:
+        what = f"no command '{name}'{nearest(name, list(commands))}" if name else "no command given"
+        print(f"{prog}: error: {what} (see {prog} --help)", file=sys.stderr)
+        return 2
+    _, main = commands[name]
+    return main(words[1:]) or 0
 
 
 def describe_os_error(error: OSError) -> str:
@@ -65,7 +52,7 @@ def describe_os_error(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
-def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+def run(main: Main) -> NoReturn:
     """Run a command and leave with its exit code: 0 done, 1 failed, 2 bad arguments, 130 stopped.
 
     Set `SHORTWAVE_TRACEBACK=1` to see the traceback of an error that is otherwise one line.

@@ -12,8 +12,10 @@ Names are written with dashes, nested ones with dots: `--recipe.learning-rate 1e
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -47,36 +49,54 @@ jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)))
 class Parser(jsonargparse.ArgumentParser):
     """A parser that takes dashes in names, no abbreviations, and names the nearest option."""
 
-    def __init__(self, *, short: Mapping[str, str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        short: Mapping[str, str] | None = None,
+        hints: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         """Make a parser.
 
         Args:
             short: options that stand for others, such as `{"--frozen": "--backbone=frozen"}`.
+            hints: types by dotted name: a `bool` needs no value, a tuple takes several words.
             settings: of `argparse.ArgumentParser`.
         """
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("usage", "%(prog)s [options]")
         super().__init__(**settings)
-        self.short = dict(short or {})
+        self.short, self.hints = dict(short or {}), dict(hints or {})
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """See `jsonargparse.ArgumentParser`; options may be written with dashes and in short."""
+        """See `jsonargparse.ArgumentParser`; options are written as a person writes them."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([self._canonical(word) for word in words], *others, **options)
+        return super().parse_args(self._canonical(list(words)), *others, **options)
 
-    def _canonical(self, word: str) -> str:
-        """An option as jsonargparse knows it; anything else as it is."""
-        if not word.startswith("--"):
-            return word
-        name, equals, value = word.partition("=")
-        name, other_equals, other_value = self.short.get(name, name).partition("=")
-        return (
-            name.replace("-", "_").replace("__", "--", 1)
-            + equals
-            + value
-            + other_equals
-            + other_value
-        )
+    def _canonical(self, words: list[str]) -> list[str]:
+        """The words as jsonargparse knows them."""
+        result = []
+        while words:
+            word = words.pop(0)
+            if not word.startswith("--"):
+                result.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            name, *preset = self.short.get(name, name).split("=", 1)
+            full, hint = "--" + name[2:].replace("-", "_"), self.hints.get(_field(name))
+            if preset:
+                equals, value = "=", preset[0]
+            elif hint is bool and not equals and (not words or words[0].startswith("--")):
+                equals, value = "=", "true"
+            elif _takes_several(hint) and not equals:
+                several = list(itertools.takewhile(lambda each: not each.startswith("--"), words))
+                del words[: len(several)]
+                if several:
+                    equals, value = "=", ",".join(several)
+            if _takes_several(hint) and hint is not Names and not value.startswith("["):
+                value = f"[{value}]"
+            result.append(full + equals + value)
+        return result
 
     def options(self) -> list[str]:
         """All options as a person writes them."""
@@ -96,6 +116,24 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {text} (see {self.prog} --help)\n")
 
 
+def _field(option: str) -> str:
+    """The dotted name of a field, from its option."""
+    return option[2:].replace("-", "_")
+
+
+def _takes_several(hint: Any) -> bool:
+    return hint is Names or typing.get_origin(hint) is tuple
+
+
+def _hints(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Types of all fields by dotted name, nested ones too."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + name, hint
+
+
 def _dashed(option: str) -> str:
     return option if option == "--print_config" else option.replace("_", "-")
 
@@ -109,6 +147,9 @@ def _explained(message: str, known: Sequence[str]) -> str:
         wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
         if wrong is not None:
             reason = f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
+        reason = re.sub(
+            r"(\S+) does not conform to restriction v>0", r"\1 is not above zero", reason
+        )
         return f"{_dashed('--' + found[1])}: {reason}"
     unknown = re.match(r"unrecognized arguments: ([^\s=]+)", text)
     if unknown is not None:
@@ -138,7 +179,9 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         options: of `Parser`.
     """
     short = {f"--{name}": f"--{full}" for name, full in getattr(kind, "SHORT", {}).items()}
-    parser = Parser(**options | {"short": short | options.get("short", {})})
+    parser = Parser(
+        **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
+    )
     parser.add_argument("--config", action="config", help="YAML file of any of the options below")
     parser.add_class_arguments(kind, as_group=False)
     return parser
@@ -200,7 +243,10 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
         text = error.message if isinstance(error, argparse.ArgumentError) else str(error)
         raise UsageError(f"{where}: {_explained(text, parser.options())}") from None
     settings = kind(**{field.name: getattr(chosen, field.name) for field in _fields(kind)})
-    _validate(settings)
+    try:
+        _validate(settings)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     return settings
 
 

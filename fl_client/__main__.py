@@ -1,6 +1,6 @@
 """A device: `python -m fl_client --device rpi4 --data DIR` starts a genuine Flower SuperNode."""
 
-import argparse
+import dataclasses
 import os
 import re
 import socket
@@ -18,11 +18,11 @@ if __name__ == "__main__":
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from common import command
 from common.errors import UsageError
-from common.settings import Parser
+from common.settings import parse, settings_parser
 from common.units import Names, Seconds, Size
 from fl_client import warm_start
 from fl_client.environment import be_lean, be_quiet
@@ -33,111 +33,72 @@ from ssl_core.planning.device_profiles import find_profile
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m fl_client", description=__doc__)
-    for name, kind, default, text in (
-        (
-            "device",
-            str,
-            AUTO,
-            "device whose memory the step is planned for, such as rpi4; auto: this machine",
-        ),
-        (
-            "memory",
-            Size,
-            None,
-            "plan the training step for a process of this size, as in 4GB (default: what the "
-            "device has left for it; of this machine, what there is at each round)",
-        ),
-        (
-            "length",
-            Seconds,
-            None,
-            "of the crops of this device, at most the run's, as in 5s (default: the run's)",
-        ),
-        ("devices", Path, None, "YAML file with devices of your own"),
-        ("data", Path, None, "corpus in LibriSpeech's layout, or of the task (needed)"),
-        ("subset", Names, Names(), "subsets of it, separated by commas"),
-        ("partition", str, "", "train on part I (from 0) of N of the corpus, written I/N"),
-        ("speakers", Names, Names(), "train on these speakers, separated by commas"),
-        ("superlink", str, "127.0.0.1:8000", "HOST:PORT of the SuperLink"),
-        ("root-certificates", Path, None, "PEM file that the SuperLink is checked with"),
-        (
-            "key",
-            Path,
-            None,
-            "private key of this node, ECDSA P-384, for a SuperLink that asks who it is; needs "
-            "--root-certificates",
-        ),
-        (
-            "state",
-            Path,
-            None,
-            "folder for what is kept between rounds (default: ~/.local/state/shortwave)",
-        ),
-        (
-            "task",
-            str,
-            "",
-            "the run fine-tunes this task, such as kws35, and --data is its corpus (default: the "
-            "run pretrains on a corpus in LibriSpeech's layout)",
-        ),
-        (
-            "checkpoint",
-            Path,
-            None,
-            "with --task: this device's copy of the backbone's directory (default: the path that "
-            "the run names)",
-        ),
-        (
-            "pause-temperature",
-            NonNegativeFloat,
-            0.0,
-            "pause training while the device is hotter than so many degrees Celsius",
-        ),
-        (
-            "pause-load",
-            NonNegativeFloat,
-            0.0,
-            "pause training while the load average, training included, is above this",
-        ),
-        (
-            "pause-memory",
-            Size,
-            Size(0),
-            "pause training while less memory than this is available, as in 500MB",
-        ),
-        (
-            "port",
-            PositiveInt,
-            None,
-            "local port of this SuperNode, one for each on a machine (default: a free one)",
-        ),
-    ):
-        parser.add_argument(
-            f"--{name.replace('-', '_')}",
-            type=kind if default is not None else kind | None,
-            default=default,
-            help=text,
-        )
-    parser.add_argument(
-        "--cold_start",
-        action="store_true",
-        help="start Python and PyTorch anew in every round: takes seconds longer, and leaves about "
-        "470 MB more to others between rounds",
-    )
-    parser.add_argument(
-        "--insecure", action="store_true", help="do not encrypt, even off this machine"
-    )
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """What a device is, what it trains on, and where its SuperLink is."""
+
+    device: str = AUTO
+    """Device whose memory the step is planned for, such as rpi4; auto: this machine."""
+    memory: Size | None = None
+    """Plan the training step for a process of this size, as in 4GB; by default what the device has
+    left for it, of this machine what there is at each round."""
+    length: Seconds | None = None
+    """Length of this device's crops, as in 5s, at most the run's; by default the run's."""
+    devices: Path | None = None
+    """YAML file with devices of your own."""
+    data: Path | None = None
+    """Corpus in LibriSpeech's layout, or the corpus of --task; needed."""
+    subset: Names = Names()
+    """Subsets of the corpus, separated by commas."""
+    partition: str = ""
+    """Train on part I (from 0) of N of the corpus, written I/N."""
+    speakers: Names = Names()
+    """Train on these speakers, separated by commas."""
+    superlink: str = "127.0.0.1:8000"
+    """HOST:PORT of the SuperLink."""
+    root_certificates: Path | None = None
+    """PEM file that the SuperLink is checked with."""
+    key: Path | None = None
+    """Private key of this node, ECDSA P-384, for a SuperLink that asks who it is; needs
+    --root-certificates."""
+    state: Path | None = None
+    """Folder for what is kept between rounds; by default ~/.local/state/shortwave."""
+    task: str = ""
+    """The run fine-tunes this task, such as kws35; without it the run pretrains."""
+    checkpoint: Path | None = None
+    """With --task: this device's copy of the backbone's directory; by default the path that the run
+    names."""
+    pause_temperature: float = 0.0
+    """Pause training while the device is hotter than so many degrees Celsius."""
+    pause_load: float = 0.0
+    """Pause training while the load average, training included, is above this."""
+    pause_memory: Size = Size(0)
+    """Pause training while less memory than this is available, as in 500MB."""
+    cold_start: bool = False
+    """Start Python and PyTorch anew in every round: takes seconds longer, and leaves about 470 MB
+    more to others between rounds."""
+    insecure: bool = False
+    """Do not encrypt, even off this machine."""
+    port: PositiveInt | None = None
+    """Local port of this SuperNode, one for each on a machine; by default a free one."""
+
+    def validate(self) -> None:
+        """Check values and that they fit together; raises `UsageError`."""
+        if self.data is None:
+            raise UsageError("--data: give the corpus that this device trains on")
+        for name in ("pause_temperature", "pause_load"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} must not be below zero")
+        if self.checkpoint and not self.task:
+            raise UsageError("--checkpoint is for a --task; the run sends what it pretrains")
+        if self.partition and self.speakers:
+            raise UsageError("--partition and --speakers exclude each other")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the SuperNode; returns when it is stopped."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.data is None:
-        parser.error("--data is needed: the corpus that this device trains on")
+    parser = settings_parser(DeviceSettings, prog="python -m fl_client", description=__doc__)
+    options, _ = parse(DeviceSettings, parser, arguments)
     code = _check_data(options)
     if code:
         return code
@@ -176,10 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_data(options: argparse.Namespace) -> int:
+def _check_data(options: DeviceSettings) -> int:
     """Refuse now what would be refused in the first round; the exit code."""
-    if options.checkpoint and not options.task:
-        raise UsageError("--checkpoint is for a --task; the run sends what it pretrains")
+    assert options.data is not None
     if not options.task:
         list_audio(options.data, options.subset)
         return 0
@@ -232,15 +192,13 @@ def _check_key(path: Path) -> None:
         )
 
 
-def _node_config(options: argparse.Namespace) -> str:
+def _node_config(options: DeviceSettings) -> str:
     """Flower's node config, as text: the values by which this device differs from others."""
     partition, speakers, subset = options.partition, str(options.speakers), str(options.subset)
-    folder = str(options.data.resolve())
+    folder = str(Path(options.data or "").resolve())
     values: dict[str, str | int | float] = {"device": options.device, "data": folder}
     if subset:
         values["subset"] = subset
-    if partition and speakers:
-        raise UsageError("--partition and --speakers exclude each other")
     if partition:
         match = re.fullmatch(r"(\d+)/(\d+)", partition)
         if match is None or int(match[1]) >= int(match[2]):

@@ -23,7 +23,7 @@ from ssl_core.planning.allocator import is_out_of_memory
 from ssl_core.planning.process_memory import peak_bytes
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
-from ssl_core.training.pretraining_step import StepReport, PretrainingStep
+from ssl_core.training.pretraining_step import PretrainingStep, StepReport
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
+from ssl_core.downstream.loading import ClipLoader
 from torch import Tensor
 
 from common.errors import DataError
@@ -27,7 +28,6 @@ from fl_client.round_plan import NO_BUDGET, Budget, Ladder
 from fl_client.task_data import TaskShare
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.learning_rates import Rates
-from ssl_core.downstream.loading import ClipLoader
 from ssl_core.downstream.scoring import NoUsableClips, score_clips
 from ssl_core.downstream.sharing import Parts, divide
 from ssl_core.downstream.task_model import TaskModel, load_upstream

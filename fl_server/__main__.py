@@ -1,16 +1,21 @@
 """`python -m fl_server`: what a SuperLink needs beside Flower's own commands."""
 
-import argparse
+import dataclasses
 import json
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.live import Live
 
 from common import command
+from common.errors import UsageError
+from common.settings import Parser, parse, settings_parser
+from common.units import Names
 from fl_server.certificates import (
     ALWAYS,
     AUTHORITY,
@@ -22,73 +27,55 @@ from fl_server.certificates import (
 )
 from fl_server.status import is_done, view
 
+PROG = "python -m fl_server"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CertificateSettings:
+    """What certificates and keys to make."""
+
+    output: Path | None = None
+    """Folder for the files; needed."""
+    host: Names = Names()
+    """Names and IP addresses by which devices reach the SuperLink, beside localhost and
+    127.0.0.1."""
+    days: PositiveInt = PositiveInt(365)
+    """Days that the SuperLink's certificate is valid."""
+    nodes: Names = Names()
+    """How many nodes (node-0, node-1, ...), or their names; one, or none with --extend, if not
+    given."""
+    extend: bool = False
+    """Keep the files that are in the folder and make only what is missing: keys of further nodes,
+    or a new certificate after server.pem and server.key were removed."""
+
+    def validate(self) -> None:
+        """Check values; raises `UsageError`."""
+        if self.output is None:
+            raise UsageError("--output: give the folder for the files")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    parser = command.Parser(prog="python -m fl_server", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_certificates(commands)
-    _add_watch(commands)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.run(options)
-    return 0
+    commands = {
+        "certificates": (
+            "make certificates for an encrypted SuperLink, and a key for each node",
+            _certificates,
+        ),
+        "watch": (
+            "look on at a federation: who trains with what, peaks, replies, errors",
+            _watch,
+        ),
+    }
+    words = sys.argv[1:] if arguments is None else arguments
+    return command.subcommand(PROG, str(__doc__), commands, words)
 
 
-def _add_certificates(commands: "argparse._SubParsersAction[command.Parser]") -> None:
-    parser = commands.add_parser(
-        "certificates",
-        help="make certificates for an encrypted SuperLink, and a key for each node",
-        description="Make a lab's own certificate authority, a certificate for the SuperLink and "
-        "an ECDSA P-384 key pair for each node; prints the commands that use them. The last line "
-        "is the folder.",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
-    parser.add_argument(
-        "--host",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME_OR_IP",
-        help="names and IP addresses by which devices reach the SuperLink, beside localhost and "
-        "127.0.0.1",
-    )
-    parser.add_argument(
-        "--days",
-        type=command.argument(command.positive),
-        default=365,
-        help="days that the SuperLink's certificate is valid",
-    )
-    parser.add_argument(
-        "--nodes",
-        nargs="+",
-        default=[],
-        metavar="N_OR_NAME",
-        help="how many nodes (node-0, node-1, ...), or their names; one, or none with --extend, if "
-        "not given",
-    )
-    parser.add_argument(
-        "--extend",
-        action="store_true",
-        help="keep the files that are in the folder and make only what is missing: keys of "
-        "further nodes, or a new certificate after server.pem and server.key were removed",
-    )
-    parser.set_defaults(run=_certificates, parser=parser)
-
-
-def _add_watch(commands: "argparse._SubParsersAction[command.Parser]") -> None:
-    parser = commands.add_parser(
-        "watch",
-        help="look on at a federation: who trains with what, peaks, replies, errors",
-        description="Show what a federation does, from its run directory, until it is done.",
-    )
+def _watch(arguments: Sequence[str] | None) -> None:
+    description = "Show what a federation does, from its run directory, until it is done."
+    parser = Parser(prog=f"{PROG} watch", description=description, hints={"once": bool})
     parser.add_argument("directory", type=Path, help="run directory")
-    parser.add_argument("--once", action="store_true", help="print it once")
-    parser.set_defaults(run=_watch, parser=parser)
-
-
-def _watch(options: argparse.Namespace) -> None:
+    parser.add_argument("--once", type=bool, default=False, help="print it once")
+    options = parser.parse_args(arguments)
     console = Console()
     if options.once:
         console.print(view(options.directory))
@@ -100,12 +87,22 @@ def _watch(options: argparse.Namespace) -> None:
     print(options.directory)
 
 
-def _certificates(options: argparse.Namespace) -> None:
-    nodes = node_names(options.nodes or ([] if options.extend else ["1"]))
-    written = make_certificates(
-        options.output, options.host, options.days, nodes, extend=options.extend
+def _certificates(arguments: Sequence[str] | None) -> None:
+    description = (
+        "Make a lab's own certificate authority, a certificate for the SuperLink and an ECDSA "
+        "P-384 key pair for each node; prints the commands that use them. The last line is the "
+        "folder."
     )
-    folder = options.output.resolve()
+    parser = settings_parser(
+        CertificateSettings, prog=f"{PROG} certificates", description=description
+    )
+    settings, _ = parse(CertificateSettings, parser, arguments)
+    assert settings.output is not None
+    nodes = node_names(settings.nodes or ([] if settings.extend else ["1"]))
+    written = make_certificates(
+        settings.output, settings.host, settings.days, nodes, extend=settings.extend
+    )
+    folder = settings.output.resolve()
     print(f"made: {', '.join(path.name for path in written) or 'nothing, all was there'}\n")
     print(next_commands(folder, hosts_of(folder), nodes))
     print(f"certificates and keys: {folder}")

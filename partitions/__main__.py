@@ -1,17 +1,19 @@
-"""`python -m partitions`: recut a corpus to lengths, share it out, or make demo speech."""
+"""`python -m partitions`: recut a corpus, divide it among clients, or make demo speech."""
 
-import argparse
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from common import atomic, command
 from common.figures import save_figure
-from common.units import format_length, format_seconds, parse_length
+from common.settings import Parser, parse, settings_parser
+from common.units import Names, Seconds, format_length, format_seconds
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
 from partitions.librispeech import find_utterances
 from partitions.manifest import write_manifest
@@ -20,22 +22,58 @@ from partitions.recut import recut
 from partitions.recut_report import plot_lengths, table
 from partitions.speakers import HELD_OUT_FRACTION, How, held_out_speakers, partition, seconds_of
 
+PROG = "python -m partitions"
 USE_REAL = "python -m ssl_core.download --subset train-clean-100 --output DIR"
 """The command that downloads a subset of the real corpus."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """Which corpus."""
+
+    data: Path | None = None
+    """Folder that holds LibriSpeech's subsets; without it the demo corpus is used."""
+    subset: Names = Names()
+    """Subsets to use; none means every train-* or else all there are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecutSettings(CorpusSettings):
+    """Settings of `recut`."""
+
+    length: tuple[Seconds, ...] = (Seconds(1), Seconds(5), Seconds(10), Seconds(15))
+    """Nominal lengths, as in 5s; by default the paper's four."""
+    output: Path = Path("recut")
+    """Folder for the results."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitSettings(CorpusSettings):
+    """Settings of `split`."""
+
+    length: Seconds = Seconds(5)
+    """Nominal length, as in 5s; a plain number is in seconds."""
+    clients: PositiveInt = PositiveInt(100)
+    """Number of clients."""
+    partition: How = "speaker"
+    """Whole speakers a client, evenly shuffled, or skewed in duration."""
+    held_out: float = HELD_OUT_FRACTION
+    """Fraction of the speakers that is kept for evaluation, 0 to 0.33."""
+    seed: int = 0
+    """The same seed gives the same parts."""
+    output: Path = Path("split")
+    """Folder for the results."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    parser = command.Parser(prog="python -m partitions", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_recut(commands)
-    _add_split(commands)
-    _add_demo(commands)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.run(options)
-    return 0
+    commands = {
+        "recut": ("join and cut each speaker's utterances to the given lengths", _recut),
+        "split": ("divide a corpus among clients", _split),
+        "demo": ("make the demo corpus and print where it is", _demo),
+    }
+    words = sys.argv[1:] if arguments is None else arguments
+    return command.subcommand(PROG, str(__doc__), commands, words)
 
 
 def corpus_root(data: Path | None, progress: bool = True) -> Path:
@@ -53,86 +91,12 @@ def corpus_root(data: Path | None, progress: bool = True) -> Path:
     return demo_corpus(progress)
 
 
-def _add_recut(commands: "argparse._SubParsersAction[command.Parser]") -> None:
-    parser = commands.add_parser(
-        "recut",
-        help="join and cut each speaker's utterances to the given lengths",
-        description="Recut a corpus to one or more lengths: writes a manifest for each, a figure "
-        "and a table.",
-    )
-    parser.add_argument(
-        "--length",
-        type=command.argument(parse_length),
-        nargs="+",
-        default=[1.0, 5.0, 10.0, 15.0],
-        metavar="LENGTH",
-        help="nominal lengths, as in 5s; by default the paper's four, in seconds",
-    )
-    _add_corpus(parser)
-    parser.add_argument("--output", type=Path, default=Path("recut"), help="folder for the results")
-    parser.set_defaults(run=_recut, parser=parser)
-
-
-def _add_split(commands: "argparse._SubParsersAction[command.Parser]") -> None:
-    parser = commands.add_parser(
-        "split",
-        help="share a corpus out to clients",
-        description="Share a recut corpus out to clients: writes the audio of each and a figure.",
-    )
-    parser.add_argument(
-        "--length",
-        type=command.argument(parse_length),
-        default=5.0,
-        help="nominal length, as in 5s; a plain number is in seconds",
-    )
-    parser.add_argument(
-        "--clients", type=command.argument(command.positive), default=100, help="number of clients"
-    )
-    parser.add_argument(
-        "--partition",
-        choices=get_args(How),
-        default="speaker",
-        help="whole speakers a client, evenly shuffled, or skewed in duration",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        default=HELD_OUT_FRACTION,
-        help="fraction of the speakers that is kept for evaluation, 0 to 0.33",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same parts")
-    _add_corpus(parser)
-    parser.add_argument("--output", type=Path, default=Path("split"), help="folder for the results")
-    parser.set_defaults(run=_split, parser=parser)
-
-
-def _add_demo(commands: "argparse._SubParsersAction[command.Parser]") -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="make the demo corpus and print where it is",
-        description="Make the demo corpus with espeak-ng where the cache has none; the last line "
-        "is its folder.",
-    )
-    parser.set_defaults(run=_demo, parser=parser)
-
-
-def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder that holds LibriSpeech's subsets; without it the demo corpus is used",
-    )
-    parser.add_argument(
-        "--subset",
-        nargs="+",
-        default=[],
-        help="subsets to use; none means every train-* or else all there are",
-    )
-
-
-def _recut(options: argparse.Namespace) -> None:
-    root = corpus_root(options.data)
-    corpus = find_utterances(root, tuple(options.subset), progress=True)
+def _recut(arguments: Sequence[str] | None) -> None:
+    description = "Recut a corpus to one or more lengths: a manifest for each, a figure, a table."
+    parser = settings_parser(RecutSettings, prog=f"{PROG} recut", description=description)
+    settings, _ = parse(RecutSettings, parser, arguments)
+    root = corpus_root(settings.data)
+    corpus = find_utterances(root, settings.subset, progress=True)
     print(
         f"{corpus.root}: {', '.join(corpus.subsets)}; {len(corpus.utterances)} utterances of "
         f"{len(corpus.speakers)} speakers, {format_seconds(corpus.seconds)}"
@@ -140,54 +104,57 @@ def _recut(options: argparse.Namespace) -> None:
     if corpus.without_transcript:
         print(f"without transcript: {corpus.without_transcript} utterances (none is needed here)")
     manifests = []
-    for length in dict.fromkeys(options.length):
+    for length in dict.fromkeys(settings.length):
         manifest = recut(corpus, length)
         manifests.append(manifest)
-        write_manifest(options.output / f"manifest-{format_length(length)}.tsv", manifest)
+        write_manifest(settings.output / f"manifest-{format_length(length)}.tsv", manifest)
     text = table(manifests)
-    atomic.write_text(options.output / "lengths.md", text)
-    plot_lengths(manifests, options.output / "lengths.png")
+    atomic.write_text(settings.output / "lengths.md", text)
+    plot_lengths(manifests, settings.output / "lengths.png")
     print(f"\n{text}")
     for manifest in manifests:
         for line in manifest.describe_skips():
             print(f"{format_length(manifest.length)}: {line}")
-    print(f"results: {options.output}")
+    print(f"results: {settings.output}")
 
 
-def _split(options: argparse.Namespace) -> None:
-    root = corpus_root(options.data)
-    manifest = prepare(root, tuple(options.subset), options.length, progress=True)
+def _split(arguments: Sequence[str] | None) -> None:
+    description = "Divide a recut corpus among clients: the audio of each, and a figure."
+    parser = settings_parser(SplitSettings, prog=f"{PROG} split", description=description)
+    settings, _ = parse(SplitSettings, parser, arguments)
+    root = corpus_root(settings.data)
+    manifest = prepare(root, settings.subset, settings.length, progress=True)
     for line in manifest.describe_skips():
         print(line)
-    held_out = held_out_speakers(manifest, options.held_out, options.seed)
-    parts = partition(manifest, options.clients, options.partition, options.seed, held_out)
+    held_out = held_out_speakers(manifest, settings.held_out, settings.seed)
+    parts = partition(manifest, settings.clients, settings.partition, settings.seed, held_out)
     seconds = [seconds_of(manifest, part) for part in parts]
     speakers = [sorted({manifest.sequences[i].speaker for i in part}) for part in parts]
     lines = ["client\tsequences\tseconds\tspeakers"]
     for client, part in enumerate(parts):
         names = ",".join(speakers[client])
         lines.append(f"{client}\t{len(part)}\t{seconds[client]:.3f}\t{names}")
-    atomic.write_text(options.output / "clients.tsv", "\n".join(lines) + "\n")
+    atomic.write_text(settings.output / "clients.tsv", "\n".join(lines) + "\n")
     chosen = {
-        "length": options.length,
-        "clients": options.clients,
-        "partition": options.partition,
-        "seed": options.seed,
+        "length": settings.length,
+        "clients": settings.clients,
+        "partition": settings.partition,
+        "seed": settings.seed,
         "held out": held_out,
         "parts": parts,
     }
-    atomic.write_text(options.output / "parts.json", json.dumps(chosen) + "\n")
-    write_manifest(options.output / "manifest.tsv", manifest)
-    plot_clients(seconds, options.output / "clients.png")
+    atomic.write_text(settings.output / "parts.json", json.dumps(chosen) + "\n")
+    write_manifest(settings.output / "manifest.tsv", manifest)
+    plot_clients(seconds, settings.output / "clients.png")
     several = sum(len(names) > 1 for names in speakers)
     print(
-        f"{len(manifest.sequences)} sequences of {format_length(options.length)}, "
+        f"{len(manifest.sequences)} sequences of {settings.length}, "
         f"{format_seconds(manifest.seconds)}, {len(manifest.speakers)} speakers\n"
         f"held out: {len(held_out)} speakers ({', '.join(held_out) or 'none'})\n"
-        f"{len(parts)} clients by {options.partition}: shortest {format_seconds(min(seconds))}, "
+        f"{len(parts)} clients by {settings.partition}: shortest {format_seconds(min(seconds))}, "
         f"median {format_seconds(float(np.median(seconds)))}, "
         f"longest {format_seconds(max(seconds))}; {several} clients with several speakers\n"
-        f"results: {options.output}"
+        f"results: {settings.output}"
     )
 
 
@@ -204,7 +171,9 @@ def plot_clients(seconds: Sequence[float], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(arguments: Sequence[str] | None) -> None:
+    description = "Make the demo corpus where the cache has none; the last line is its folder."
+    Parser(prog=f"{PROG} demo", description=description).parse_args(arguments)
     folder = demo_corpus(progress=True)
     counts = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
     print(

@@ -1,25 +1,23 @@
 """A simulated fleet: which device each client is, and the plan it has for its step."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import UsageError
 from common.progress import track
-from common.units import format_bytes, format_length, format_seconds, parse_length
-from fl_client.federation_settings import FederationSettings
-from ssl_core.planning.advice import Advice, Request, advise, explain
+from common.units import format_bytes, format_length, format_seconds
+from fl_client.federation_settings import PretrainingFederation
+from fl_client.round_plan import to_json
+from ssl_core.paper.device_seconds import update_seconds
+from ssl_core.planning.advice import Advice, Request, advise, candidate_lengths
+from ssl_core.planning.advice_report import explain
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile
 from ssl_core.planning.ladder import describe
+from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.training.randomness import generator
-
-_HOW = (
-    "micro_batch", "recompute_features", "recompute_layers", "keep_attention", "apply_in_backward",
-    "keep_freed_memory",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Fleet:
         name = self.devices[client]
         option = self.advice[name].chosen
         assert option is not None
-        plan = {field: getattr(option.plan, field) for field in _HOW}
-        return {"device": name, "length": option.plan.length, "plan": json.dumps(plan)}
+        return {"device": name, "length": option.plan.length, "plan": to_json(option.plan)}
 
 
 def parse_fleet(text: str, clients: int) -> dict[str, int]:
@@ -57,7 +54,7 @@ def parse_fleet(text: str, clients: int) -> dict[str, int]:
     return dict(counts)
 
 
-def make_fleet(settings: FederationSettings) -> Fleet:
+def make_fleet(settings: PretrainingFederation) -> Fleet:
     """Deal the devices out by the seed, and plan for each kind.
 
     Raises:
@@ -67,23 +64,23 @@ def make_fleet(settings: FederationSettings) -> Fleet:
     dealt = [name for name, count in counts.items() for _ in range(count)]
     order = generator(settings.seed, "fleet").permutation(len(dealt))
     advice = {
-        name: _plan(find_profile(name), settings)
+        name: _advise(find_profile(name), settings)
         for name in track(counts, len(counts), "plan for each device", True)
     }
     return Fleet(tuple(dealt[int(place)] for place in order), advice)
 
 
-def _plan(profile: DeviceProfile, settings: FederationSettings) -> Advice:
-    limit = parse_length(settings.time_limit) if settings.time_limit else None
-    asked = settings.resolved_plan().precision
+def _advise(profile: DeviceProfile, settings: PretrainingFederation) -> Advice:
+    limit, length = settings.time_limit, settings.length
+    asked = settings.step_plan().precision
     request = Request(
-        model=settings.model,
-        set=settings.set,
-        length=None if limit else settings.seconds,
-        longest=settings.seconds,
-        batch=settings.batch,
+        work=PretrainingWork(architecture=settings.architecture, recipe=settings.recipe),
+        lengths=candidate_lengths(None if limit else length, longest=length),
+        batches=(settings.batch,),
         precision=asked if asked in profile.precisions else "fp32",
+        optimizer_state=settings.plan.optimizer_state,
         time_limit=limit,
+        seconds=update_seconds,
     )
     advice = advise(profile, request)
     if advice.chosen is None:
@@ -91,7 +88,9 @@ def _plan(profile: DeviceProfile, settings: FederationSettings) -> Advice:
     return advice
 
 
-def table(fleet: Fleet, settings: FederationSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(
+    fleet: Fleet, settings: PretrainingFederation, rows: Sequence[dict[str, Any]]
+) -> list[str]:
     """Markdown: what each kind of device trained with, and how long a round would take it."""
     heard: Counter[str] = Counter()
     took_part: Counter[str] = Counter()

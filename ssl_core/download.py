@@ -3,12 +3,14 @@
 The download, its checksum and the unpacking are torchaudio's `LIBRISPEECH`.
 """
 
+import dataclasses
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import command
 from common.errors import ShortwaveError, UsageError
+from common.settings import parse, settings_parser
 
 SUBSETS = {
     "dev-clean": 0.34,
@@ -22,33 +24,48 @@ SUBSETS = {
 """Sizes in GB of the archives (openslr.org/12)."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownloadSettings:
+    """What to download, and where to."""
+
+    subset: str = "train-clean-100"
+    """One of dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360 and
+    train-other-500."""
+    output: Path | None = None
+    """Folder to unpack into; needed."""
+
+    def validate(self) -> None:
+        """Check values; raises `UsageError`."""
+        if self.output is None:
+            raise UsageError("--output: give the folder to unpack into")
+        if self.subset not in SUBSETS:
+            raise UsageError(
+                f"no subset '{self.subset}'{command.nearest(self.subset, list(SUBSETS))} "
+                f"Choose from {', '.join(SUBSETS)}"
+            )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Download; returns the exit code."""
-    parser = command.Parser(prog="python -m ssl_core.download", description=__doc__)
-    parser.add_argument("--subset", default="train-clean-100", help=f"one of {', '.join(SUBSETS)}")
-    parser.add_argument("--output", type=Path, required=True, help="folder to unpack into")
-    options = parser.parse_args(arguments)
-    if options.subset not in SUBSETS:
-        raise UsageError(
-            f"no subset '{options.subset}'{command.nearest(options.subset, list(SUBSETS))} "
-            f"Choose from {', '.join(SUBSETS)}"
-        )
+    parser = settings_parser(
+        DownloadSettings, prog="python -m ssl_core.download", description=__doc__
+    )
+    settings, _ = parse(DownloadSettings, parser, arguments)
+    subset, output = settings.subset, settings.output
+    assert output is not None
     from torchaudio.datasets import LIBRISPEECH
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    print(
-        f"downloading {options.subset}, {SUBSETS[options.subset]} GB, into {options.output}",
-        flush=True,
-    )
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {subset}, {SUBSETS[subset]} GB, into {output}", flush=True)
     try:
-        corpus = LIBRISPEECH(str(options.output), url=options.subset, download=True)
+        corpus = LIBRISPEECH(str(output), url=subset, download=True)
     except (urllib.error.URLError, RuntimeError, OSError) as error:
         raise ShortwaveError(
-            f"cannot download {options.subset}: {error}. Without a network, unpack the archive "
-            f"from openslr.org/12 into {options.output} by hand"
+            f"cannot download {subset}: {error}. Without a network, unpack the archive "
+            f"from openslr.org/12 into {output} by hand"
         ) from None
     print(f"{len(corpus)} utterances, checksum verified")
-    print(options.output / "LibriSpeech")
+    print(output / "LibriSpeech")
     return 0
 
 

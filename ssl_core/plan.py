@@ -3,177 +3,205 @@
 Nothing is allocated: figures follow from shapes.
 """
 
-import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from common import command
 from common.atomic import write_text
 from common.errors import UsageError
-from common.units import format_bytes, parse_length
-from ssl_core.paper import table2
-from ssl_core.paper import table2_report as paper_report
-from ssl_core.paper import table3_report as task_report
-from ssl_core.planning.advice import MATCHED, Request, advise, explain
-from ssl_core.planning.advice import result as advice_result
+from common.settings import parse, settings_parser
+from common.units import Seconds, format_bytes
+from ssl_core.downstream.task_work import task_work
+from ssl_core.paper import planned_cell, table2_report, table3_report
+from ssl_core.paper.device_seconds import update_seconds
+from ssl_core.planning.advice import BATCHES, Request, advise, candidate_lengths
+from ssl_core.planning.advice_report import advice_result, explain
 from ssl_core.planning.device import AUTO, DeviceProfile
 from ssl_core.planning.device_profiles import find_profile, known_profiles
 from ssl_core.planning.this_machine import this_machine
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.pretraining_work import PretrainingWork
+from ssl_core.wav2vec2.config import ModelConfig, preset
 
-CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
-"""One device with memory of its own and one that shares it: the others are then predicted."""
+SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What to show; of a device, what is fixed, and the rest is chosen."""
+
+    device: str = ""
+    """Plan for this device, such as rpi4; auto: this machine."""
+    list: bool = False
+    """Show devices and their memory."""
+    table2: bool = False
+    """Show the paper's Table 2, a plain step and a planned one (the first time, some minutes)."""
+    figure2: bool = False
+    """Show memory and operations by length, as in the paper's Figure 2."""
+    table3: bool = False
+    """Show the paper's Table 3, fine-tuning tasks (the first time, some minutes)."""
+    figure3: bool = False
+    """Show memory over ten epochs of two tasks, as in the paper's Figure 3."""
+    model: str = "base"
+    """Preset of architecture and recipe: base or tiny."""
+    architecture: ModelConfig = ModelConfig()
+    """Architecture; the preset's unless given."""
+    recipe: Recipe = Recipe()
+    """Recipe of pretraining; the preset's unless given."""
+    length: Seconds | None = None
+    """Length of crops, as in 5s."""
+    batch: PositiveInt | None = None
+    """Crops in an update."""
+    task: str = ""
+    """Choose the length that matches this downstream task; with --frozen or --unfrozen, plan its
+    fine-tuning."""
+    backbone: Literal["", "frozen", "unfrozen"] = ""
+    """Fine-tune --task with a backbone that is frozen or unfrozen (also as --frozen, --unfrozen)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of products; auto: 16 bits where the device multiplies in them."""
+    optimizer_state: Literal["auto", "fp32", "bf16", "int8"] = "fp32"
+    """Precision of Adam's state; auto: fewer bits (not exact) where fp32 does not fit."""
+    time_limit: Seconds | None = None
+    """Longest time of an update on the device, as in 60s or 5min."""
+    alone: bool = False
+    """Not in a federation: no room for Flower's messages."""
+    measure: bool = False
+    """With --figure3: fine-tune base here as well, some minutes for each line."""
+    devices: Path | None = None
+    """YAML file with devices of your own."""
+    output: Path | None = None
+    """Folder for the figure and its JSON."""
+    json: bool = False
+    """Print JSON only."""
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Architecture and recipe of the preset; raises `UsageError` where there is none."""
+        name = str(given.get("model", cls.model))
+        return {"architecture": preset(name), "recipe": RECIPES[name]}
+
+    def validate(self) -> None:
+        """Check that one thing is asked for; raises `UsageError`."""
+        kinds = (self.device, self.list, self.table2, self.figure2, self.table3, self.figure3)
+        if sum(map(bool, kinds)) != 1:
+            raise UsageError(
+                "give one of --device, --list, --table2, --figure2, --table3 and --figure3"
+            )
+        if self.measure and not self.figure3:
+            raise UsageError("--measure goes with --figure3")
+        if self.backbone and not self.task:
+            raise UsageError(f"--{self.backbone} is of fine-tuning: say which --task")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked for; returns the exit code."""
-    parser = command.Parser(
-        prog="python -m ssl_core.plan",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = settings_parser(
+        PlanSettings, prog="python -m ssl_core.plan", description=__doc__, short=SHORT
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--device", help="plan for this device, such as rpi4; auto: this machine")
-    what.add_argument("--list", action="store_true", help="devices and their memory")
-    what.add_argument(
-        "--table2",
-        action="store_true",
-        help="the paper's Table 2, a plain step and a planned one (the first time, some minutes)",
-    )
-    what.add_argument(
-        "--figure2", action="store_true", help="memory and operations by length, as in Figure 2"
-    )
-    what.add_argument(
-        "--table3",
-        action="store_true",
-        help="the paper's Table 3, fine-tuning tasks (the first time, some minutes)",
-    )
-    what.add_argument(
-        "--figure3", action="store_true", help="memory over ten epochs of two tasks, as in Figure 3"
-    )
-    request = parser.add_argument_group("for --device, what is fixed; the rest is chosen")
-    request.add_argument("--model", default="base", help="preset: base or tiny")
-    request.add_argument("--set", default="", help="settings of it, as in model.layerdrop=0")
-    request.add_argument("--length", type=command.argument(parse_length), help="of crops, as in 5s")
-    request.add_argument(
-        "--batch", type=command.argument(command.positive), help="crops in an update"
-    )
-    request.add_argument(
-        "--task",
-        default="",
-        help=f"choose the length that matches this downstream task: {', '.join(MATCHED)}; with "
-        "--frozen or --unfrozen, plan its fine-tuning",
-    )
-    for name in ("frozen", "unfrozen"):
-        request.add_argument(
-            f"--{name}", dest="backbone", action="store_const", const=name, default="",
-            help=f"fine-tune --task with a backbone that is {name}",
-        )  # fmt: skip
-    request.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of products; auto: 16 bits where the device multiplies in them",
-    )
-    request.add_argument(
-        "--optimizer-state",
-        choices=("auto", "fp32", "bf16", "int8"),
-        default="fp32",
-        help="of Adam's moments; auto: fewer bits (not exact) where fp32 does not fit",
-    )
-    request.add_argument(
-        "--time-limit",
-        type=command.argument(parse_length),
-        help="of an update on the device, as in 60s or 5min",
-    )
-    request.add_argument(
-        "--alone",
-        action="store_true",
-        help="not in a federation: no room for Flower's messages",
-    )
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="with --figure3: fine-tune base here as well, some minutes for each line",
-    )
-    parser.add_argument("--devices", type=Path, help="YAML file with devices of your own")
-    parser.add_argument("--output", type=Path, help="folder for the figure and its JSON")
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    options = parser.parse_args(arguments)
-    if options.measure and not options.figure3:
-        raise UsageError("--measure goes with --figure3")
-    if options.device:
-        return plan_device(options)
-    if options.list:
-        profiles = [*known_profiles(options.devices).values(), this_machine()]
-        name, table, lines = "devices", device_table(profiles), []
-        result: dict[str, Any] = {"devices": [describe(profile) for profile in profiles]}
-    elif options.table2:
-        name, rows = "table2", paper_report.table2_rows(progress=not options.json)
-        table, result = paper_report.table2_table(rows), table2_result(rows)
-        lines = table2_lines(result)
-    elif options.table3:
-        name, rows = "table3", task_report.table3_rows(progress=not options.json)
-        table, result = task_report.table3_table(rows), task_report.table3_result(rows)
-        lines = task_report.table3_lines(result)
-    elif options.figure3:
-        name, rows = "figure3", task_report.figure3_rows(options.measure, not options.json)
-        table, lines, result = task_report.figure3_table(rows), [], {"cells": rows}
+    settings, _ = parse(PlanSettings, parser, arguments)
+    return plan_device(settings) if settings.device else show_figures(settings)
+
+
+def show_figures(settings: PlanSettings) -> int:
+    """Print the list of devices, a table or a figure's numbers; returns the exit code."""
+    progress, lines = not settings.json, []
+    result: dict[str, Any]
+    if settings.list:
+        profiles = [*known_profiles(settings.devices).values(), this_machine()]
+        name, table = "devices", device_table(profiles)
+        result = {"devices": [describe(profile) for profile in profiles]}
+    elif settings.table2:
+        name, rows = "table2", table2_report.table2_rows(progress)
+        table, result = table2_report.table2_table(rows), table2_report.table2_result(rows)
+        lines = table2_report.table2_lines(result)
+    elif settings.table3:
+        name, rows = "table3", table3_report.table3_rows(progress)
+        table, result = table3_report.table3_table(rows), planned_cell.agreement(rows)
+        lines = table3_report.table3_lines(result)
+    elif settings.figure3:
+        name, rows = "figure3", table3_report.figure3_rows(settings.measure, progress)
+        table, result = table3_report.figure3_table(rows), {"cells": rows}
     else:
-        name, rows = "figure2", paper_report.figure2_rows()
-        table, lines = paper_report.figure2_table(rows), []
-        result = {
-            "cells": rows,
-            "memory_growth": paper_report.growth(rows, "bytes"),
-            "operations_growth": paper_report.growth(rows, "operations"),
+        name, rows = "figure2", table2_report.figure2_rows()
+        table, result = table2_report.figure2_table(rows), table2_report.figure2_result(rows)
+    if settings.output:
+        write_text(settings.output / f"{name}.json", json.dumps(result, indent=2) + "\n")
+        plots = {
+            "table2": table2_report.plot_table2,
+            "figure2": table2_report.plot_figure2,
+            "figure3": table3_report.plot_figure3,
         }
-    if options.output:
-        write_text(options.output / f"{name}.json", json.dumps(result, indent=2) + "\n")
-        if options.table2:
-            paper_report.plot_table2(rows, options.output / "table2.png")
-        elif options.figure3:
-            task_report.plot_figure3(rows, options.output / "figure3.png")
-        elif options.figure2:
-            paper_report.plot_figure2(rows, options.output / "figure2.png")
-    if options.json:
+        if name in plots:
+            plots[name](rows, settings.output / f"{name}.png")
+    if settings.json:
         print(json.dumps(result))
         return 0
     console = Console()
     console.print(table)
     for line in lines:
         console.print(line, highlight=False)
-    if options.output:
-        print(options.output)
+    if settings.output:
+        print(settings.output)
     return 0
 
 
-def plan_device(options: argparse.Namespace) -> int:
-    """Choose for a device and print why; 1 when nothing fits."""
-    request = Request(
-        model=options.model,
-        set=options.set,
-        length=options.length,
-        batch=options.batch,
-        precision=options.precision,
-        optimizer_state=options.optimizer_state,
-        task=options.task,
-        backbone=options.backbone,
-        time_limit=options.time_limit,
-        federated=not options.alone,
+def request_of(settings: PlanSettings) -> Request:
+    """What to advise on.
+
+    Raises:
+        UsageError: no such task.
+    """
+    shared: dict[str, Any] = {
+        "precision": settings.precision,
+        "optimizer_state": settings.optimizer_state,
+        "time_limit": settings.time_limit,
+        "federated": not settings.alone,
+        "seconds": update_seconds,
+    }
+    batches = (settings.batch,) if settings.batch else ()
+    tiny = preset("tiny") if settings.model != "tiny" else None
+    if settings.backbone:
+        unfrozen = settings.backbone == "unfrozen"
+        task = task_work(settings.task, settings.architecture, unfrozen=unfrozen, cached=True)
+        return Request(
+            work=task,
+            lengths=(settings.length or task.length,),
+            batches=batches or (task.recipe.batch,),
+            smaller=dataclasses.replace(task, architecture=tiny) if tiny else None,
+            **shared,
+        )
+    smaller = PretrainingWork(architecture=tiny, recipe=RECIPES["tiny"]) if tiny else None
+    return Request(
+        work=PretrainingWork(architecture=settings.architecture, recipe=settings.recipe),
+        lengths=candidate_lengths(settings.length, settings.task),
+        batches=batches or BATCHES,
+        smaller=smaller,
+        **shared,
     )
-    profile = find_profile(options.device, options.devices)
+
+
+def plan_device(settings: PlanSettings) -> int:
+    """Choose for a device and print why; 1 when nothing fits."""
+    profile, request = find_profile(settings.device, settings.devices), request_of(settings)
     with Console(stderr=True).status(
         "estimating, from the step itself on tensors without contents"
     ):
         advice = advise(profile, request)
-    result = advice_result(advice)
-    if options.output:
-        write_text(options.output / "plan.json", json.dumps(result, indent=2) + "\n")
-    if options.json:
+    result = advice_result(advice) | {
+        "model": settings.model,
+        "task": settings.task,
+        "backbone": settings.backbone,
+    }
+    if settings.output:
+        write_text(settings.output / "plan.json", json.dumps(result, indent=2) + "\n")
+    if settings.json:
         print(json.dumps(result))
         return 0 if advice.chosen else 1
     print(f"{profile.name}: {profile.description}")
@@ -197,7 +225,7 @@ def describe(profile: DeviceProfile) -> dict[str, Any]:
         "clientapp": profile.clientapp,
         "training": profile.training_bytes,
         "cores": profile.cores,
-        "precisions": list(profile.precisions),
+        "precisions": [*profile.precisions],
         "sources": dict(profile.sources),
     }
 
@@ -222,33 +250,6 @@ def device_table(profiles: Sequence[DeviceProfile]) -> Table:
             ", ".join(profile.precisions),
         )
     return table
-
-
-def table2_result(rows: paper_report.Rows) -> dict[str, Any]:
-    """The rows, how many agree with the paper, and how many when two devices are calibrated."""
-    found, predicted = table2.split(CALIBRATED)
-    return {
-        "cells": rows,
-        "agree": sum(row["paper"] == row["plain"] for row in rows),
-        "planned_fits": sum(row["planned"] == "fits" for row in rows),
-        "split": {
-            "calibrated_on": list(CALIBRATED),
-            "allocator": found.allocator,
-            "share": found.share,
-            "agree": {device: count._asdict() for device, count in predicted.items()},
-        },
-    }
-
-
-def table2_lines(result: dict[str, Any]) -> list[str]:
-    """The counts for people."""
-    split = result["split"]
-    counts = ", ".join(f"{d} {c['agree']} of {c['cells']}" for d, c in split["agree"].items())
-    return [
-        f"a plain step agrees with the paper in {result['agree']} of {len(result['cells'])} cells",
-        f"a planned step fits in {result['planned_fits']} of {len(result['cells'])} cells",
-        f"calibrated on {' and '.join(split['calibrated_on'])} only: {counts}",
-    ]
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@ Every cell is two updates on noise in a process of its own: its peak resident me
 estimate, seconds, and operations counted by torch's flop counter.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -22,95 +22,130 @@ from common.atomic import write_text
 from common.errors import ShortwaveError
 from common.figures import save_figure
 from common.progress import track
-from common.units import format_bytes, format_length, parse_length
+from common.settings import parse, settings_parser
+from common.units import Seconds, format_bytes, format_length
+from ssl_core.planning.decision import Decision
 from ssl_core.planning.estimate import estimate
-from ssl_core.planning.ladder import fastest, leanest
 from ssl_core.planning.measure import measure
 from ssl_core.planning.operation_count import count_operations
-from ssl_core.planning.step_plan import Plan
-from ssl_core.training.overrides import change_plan, resolve
-from ssl_core.training.pretraining_recipe import Recipe
-from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.planning.step_plan import Plan, StepOptions
+from ssl_core.planning.work import Work
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.pretraining_work import PretrainingWork
+from ssl_core.wav2vec2.config import ModelConfig, preset
 
-PLANS = ("default", "fastest", "leanest")
+PlanName = Literal["default", "fastest", "leanest"]
 
 
-def as_planned(name: str, model: tuple[ModelConfig, Recipe], plan: Plan) -> Plan:
-    """The plan as it is, or one end of the planner's ladder for it; `name` is one of `PLANS`."""
-    config, recipe = model
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """What to measure."""
+
+    model: str = "base"
+    """Preset of architecture and recipe: base or tiny."""
+    architecture: ModelConfig = ModelConfig()
+    """Architecture; the preset's unless given."""
+    recipe: Recipe = Recipe()
+    """Recipe of pretraining; the preset's unless given."""
+    lengths: tuple[Seconds, ...] = (Seconds(1), Seconds(5), Seconds(10), Seconds(15))
+    """Lengths of crops."""
+    batches: tuple[PositiveInt, ...] = (PositiveInt(1), PositiveInt(2), PositiveInt(4))
+    """Crops in a batch."""
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)
+    """Precisions of products."""
+    plans: tuple[PlanName, ...] = ("leanest",)
+    """Ways to take a step: as --plan says, or one end of the planner's ladder."""
+    plan: StepOptions = StepOptions()
+    """How a step trades time for memory; given values replace the ladder's."""
+    threads: PositiveInt = PositiveInt(1)
+    """CPU threads."""
+    output: Path | None = None
+    """Folder for profile.json and profile.png."""
+    json: bool = False
+    """Print JSON only."""
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Architecture and recipe of the preset; raises `UsageError` where there is none."""
+        name = str(given.get("model", cls.model))
+        return {"architecture": preset(name), "recipe": RECIPES[name]}
+
+
+def as_planned(name: PlanName, work: Work, plan: Plan) -> Plan:
+    """The plan as it is, or one end of the planner's ladder for it.
+
+    Args:
+        name: which.
+        work: what is trained.
+        plan: length, batch, precision and threads.
+    """
     if name == "default":
         return plan
-    return fastest(plan, recipe) if name == "fastest" else leanest(config, recipe, plan)
+    decision = Decision(work, plan, available=0)
+    return decision.fastest.plan if name == "fastest" else decision.leanest.plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and compare; returns the exit code."""
-    parser = command.Parser(
-        prog="python -m ssl_core.profile",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = settings_parser(
+        ProfileSettings, prog="python -m ssl_core.profile", description=__doc__
     )
-    length, positive = command.argument(parse_length), command.argument(command.positive)
-    parser.add_argument("--model", default="base", help="preset: base or tiny")
-    parser.add_argument(
-        "--lengths", type=length, nargs="+", default=[1.0, 5.0, 10.0, 15.0], help="of crops"
-    )
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 2, 4], help="crops")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="of products"
-    )
-    parser.add_argument(
-        "--plans", nargs="+", choices=PLANS, default=["leanest"], help="ways to take a step"
-    )
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
-    parser.add_argument("--set", default="", help="single settings, such as model.layerdrop=0")
-    parser.add_argument("--output", type=Path, help="folder for profile.json and profile.png")
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    options = parser.parse_args(arguments)
-    model = resolve(options.model, options.set)
+    settings, _ = parse(ProfileSettings, parser, arguments)
+    work = PretrainingWork(architecture=settings.architecture, recipe=settings.recipe)
+    default = StepOptions()
+    changed = {
+        name: value
+        for name, value in vars(settings.plan).items()
+        if value != getattr(default, name)
+    }
     cells = []
-    for precision, name, seconds, batch in itertools.product(
-        options.precisions, options.plans, options.lengths, options.batches
+    for precision, name, length, batch in itertools.product(
+        settings.precisions, settings.plans, settings.lengths, settings.batches
     ):
-        plan = Plan(length=seconds, batch=batch, precision=precision, threads=options.threads)
-        plan = change_plan(as_planned(name, model, plan), options.set)
-        plan.validate_for(*model)
+        plan = Plan(length=length, batch=batch, precision=precision, threads=settings.threads)
+        plan = dataclasses.replace(as_planned(name, work, plan), **changed)
+        work.validate(plan)
         cells.append((name, plan))
     started = time.strftime("%Y-%m-%d %H:%M")
     rows = [
-        profile(options.model, options.set, name, plan)
-        for name, plan in track(cells, len(cells), "profile", not options.json)
+        profile(work, name, plan)
+        for name, plan in track(cells, len(cells), "profile", not settings.json)
     ]
-    result = {"model": options.model, "date": started, "cells": rows}
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        write_text(options.output / "profile.json", json.dumps(result, indent=2) + "\n")
-        plot(rows, options.output / "profile.png")
-    if options.json:
+    result = {"model": settings.model, "date": started, "cells": rows}
+    if settings.output:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        write_text(settings.output / "profile.json", json.dumps(result, indent=2) + "\n")
+        plot(rows, settings.output / "profile.png")
+    if settings.json:
         print(json.dumps(result))
         return 0
     Console().print(table(rows))
-    if options.output:
-        print(options.output)
+    if settings.output:
+        print(settings.output)
     return 0
 
 
-def profile(model: str, settings: str, name: str, plan: Plan) -> dict[str, Any]:
-    """Measure one cell and compare; memory in bytes, `measured` None where the process failed."""
-    config, recipe = resolve(model, settings)
+def profile(work: Work, name: str, plan: Plan) -> dict[str, Any]:
+    """Measure one cell and compare; memory in bytes, `measured` None where the process failed.
+
+    Args:
+        work: what is trained.
+        name: of the plan.
+        plan: how a step is taken.
+    """
     row: dict[str, Any] = {
         "plan": name,
         "length": plan.length,
         "batch": plan.batch,
         "precision": plan.precision,
-        "operations": count_operations(config, recipe, plan),
+        "operations": count_operations(work, plan),
     }
     try:
-        found = measure(model, settings, dataclasses.asdict(plan))
+        found = measure(work, plan)
     except ShortwaveError as error:
-        predicted = estimate(config, recipe, plan).total
+        predicted = estimate(work, plan).total
         return row | {"predicted": predicted, "measured": None, "failure": str(error)}
-    predicted = estimate(config, recipe, plan, found.imports).total
+    predicted = estimate(work, plan, found.imports).total
     return row | {
         "predicted": predicted,
         "measured": found.peak,

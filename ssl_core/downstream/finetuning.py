@@ -13,9 +13,9 @@ from torch import Tensor
 from common import atomic
 from common.errors import DataError, Interrupted
 from common.progress import bar_of
+from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.learning_rates import Rates
-from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.scoring import score_clips
 from ssl_core.downstream.task_step import BACKBONE, HEAD, TaskStep
 from ssl_core.training import checkpoint

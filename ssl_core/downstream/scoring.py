@@ -8,9 +8,9 @@ from torch import Tensor
 
 from common.errors import DataError
 from ssl_core.downstream import metrics
+from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import Clip, Trial
 from ssl_core.downstream.decoding import Decoder, greedy
-from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.task_model import Stage
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.wav2vec2.precision import autocast

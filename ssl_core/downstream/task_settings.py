@@ -12,7 +12,6 @@ from ssl_core.planning.step_plan import Plan
 from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.run_directory import stored_settings
 
-
 _UNNAMED = recipe_of("kws12")
 """Stands in the place of a recipe until the task is known."""
 

@@ -4,8 +4,8 @@ A cell fits where `plain_step` on the device's accelerator takes no more than th
 `training_bytes`. Two constants are calibrated on the table, all else is counted or measured:
 
 - `parts.ALLOCATOR`, what allocators take above tensors. It acts on all four devices.
-- `share` in `device_profiles.yaml`, the same for all Jetson boards: what the step's tensors get of
-  a memory that CPU and GPU share. In the paper the 16 GB board behaves as if it had less than twice
+- `tensor-fraction` in `device_profiles.yaml`, the same for all Jetson boards: what the step's
+  tensors get of a memory that CPU and GPU share. In the paper the 16 GB board behaves as if it had less than twice
   what the 8 GB one has, which no system of a fixed size explains.
 
 `split` calibrates on some of the devices and counts agreement on each of them and of the others.
@@ -50,7 +50,7 @@ class Calibration(NamedTuple):
     """Constants, and how far from wrong the worst cell they were calibrated on is."""
 
     allocator: float
-    share: float | None
+    fraction: float | None
     """None where none of the devices shares its memory with a GPU."""
     margin: float
     """Least natural logarithm of room over need (fits) or need over room (oom); below zero, a cell
@@ -93,21 +93,21 @@ def need(cell: Cell, accelerator: Literal["cpu", "cuda"], allocator: float = ALL
 
 
 def outcome(
-    cell: Cell, profile: DeviceProfile, allocator: float = ALLOCATOR, share: float | None = None
+    cell: Cell, profile: DeviceProfile, allocator: float = ALLOCATOR, fraction: float | None = None
 ) -> Literal["fits", "oom"]:
-    """Whether a plain step fits a device; `share` replaces the profile's."""
+    """Whether a plain step fits a device; `fraction` replaces the profile's."""
     room = profile.training_bytes
-    if profile.share is not None and share is not None:
-        room = int(share * profile.memory)
+    if profile.tensor_fraction is not None and fraction is not None:
+        room = int(fraction * profile.memory)
     return "fits" if need(cell, profile.accelerator, allocator) <= room else "oom"
 
 
-def agreement(allocator: float = ALLOCATOR, share: float | None = None) -> dict[str, Agreement]:
+def agreement(allocator: float = ALLOCATOR, fraction: float | None = None) -> dict[str, Agreement]:
     """Cells in which a plain step comes out as in the paper, by device."""
     profiles, counts = known_profiles(), {}
     for device in DEVICES:
         cells = _cells(device)
-        right = [outcome(c, profiles[device], allocator, share) == c.outcome for c in cells]
+        right = [outcome(c, profiles[device], allocator, fraction) == c.outcome for c in cells]
         counts[device] = Agreement(sum(right), len(cells))
     return counts
 
@@ -115,7 +115,7 @@ def agreement(allocator: float = ALLOCATOR, share: float | None = None) -> dict[
 def calibrate(devices: Collection[str]) -> Calibration:
     """The constants that keep the worst cell of these devices as far from wrong as they can.
 
-    For every allocator figure the best share follows: it lies, in logarithms, half way between the
+    For every allocator figure the best fraction follows: it lies, in logarithms, half way between the
     largest cell that fits and the smallest that does not, over all boards that share memory.
 
     Raises:
@@ -131,18 +131,18 @@ def calibrate(devices: Collection[str]) -> Calibration:
         for device in devices:
             profile = profiles[device]
             largest, smallest = _bounds(profile, allocator)
-            if profile.share is not None:
+            if profile.tensor_fraction is not None:
                 lowest = max(lowest, largest / profile.memory)
                 highest = min(highest, smallest / profile.memory)
             else:
                 room = profile.training_bytes
                 margin = min(margin, math.log(room / largest), math.log(smallest / room))
-        share = None
+        fraction = None
         if lowest:
-            share = math.sqrt(lowest * highest)
+            fraction = math.sqrt(lowest * highest)
             margin = min(margin, math.log(highest / lowest) / 2)
         if margin > best.margin:
-            best = Calibration(allocator, share, margin)
+            best = Calibration(allocator, fraction, margin)
     return best
 
 
@@ -154,9 +154,9 @@ def split(devices: Collection[str]) -> tuple[Calibration, dict[str, Agreement]]:
             can be said of those that do.
     """
     found = calibrate(devices)
-    if found.share is None:
+    if found.fraction is None:
         raise UsageError("calibrate on at least one of jetson-xavier-nx and jetson-xavier-agx")
-    return found, agreement(found.allocator, found.share)
+    return found, agreement(found.allocator, found.fraction)
 
 
 def _cells(device: str) -> Sequence[Cell]:

@@ -67,7 +67,7 @@ def table2_result(rows: Rows) -> dict[str, Any]:
         "split": {
             "calibrated_on": list(CALIBRATED),
             "allocator": found.allocator,
-            "share": found.share,
+            "fraction": found.fraction,
             "agree": {device: count._asdict() for device, count in predicted.items()},
         },
     }
@@ -102,7 +102,7 @@ def table2_table(rows: Rows) -> Table:
 
 
 def plot_table2(rows: Rows, path: Path) -> None:
-    """A panel for each device: the paper's outcomes, coloured by a plain step's share of the room.
+    """A panel for each device: the paper's outcomes, coloured by the fraction of the room a plain step takes.
 
     Blue fits, red does not; a cell whose colour and text disagree is framed.
     """
@@ -166,6 +166,15 @@ def growth(rows: Rows, name: str) -> dict[int, float]:
     """By batch, how many times the figure of 1 s crops that of 15 s is."""
     found = {(row["length"], row["batch"]): row[name] for row in rows}
     return {batch: found[LENGTHS[-1], batch] / found[LENGTHS[0], batch] for batch in BATCHES}
+
+
+def figure2_result(rows: Rows) -> dict[str, Any]:
+    """The rows, and the growth of memory and operations from 1 s to 15 s."""
+    return {
+        "cells": rows,
+        "memory_growth": growth(rows, "bytes"),
+        "operations_growth": growth(rows, "operations"),
+    }
 
 
 def figure2_table(rows: Rows) -> Table:

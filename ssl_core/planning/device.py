@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Literal
 
 from common.errors import UsageError
-from common.units import format_bytes
+from common.units import Size, format_bytes
 from ssl_core.planning.step_plan import Precision
 
 AUTO = "auto"
 """Name of this machine."""
 
-SIZES = ("memory", "system", "supernode", "clientapp")
+_SIZES = ("memory", "system", "supernode", "clientapp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """A device; sizes in bytes. Exactly one of `system` and `share` is given."""
+    """A device; sizes in bytes. Exactly one of `system` and `tensor_fraction` is given."""
 
     name: str
     description: str
@@ -25,15 +25,15 @@ class DeviceProfile:
     """Where a step is computed."""
     shared: bool = False
     """Whether the GPU's memory is the CPU's (Jetson)."""
-    memory: int
+    memory: Size
     """What the system reports in all; of a GPU with memory of its own, that memory."""
-    system: int | None = None
+    system: Size | None = None
     """What the system and other programs take."""
-    share: float | None = None
-    """Where memory is shared: the share of it that the step's tensors get."""
-    supernode: int
+    tensor_fraction: float | None = None
+    """Where memory is shared: the fraction of it that the step's tensors get."""
+    supernode: Size
     """What the Flower SuperNode takes."""
-    clientapp: int
+    clientapp: Size
     """What the process that trains takes before there is a model."""
     cores: int
     """CPU cores."""
@@ -49,8 +49,8 @@ class DeviceProfile:
     @property
     def training_bytes(self) -> int:
         """What is left for the process that trains, above its imports and CUDA context."""
-        if self.share is not None:
-            return int(self.share * self.memory)
+        if self.tensor_fraction is not None:
+            return int(self.tensor_fraction * self.memory)
         return self.memory - (self.system or 0) - self.supernode - self.clientapp
 
     @property
@@ -60,7 +60,7 @@ class DeviceProfile:
 
     @property
     def system_bytes(self) -> int:
-        """What the system and other programs take, also where `share` says it."""
+        """What the system and other programs take, also where `tensor_fraction` says it."""
         return self.memory - self.process_bytes - self.supernode
 
     def validate(self) -> None:
@@ -70,17 +70,17 @@ class DeviceProfile:
             UsageError: a figure that is missing, negative, or more than there is.
         """
         where = f"device '{self.name}'"
-        for name in SIZES:
+        for name in _SIZES:
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{where}: {name} must not be below zero")
         if self.memory == 0 or self.cores < 1:
             raise UsageError(f"{where}: memory and cores must be above zero")
-        if (self.system is None) == (self.share is None):
-            raise UsageError(f"{where}: give one of system and share")
-        if self.share is not None and not (self.shared and 0 < self.share < 1):
+        if (self.system is None) == (self.tensor_fraction is None):
+            raise UsageError(f"{where}: give one of system and tensor_fraction")
+        if self.tensor_fraction is not None and not (self.shared and 0 < self.tensor_fraction < 1):
             raise UsageError(
-                f"{where}: share, of a memory that a GPU shares (shared: true), must be between 0 "
-                f"and 1, not {self.share}"
+                f"{where}: tensor_fraction, of a memory that a GPU shares (shared: true), must be "
+                f"and 1, not {self.tensor_fraction}"
             )
         if self.shared and self.accelerator == "cpu":
             raise UsageError(f"{where}: shared is for a GPU; leave it out for accelerator cpu")

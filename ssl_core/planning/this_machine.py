@@ -7,6 +7,7 @@ from typing import Literal
 import psutil
 
 from common.errors import DataError
+from common.units import Size
 from ssl_core.planning.device import AUTO, DeviceProfile
 from ssl_core.planning.step_plan import Precision
 
@@ -62,10 +63,10 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
         description=f"this machine, {sources['memory']}",
         accelerator=accelerator,
         shared=shared,
-        memory=memory,
-        system=0,
-        supernode=0,
-        clientapp=clientapp,
+        memory=Size(memory),
+        system=Size(0),
+        supernode=Size(0),
+        clientapp=Size(clientapp),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         precisions=precisions,
         sources=sources,

@@ -21,7 +21,7 @@ from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
-from ssl_core.training.pretraining_step import StepReport, PretrainingStep
+from ssl_core.training.pretraining_step import PretrainingStep, StepReport
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ssl_core.training.overrides import resolve
 
 from common.errors import UsageError
 from ssl_core.paper.device_seconds import paper_rate, update_seconds
@@ -16,7 +17,6 @@ from ssl_core.planning.device_profiles import find_profile
 from ssl_core.planning.ladder import choose
 from ssl_core.planning.step_plan import Plan
 from ssl_core.profile import as_planned
-from ssl_core.training.overrides import resolve
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.wav2vec2.config import preset
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import psutil
 import pytest
+from ssl_core.training.overrides import resolve
 
 from ssl_core.planning.estimate import MIB, estimate
 from ssl_core.planning.ladder import choose, ladder, leanest
 from ssl_core.planning.measure import measure
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import trace
-from ssl_core.training.overrides import resolve
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.wav2vec2.config import preset
 

@@ -207,7 +207,7 @@ def test_a_plain_step_comes_out_as_in_the_paper_in_every_cell() -> None:
 def test_no_cell_is_nearer_to_wrong_than_two_per_cent() -> None:
     found = table2.calibrate(table2.DEVICES)
     assert found.allocator == ALLOCATOR == 0.435
-    assert found.share == pytest.approx(0.6153, abs=1e-4)
+    assert found.fraction == pytest.approx(0.6153, abs=1e-4)
     assert found.margin == pytest.approx(0.0248, abs=1e-4)
 
 

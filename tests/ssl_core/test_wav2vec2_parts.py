@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ssl_core.training.overrides import resolve
 
 from common.errors import DataError, UsageError
 from ssl_core.training.collapse import CollapseAlarm
-from ssl_core.training.overrides import resolve
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.training.schedule import diversity_weight, gumbel_temperature, learning_rate
 from ssl_core.wav2vec2.config import ModelConfig, preset

@@ -12,13 +12,13 @@ import pytest
 import torch
 from noise_files import write_noise
 from small_models import backbone_of, small_recipe
+from ssl_core.downstream.loading import ClipLoader
 from transformers import Wav2Vec2FeatureExtractor
 
 from common.errors import Interrupted
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip
 from ssl_core.downstream.feature_cache import FeatureCache, clip_key
-from ssl_core.downstream.loading import ClipLoader
 from ssl_core.downstream.task_model import TaskModel, Upstream
 from ssl_core.downstream.task_step import HEAD, TaskStep
 from ssl_core.planning.step_plan import Plan

@@ -28,6 +28,7 @@ from small_corpora import (
     write_tone,
 )
 from small_models import save_backbone
+from ssl_core.downstream.loading import check
 
 from common import command
 from common.errors import DataError, Interrupted, UsageError
@@ -35,7 +36,6 @@ from common.process_environment import tuned
 from partitions.manifest import Piece
 from ssl_core import finetune
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.loading import check
 from ssl_core.downstream.metrics import (
     accuracy,
     character_error_rate,
