@@ -97,7 +97,7 @@ def _probabilities(query: Tensor, key: Tensor) -> Tensor:
 
 
 @operator("attention")
-def dropping_attention(
+def attention_with_dropout(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -136,7 +136,7 @@ def dropping_attention(
 
 
 @operator("attention_backward")
-def _dropping_attention_backward(
+def _attention_with_dropout_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -161,7 +161,7 @@ def _dropping_attention_backward(
     return grads
 
 
-@dropping_attention.shapes
+@attention_with_dropout.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -172,7 +172,7 @@ def _(
     )  # fmt: skip
 
 
-@_dropping_attention_backward.shapes
+@_attention_with_dropout_backward.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
@@ -185,12 +185,12 @@ def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
     return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
 
 
-@dropping_attention.flops
+@attention_with_dropout.flops
 def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
     return 4 * query[2] * _pairs(query, key, others[-1])
 
 
-@_dropping_attention_backward.flops
+@_attention_with_dropout_backward.flops
 def _(
     query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -205,13 +205,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seeds = ctx.saved_tensors
-    grads = _dropping_attention_backward(
+    grads = _attention_with_dropout_backward(
         *tensors, grad.contiguous(), seeds, ctx.site, ctx.heads, ctx.rate, ctx.lengths
     )
     return *grads, None, None, None, None, None, None
 
 
-dropping_attention.gradient(_gradient, _keep)
+attention_with_dropout.gradient(_gradient, _keep)
 
 
 def attention(
@@ -245,7 +245,7 @@ def attention(
     """
     if seeds is not None and rate:
         given = (query, key, value, seeds, site, heads, rate, keep, lengths)
-        out: Tensor = dropping_attention(*given)[0]
+        out: Tensor = attention_with_dropout(*given)[0]
         return out
     q, k, v = (_by_head(x, heads) for x in (query, key, value))
     if not lengths:

@@ -4,8 +4,8 @@ Spans start at random frames and may overlap; there are
 `mask_time_prob * frames / mask_time_length` of them, at least `mask_time_min_masks`. fairseq then
 unmasks random frames until each crop has as few masked frames as the crop of the batch with the
 fewest. Here shapes must depend neither on chance nor on how a batch is split, so every crop gets
-the expected value of that minimum for a batch of six, which is 1.4 million samples of the
-original's crops. The fraction of masked frames is 0.39 at 1 s, 0.44 at 5 s and 0.46 from 10 s on.
+the expected value of that minimum for a batch of `EQUALISED_CROPS`. The fraction of masked frames
+is 0.39 at 1 s, 0.44 at 5 s, 0.45 at 10 s and 0.46 at 15 s.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 Indices = npt.NDArray[np.int64]
 
 EQUALISED_CROPS = 6
-"""Crops of 15.6 s in a batch of the original base recipe (`max_tokens` 1.4 million samples)."""
+"""Crops of 15.6 s in a batch of the original base recipe (`max_tokens`: 1.4 million samples)."""
 
 
 def _starts(config: ModelConfig, frames: int, rng: np.random.Generator) -> tuple[Indices, int]:

@@ -106,7 +106,7 @@ class LossParts(NamedTuple):
     correct: Tensor
     """Number of masked frames whose code was identified among the negatives."""
     entropy: Tensor
-    """Entropy of each masked frame's codebook probabilities in nats, mean over groups, summed."""
+    """Entropy of codebook probabilities in nats, mean over groups, summed over masked frames."""
 
 
 class Backbone(nn.Module):
