@@ -63,7 +63,7 @@ class PlanSettings:
     """Choose the length that matches this downstream task; with --frozen or --unfrozen, plan its
     fine-tuning."""
     backbone: Literal["", "frozen", "unfrozen"] = ""
-    """Fine-tune --task with a backbone that is frozen or unfrozen (also as --frozen, --unfrozen)."""
+    """Fine-tune --task with a frozen or unfrozen backbone (also as --frozen, --unfrozen)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of products; auto: 16 bits where the device multiplies in them."""
     optimizer_state: Literal["auto", "fp32", "bf16", "int8"] = "fp32"

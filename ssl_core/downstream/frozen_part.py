@@ -40,7 +40,7 @@ class FrozenPart:
         return self._upstream.frames(samples)
 
     def normalised(self, audio: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Samples `[sample]` as the model takes them: with mean 0 and variance 1, or as they are."""
+        """Samples `[sample]` as the model takes them: of mean 0 and variance 1, or unchanged."""
         if not self._upstream.normalise:
             return audio
         return (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)

@@ -5,8 +5,8 @@ A cell fits where `plain_step` on the device's accelerator takes no more than th
 
 - `parts.ALLOCATOR`, what allocators take above tensors. It acts on all four devices.
 - `tensor-fraction` in `device_profiles.yaml`, the same for all Jetson boards: what the step's
-  tensors get of a memory that CPU and GPU share. In the paper the 16 GB board behaves as if it had less than twice
-  what the 8 GB one has, which no system of a fixed size explains.
+  tensors get of a memory that CPU and GPU share. In the paper the 16 GB board behaves as if it had
+  less than twice what the 8 GB one has, which no system of a fixed size explains.
 
 `split` calibrates on some of the devices and counts agreement on each of them and of the others.
 """
@@ -115,8 +115,8 @@ def agreement(allocator: float = ALLOCATOR, fraction: float | None = None) -> di
 def calibrate(devices: Collection[str]) -> Calibration:
     """The constants that keep the worst cell of these devices as far from wrong as they can.
 
-    For every allocator figure the best fraction follows: it lies, in logarithms, half way between the
-    largest cell that fits and the smallest that does not, over all boards that share memory.
+    For every allocator figure the best fraction follows: it lies, in logarithms, half way between
+    the largest cell that fits and the smallest that does not, over all boards that share memory.
 
     Raises:
         UsageError: a device that is not in the table.

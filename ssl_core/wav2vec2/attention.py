@@ -1,8 +1,8 @@
-"""Self-attention with dropout, without keeping the frame by frame matrices.
+"""Self-attention with dropout, in blocks, without saving frame by frame matrices.
 
-torch's own attention is lean as long as nothing is dropped; on a CPU its dropout falls back to a
-path that keeps several matrices of frames by frames for every head. Here scores, softmax and mask
-are made a few heads at a time and again in the backward pass.
+torch's own attention saves no such matrices either, unless it has dropout on a CPU; then it saves
+several for each head. Here scores, softmax and dropout mask are computed for a few heads at a time,
+and again in the backward pass.
 """
 
 import math
@@ -18,34 +18,35 @@ from ssl_core.wav2vec2.dropout import keep_mask
 from ssl_core.wav2vec2.operators import operator
 
 BLOCK = 2**21
-"""Elements of the matrices of frames by frames that are made at a time."""
+"""Elements of the score matrices computed at a time."""
 
 
 class _Block(NamedTuple):
-    """What is taken together: heads of some crops, and of each the frames that see each other."""
+    """Some heads of some crops, whose score matrices are computed together."""
 
     crops: slice
-    """Their seeds; of a batch that is not packed their rows as well."""
+    """Indices of the crops' seeds."""
     batch: slice
+    """Indices of the crops in the batch: those of `crops`, or 0 if packed."""
     heads: slice
     rows: slice
     """Query frames."""
     columns: slice
     """Key frames."""
     first: int
-    """Where the matrices of the crops begin, all heads' of all crops one behind the other."""
+    """Offset of the crops' matrices in the flat tensor of all crops' and heads' matrices."""
 
     def at(self, x: Tensor, frames: slice) -> Tensor:
-        """Of `[batch, head, frame, width]`, a view."""
+        """The block's part of `[batch, head, frame, width]`, a view."""
         return x[self.batch, self.heads, frames]
 
     def mask(self, seeds: Tensor, site: int, heads: int, rate: float, device: Any) -> Tensor:
-        """Which weights are kept, `[crop, head, query frame, frame]`."""
+        """Dropout masks, `[crop, head, query frame, frame]`."""
         shape = (heads, self._sides[0], self._sides[1])
         return keep_mask(seeds[self.crops], site, shape, rate, device, ())[:, self.heads]
 
     def of(self, matrices: Tensor, heads: int) -> Tensor:
-        """The block's part of all matrices, `[crop, head, query frame, frame]`, a view."""
+        """The block's part of flat matrices, `[crop, head, query frame, frame]`, a view."""
         shape = (self.crops.stop - self.crops.start, heads, *self._sides)
         own = matrices[self.first : self.first + math.prod(shape)]
         return own.view(shape)[:, self.heads]
@@ -56,7 +57,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(query: Tensor, key: Tensor, heads: int, lengths: Sequence[int]) -> Iterator[_Block]:
-    """All of a batch, in parts whose matrices are not larger than `BLOCK` if heads are not."""
+    """Divide a batch into blocks of at most `BLOCK` matrix elements, or of one head if larger."""
     first = 0
     if lengths:
         for crop, frames in enumerate(packing.places(lengths)):
@@ -73,7 +74,7 @@ def _blocks(query: Tensor, key: Tensor, heads: int, lengths: Sequence[int]) -> I
 
 
 def _portions(crops: int, heads: int, matrix: int) -> Iterator[tuple[slice, slice]]:
-    """Crops and heads that are taken together, of whose matrices each has so many elements."""
+    """Slices of crops and heads whose matrices, of `matrix` elements each, fit in `BLOCK`."""
     together = max(1, BLOCK // matrix)
     if together >= heads:
         step = together // heads
@@ -91,12 +92,12 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _probabilities(query: Tensor, key: Tensor) -> Tensor:
-    """`[crop, head, frame, width]` each, to `[crop, head, query frame, key frame]`."""
+    """`[crop, head, frame, width]` each to `[crop, head, query frame, frame]`."""
     return torch.softmax(query @ key.transpose(2, 3), dim=-1)
 
 
 @operator("attention")
-def dropping_attention(
+def attention_with_dropout(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -105,17 +106,18 @@ def dropping_attention(
     Args:
         query: `[batch, query frame, hidden]`.
         key: `[batch, frame, hidden]`.
-        value: the same.
-        seeds: `[batch]`, for `keep_mask`.
-        site: for `keep_mask`.
-        heads: the hidden size is divided into so many.
-        rate: of the dropout.
-        keep: return the weights before dropout and the mask, for the backward pass.
-        lengths: of packed crops, see `packing`; all frames of a crop are then query frames.
+        value: `[batch, frame, hidden]`.
+        seeds: `[batch]` int64 on the CPU, one per crop, for the dropout.
+        site: number of the dropout's site in the network.
+        heads: number of heads, a divisor of the hidden size.
+        rate: dropout rate.
+        keep: whether to return weights and masks, for the backward pass.
+        lengths: frames of each packed crop (see `packing`), else empty; if packed, all frames are
+            query frames.
 
     Returns:
-        `[batch, query frame, hidden]`, then weights and mask, `[matrix element]` of every crop's
-        and head's matrix of query frames by frames, or empty.
+        The output, `[batch, query frame, hidden]`; weights before dropout and dropout masks, flat:
+        `[matrix element]` of all crops' and heads' matrices, or empty.
     """
     out = torch.empty_like(query)
     kept = heads * _pairs(query.shape, key.shape, lengths) if keep else 0
@@ -134,7 +136,7 @@ def dropping_attention(
 
 
 @operator("attention_backward")
-def _dropping_attention_backward(
+def _attention_with_dropout_backward(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -159,7 +161,7 @@ def _dropping_attention_backward(
     return grads
 
 
-@dropping_attention.shapes
+@attention_with_dropout.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, seeds: Tensor, site: int, heads: int, rate: float,
     keep: bool, lengths: Sequence[int],
@@ -170,7 +172,7 @@ def _(
     )  # fmt: skip
 
 
-@_dropping_attention_backward.shapes
+@_attention_with_dropout_backward.shapes
 def _(
     query: Tensor, key: Tensor, value: Tensor, all_weights: Tensor, all_masks: Tensor,
     grad: Tensor, seeds: Tensor, site: int, heads: int, rate: float, lengths: Sequence[int],
@@ -179,16 +181,16 @@ def _(
 
 
 def _pairs(query: Any, key: Any, lengths: Sequence[int]) -> int:
-    """Pairs of frames, summed over crops."""
+    """Number of pairs of query frame and frame, over all crops."""
     return sum(n * n for n in lengths) if lengths else query[0] * query[1] * int(key[1])
 
 
-@dropping_attention.flops
+@attention_with_dropout.flops
 def _(query: Any, key: Any, *others: Any, out_shape: Any = None, **__: Any) -> int:
     return 4 * query[2] * _pairs(query, key, others[-1])
 
 
-@_dropping_attention_backward.flops
+@_attention_with_dropout_backward.flops
 def _(
     query: Any, key: Any, value: Any, weights: Any, *others: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -203,13 +205,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seeds = ctx.saved_tensors
-    grads = _dropping_attention_backward(
+    grads = _attention_with_dropout_backward(
         *tensors, grad.contiguous(), seeds, ctx.site, ctx.heads, ctx.rate, ctx.lengths
     )
     return *grads, None, None, None, None, None, None
 
 
-dropping_attention.gradient(_gradient, _keep)
+attention_with_dropout.gradient(_gradient, _keep)
 
 
 def attention(
@@ -224,25 +226,26 @@ def attention(
     keep: bool = False,
     lengths: Sequence[int] = (),
 ) -> Tensor:
-    """Scaled dot-product attention; without seeds, as in evaluation, nothing is dropped.
+    """Scaled dot-product attention within each crop.
 
     Args:
         query: `[batch, query frame, hidden]`.
         key: `[batch, frame, hidden]`.
-        value: the same.
-        heads: the hidden size is divided into so many.
-        rate: of the dropout of attention weights.
-        seeds: `[batch]`, for `keep_mask`.
-        site: for `keep_mask`.
-        keep: keep the weights of frames by frames for the backward pass.
-        lengths: of packed crops, see `packing`; a query is then wanted for every frame.
+        value: `[batch, frame, hidden]`.
+        heads: number of heads, a divisor of the hidden size.
+        rate: dropout rate of the attention weights.
+        seeds: `[batch]` int64 on the CPU, one per crop; None, as in evaluation, drops nothing.
+        site: number of the dropout's site in the network.
+        keep: save attention weights and dropout masks instead of computing them again.
+        lengths: frames of each packed crop (see `packing`), else empty; if packed, all frames are
+            query frames.
 
     Returns:
         `[batch, query frame, hidden]`.
     """
     if seeds is not None and rate:
         given = (query, key, value, seeds, site, heads, rate, keep, lengths)
-        out: Tensor = dropping_attention(*given)[0]
+        out: Tensor = attention_with_dropout(*given)[0]
         return out
     q, k, v = (_by_head(x, heads) for x in (query, key, value))
     if not lengths:

@@ -1,4 +1,4 @@
-"""The architecture and the pretraining recipe, with the presets `base` and `tiny`."""
+"""The architecture of wav2vec 2.0, with the presets `base` and `tiny`."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,38 +11,38 @@ from common.errors import DataError, UsageError
 class ModelConfig:
     """Architecture of wav2vec 2.0; field names and defaults as in transformers' `Wav2Vec2Config`.
 
-    Dropout rates are those of the original base recipe (fairseq
-    `wav2vec2_base_librispeech.yaml`), which transformers' defaults are not.
+    Default dropout rates are those of the original base recipe (fairseq
+    `wav2vec2_base_librispeech.yaml`) instead of transformers'.
     """
 
     conv_dim: tuple[int, ...] = (512,) * 7
-    """Channels of each convolution of the feature extractor."""
+    """Output channels of each convolution of the feature extractor."""
     conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    """Taps of each convolution; the first works on samples."""
+    """Taps of each convolution: samples for the first, rows of the layer before for the others."""
     conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    """Strides; their product, 320 samples, is the 20 ms between frames."""
+    """Stride of each convolution; their product, 320 samples (20 ms), is the hop between frames."""
     conv_bias: bool = False
     feat_extract_norm: Literal["group", "layer"] = "group"
-    """`group`: layer 0 over time, per channel (base); `layer`: every layer, over channels."""
+    """`group`: layer 0 only, over time per channel (base); `layer`: all layers, over channels."""
     do_stable_layer_norm: bool = False
-    """Layer norm before (True) or after (False, base) attention and feed-forward."""
+    """Layer norm before (True) or after (False, base) attention and feed-forward network."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     num_conv_pos_embeddings: int = 128
-    """Taps of the convolution that gives positions."""
+    """Taps of the positional convolution, in frames."""
     num_conv_pos_embedding_groups: int = 16
     layer_norm_eps: float = 1e-5
     hidden_dropout: float = 0.1
     activation_dropout: float = 0.0
     attention_dropout: float = 0.1
     feat_proj_dropout: float = 0.1
-    """On the projected features (fairseq `dropout_input`)."""
+    """Dropout of the projected features (fairseq `dropout_input`)."""
     feat_quantizer_dropout: float = 0.1
-    """On the features that are quantised (fairseq `dropout_features`)."""
+    """Dropout of the features to be quantised (fairseq `dropout_features`)."""
     layerdrop: float = 0.05
-    """Chance that a transformer layer is skipped for a whole micro-batch."""
+    """Probability that a transformer layer is skipped for a whole batch."""
     num_codevector_groups: int = 2
     num_codevectors_per_group: int = 320
     codevector_dim: int = 256
@@ -51,32 +51,32 @@ class ModelConfig:
     contrastive_logits_temperature: float = 0.1
     diversity_loss_weight: float = 0.1
     mask_time_prob: float = 0.65
-    """Share of frames covered by spans before overlap (fairseq `mask_prob`)."""
+    """Fraction of frames in masked spans if none overlapped (fairseq `mask_prob`)."""
     mask_time_length: int = 10
     """Frames in a masked span."""
     mask_time_min_masks: int = 2
-    """Least number of spans in a crop."""
+    """Minimum number of spans in a crop."""
     initializer_range: float = 0.02
     """Standard deviation of the transformer's initial weights (BERT)."""
     initial_taps: Literal["independent", "shared"] = "independent"
-    """Initial weights of the convolutions after the first: every tap drawn for itself (the
-    original), or one draw for all taps of a filter, which makes them low-pass filters of the first
-    layer's rectified output. Neighbouring frames are then alike from the first update on and small
-    models leave chance at once; with independent taps frames begin as good as unrelated."""
+    """Initial weights of the convolutions after the first. `independent`: one draw for each tap
+    (the original); neighbouring frames are almost unrelated at first. `shared`: one draw for all
+    taps of a filter, a low-pass filter of the first layer's rectified output; neighbouring frames
+    are similar from the first update on, and small models beat chance at once."""
 
     def validate(self) -> None:
-        """Check that the parts fit together.
+        """Check that the fields fit together.
 
         Raises:
-            UsageError: an impossible combination; the message names the fields.
+            UsageError: an unsupported combination; the message names the fields.
         """
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) > 0:
             raise UsageError("conv_dim, conv_kernel and conv_stride must have the same length")
         pairs = list(zip(self.conv_kernel, self.conv_stride, strict=True))
         if len(pairs) < 2 or not all(stride <= kernel <= 2 * stride for kernel, stride in pairs):
             raise UsageError(
-                "two convolutions or more are supported, each with stride <= kernel <= 2 * stride; "
-                f"conv_kernel is {self.conv_kernel}, conv_stride {self.conv_stride}"
+                "at least two convolutions are needed, each with stride <= kernel <= 2 * stride; "
+                f"conv_kernel is {self.conv_kernel}, conv_stride is {self.conv_stride}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise UsageError(
@@ -98,13 +98,13 @@ class ModelConfig:
             raise UsageError(f"mask_time_prob must be in [0, 1], not {self.mask_time_prob}")
 
     def frames(self, samples: int) -> int:
-        """Frames that the feature extractor makes of a waveform of so many samples."""
+        """Number of frames of a waveform of `samples` samples; 0 if it is too short."""
         for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
         return samples
 
     def to_hf(self) -> dict[str, Any]:
-        """The mapping that transformers reads as `config.json`."""
+        """The contents of transformers' `config.json`."""
         values = dataclasses.asdict(self)
         return {
             **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
@@ -123,7 +123,7 @@ class ModelConfig:
         """Read transformers' `config.json`; `where` names it in errors.
 
         Raises:
-            DataError: not a wav2vec 2.0, or a part of it that is not supported here.
+            DataError: not a wav2vec 2.0 model, or one with unsupported parts.
         """
         if values.get("model_type") != "wav2vec2":
             raise DataError(f"{where}: model_type is '{values.get('model_type')}', not wav2vec2")
@@ -167,11 +167,11 @@ PRESETS: dict[str, ModelConfig] = {
         initial_taps="shared",
     ),
 }
-"""`base`: the paper's, 95.04 M parameters. `tiny`: 1.96 M, for laptops, tests and first tries."""
+"""`base`: the paper's, 95.04 M parameters. `tiny`: 1.96 M, for laptops, tests and first runs."""
 
 
 def preset(name: str) -> ModelConfig:
-    """The named architecture; its recipe is in `RECIPES`.
+    """The architecture named `name`.
 
     Raises:
         UsageError: no such preset.

@@ -1,4 +1,4 @@
-"""The context network: projection, convolutional positions and transformer layers."""
+"""The context network: feature projection, positions and transformer layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
-from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.dropout import Dropout
-from ssl_core.wav2vec2.positions import positions
+from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import compute_dtype
 from ssl_core.wav2vec2.recompute import recomputed
 
-SPECTRA_FROM = 256
-"""Frames of a batch from which positions take less time by way of spectra, on a CPU."""
-
 
 class FeatureProjection(nn.Module):
-    """Layer norm of the extractor's frames, then a projection to the transformer's width."""
+    """Layer norm of the features, then a projection to the transformer's width."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,55 +27,23 @@ class FeatureProjection(nn.Module):
     def forward(
         self, features: Tensor, seeds: Tensor | None = None, lengths: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """`[batch, frame, channel]` to (`[batch, frame, hidden]`, the normalised features)."""
+        """Normalise and project features.
+
+        Args:
+            features: `[batch, frame, channel]`.
+            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            lengths: frames of each packed crop (see `packing`), else empty.
+
+        Returns:
+            The projection, `[batch, frame, hidden]`, and the normalised features,
+            `[batch, frame, channel]`.
+        """
         normalised = self.layer_norm(features)
         return self.dropout(self.projection(normalised), seeds, lengths), normalised
 
 
-class PositionalConvolution(nn.Module):
-    """A wide grouped convolution whose output, added to its input, tells frames their place."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        taps = config.num_conv_pos_embeddings
-        conv = nn.Conv1d(
-            config.hidden_size,
-            config.hidden_size,
-            taps,
-            padding=taps // 2,
-            groups=config.num_conv_pos_embedding_groups,
-        )
-        self.conv: nn.Conv1d = parametrizations.weight_norm(conv, dim=2)
-
-    def forward(self, x: Tensor, lengths: Sequence[int] = ()) -> Tensor:
-        """`[batch, frame, hidden]` to the same; `lengths`: of packed crops."""
-        weight = self.conv.weight
-        many = x.shape[0] * x.shape[1] >= SPECTRA_FROM
-        if many and x.device.type == "cpu" and compute_dtype(x).itemsize >= 4:
-            taps, before = self._reaching(weight, max(lengths or x.shape[1:2]))
-            mixed = positions(x, taps, before, self.conv.groups, lengths)
-            return F.gelu(mixed if self.conv.bias is None else mixed + self.conv.bias)
-        if not lengths:
-            return self._convolved(x, weight)
-        alone = [self._convolved(own[None], weight) for own in packing.split(x, lengths)]
-        return torch.cat(alone, 1)
-
-    def _reaching(self, weight: Tensor, frames: int) -> tuple[Tensor, int]:
-        """The taps that two frames can meet at, and how many of them stand before the middle."""
-        middle = weight.shape[2] // 2
-        first = max(0, middle - frames + 1)
-        return weight[:, :, first : middle + frames], middle - first
-
-    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
-        taps, before = self._reaching(weight, x.shape[1])
-        mixed = F.conv1d(
-            x.transpose(1, 2), taps, self.conv.bias, padding=before, groups=self.conv.groups
-        )
-        return F.gelu(mixed[:, :, : x.shape[1]]).transpose(1, 2)
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention over the frames of a crop."""
+    """Multi-head self-attention among the frames of a crop."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,13 +59,16 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()
     ) -> Tensor:
-        """Attend from some frames to all.
+        """Attend from the wanted frames to all frames.
 
         Args:
-            x: `[batch, frame, hidden]`.
-            wanted: `[batch, wanted frame, hidden]`, the frames whose result is wanted.
-            seeds: for dropout.
-            lengths: of packed crops.
+            x: `[batch, frame, hidden]`, all frames.
+            wanted: `[batch, wanted frame, hidden]`, frames whose output is wanted.
+            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            lengths: frames of each packed crop (see `packing`), else empty.
+
+        Returns:
+            `[batch, wanted frame, hidden]`.
         """
         mixed = attention(
             self.q_proj(wanted),
@@ -119,7 +85,7 @@ class Attention(nn.Module):
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """The product with the GELU of an input; keeps the input, not its GELU."""
+    """GELU, then a linear layer; saves the input for the backward pass, not its GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -130,7 +96,7 @@ class _ActivatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = torch.empty_like(x)  # first the GELU, then what it makes room for
+        grad_x = torch.empty_like(x)  # holds the GELU first, then the gradient
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             torch.ops.aten.gelu(x, out=grad_x)
@@ -142,7 +108,7 @@ class _ActivatedLinear(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """Two projections with a GELU between them."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -151,7 +117,16 @@ class FeedForward(nn.Module):
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
-        """`[batch, frame, hidden]` to the same."""
+        """Apply the feed-forward network.
+
+        Args:
+            x: `[batch, frame, hidden]`.
+            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            lengths: frames of each packed crop (see `packing`), else empty.
+
+        Returns:
+            `[batch, frame, hidden]`.
+        """
         x = self.intermediate_dense(x)
         if self.intermediate_dropout.rate or type(self.output_dense) is not nn.Linear:
             return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds, lengths))
@@ -159,7 +134,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One transformer layer, normalising after each part (base) or before (`stable`)."""
+    """A transformer layer; layer norm comes after each part (base), or before it (`stable`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -178,19 +153,19 @@ class EncoderLayer(nn.Module):
         seeds: Tensor | None,
         lengths: Sequence[int] = (),
     ) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
             x: `[batch, frame, hidden]`.
-            frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
-            seeds: `[batch]`, for dropout; None drops nothing.
-            lengths: of packed crops; all of their frames are wanted.
+            frames: `[batch, wanted frame]`, indices of frames whose output is wanted; None for all.
+            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            lengths: frames of each packed crop (see `packing`), else empty; not with `frames`.
 
         Returns:
             `[batch, wanted frame, hidden]`.
         """
         normed = self.layer_norm(x) if self.stable else x
-        # One conversion serves the three products of the attention.
+        # Convert once for the three projections of the attention.
         normed = normed.to(compute_dtype(x))
         wanted = normed
         if frames is not None:
@@ -205,12 +180,12 @@ class EncoderLayer(nn.Module):
 
 
 def take_frames(x: Tensor, frames: Tensor) -> Tensor:
-    """`[batch, frame, hidden]` at `[batch, wanted frame]`."""
+    """Gather `frames`, `[batch, wanted frame]`, from `x`, `[batch, frame, hidden]`."""
     return x.gather(1, frames[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Encoder(nn.Module):
-    """Positions, dropout and all transformer layers."""
+    """Positional convolution, dropout and all transformer layers."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -233,10 +208,10 @@ class Encoder(nn.Module):
 
         Args:
             x: `[batch, frame, hidden]`.
-            keep: for each layer whether it runs (layerdrop); None runs all.
-            seeds: `[batch]`, for dropout; None drops nothing.
-            frames: `[batch, wanted frame]`, the frames whose result is wanted; None is all.
-            lengths: of packed crops, see `packing`. Not together with `frames`.
+            keep: for each layer, whether it runs (layerdrop); None runs all.
+            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            frames: `[batch, wanted frame]`, indices of frames whose output is wanted; None for all.
+            lengths: frames of each packed crop (see `packing`), else empty; not with `frames`.
 
         Returns:
             `[batch, wanted frame, hidden]`.
@@ -245,7 +220,7 @@ class Encoder(nn.Module):
         x = self.dropout(x if self.stable else self.layer_norm(x), seeds, lengths)
         running = [i for i in range(len(self.layers)) if keep is None or keep[i]]
         for index in running:
-            # The last layer looks at all frames, and works on those that are wanted.
+            # The last layer attends to all frames, but only from the wanted ones.
             wanted = frames if index == running[-1] else None
             own = None if seeds is None else seeds + index + 1
             if self.recompute and torch.is_grad_enabled():
@@ -258,7 +233,7 @@ class Encoder(nn.Module):
 
 
 def initialise(module: Encoder, config: ModelConfig) -> None:
-    """Initial weights of the transformer's linear layers: normal, as in BERT; biases zero."""
+    """Initialise the encoder: normal weights, of BERT's deviation in linear layers; zero biases."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=config.initializer_range)

@@ -1,9 +1,9 @@
-"""The contrastive loss: find a masked frame's own code among distractors.
+"""The contrastive loss: identify a masked frame's own code among negatives.
 
-Distractors are drawn with replacement, so a frame that is drawn n times adds n times its
-exponential to the denominator. The loss is therefore computed from one matrix of similarities
-`[crop, masked, masked]` and a matrix of multiplicities of the same shape; no vector of a
-distractor is ever copied. It is the same sum as gathering 100 vectors a frame.
+Negatives are drawn with replacement, so a frame drawn n times adds n times its exponential to the
+denominator. The loss therefore needs only a matrix of similarities, `[pool, masked, masked]`, and
+one of multiplicities of the same shape. This equals the sum over 100 negatives gathered for each
+frame, without copying any.
 """
 
 from typing import NamedTuple
@@ -18,27 +18,27 @@ from ssl_core.wav2vec2.precision import at_least_fp32
 
 
 class Contrast(NamedTuple):
-    """Sums over all masked frames given."""
+    """The loss and the number of correct frames, both summed over masked frames."""
 
     loss: Tensor
-    """Cross-entropy in nats, summed."""
+    """Cross-entropy in nats."""
     correct: Tensor
-    """Frames whose own code is more similar than every distractor."""
+    """Frames that are more similar to their own code than to any negative."""
 
 
 def sample_negatives(
     pools: int, masked: int, negatives: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """How often each masked frame is a distractor of each other one.
+    """Draw negatives: how often each masked frame is a negative of each other one.
 
     Args:
-        pools: crops, or 1 when the whole batch is one pool.
+        pools: number of crops, or 1 if the whole batch is one pool.
         masked: masked frames in a pool, at least 2.
-        negatives: distractors of each frame, drawn uniformly from the others of its pool.
-        rng: source of chance.
+        negatives: negatives per frame, drawn uniformly from the other frames of its pool.
+        rng: random generator.
 
     Returns:
-        `[pool, masked, masked]` multiplicities; rows sum to `negatives`, the diagonal is 0.
+        Multiplicities, `[pool, masked, masked]`; rows sum to `negatives`, the diagonal is 0.
     """
     drawn = rng.integers(0, masked - 1, (pools, masked, negatives))
     drawn += drawn >= np.arange(masked)[None, :, None]
@@ -50,12 +50,12 @@ def sample_negatives(
 def contrastive_loss(
     predictions: Tensor, targets: Tensor, codes: Tensor, multiplicity: Tensor, temperature: float
 ) -> Contrast:
-    """Wav2vec 2.0's equation 3, summed over frames.
+    """Equation 3 of wav2vec 2.0, summed over frames.
 
     Args:
-        predictions: `[pool, masked, width]`, from the context network.
-        targets: `[pool, masked, width]`, projected code vectors; the gradient reaches them.
-        codes: `[pool, masked]` integers; a distractor with the frame's own code does not count.
+        predictions: `[pool, masked, width]`, projected output of the context network.
+        targets: `[pool, masked, width]`, projected code vectors; they receive a gradient.
+        codes: `[pool, masked]` integers; negatives with the frame's own code are skipped.
         multiplicity: `[pool, masked, masked]` from `sample_negatives`.
         temperature: divides the cosine similarities.
     """
@@ -67,9 +67,9 @@ def contrastive_loss(
         same = codes[:, :, None] == codes[:, None, :]
         weight = multiplicity.masked_fill(same, 0.0)
         own = similarity.diagonal(dim1=1, dim2=2)
-        distractors = similarity + weight.log()
+        negatives = similarity + weight.log()
         eye = torch.eye(weight.shape[1], dtype=torch.bool, device=weight.device)
-        everything = torch.where(eye, similarity, distractors)
+        everything = torch.where(eye, similarity, negatives)
         loss = (torch.logsumexp(everything, dim=-1) - own).sum()
         with torch.no_grad():
             best = similarity.masked_fill(weight == 0, -torch.inf).amax(-1)

@@ -1,10 +1,10 @@
-"""Dropout whose mask follows from a crop's seed and a place in the network, and is never kept.
+"""Dropout whose mask follows from the crop's seed and the site in the network.
 
-The backward pass makes the mask again. What is dropped therefore depends neither on how a batch is
-split nor on which activations are kept, and costs no memory. A mask takes one random byte an
-element: the threshold is the rate in 256ths, rounded up or down at random for every crop and
-place, so that an element's chance of being dropped is the rate exactly. On a CPU the bytes are
-NumPy's SFC64, many times faster than torch's Bernoulli; on a GPU they are the device's own.
+Masks are not saved: the backward pass draws them again. What is dropped therefore depends neither
+on how a batch is split nor on which activations are recomputed, and costs no memory. A mask takes
+one random byte per element. The threshold is the rate in 256ths, rounded up or down at random for
+each crop and site, so that the probability of dropping an element is exactly the rate. On a CPU the
+bytes come from NumPy's SFC64, many times faster than torch's Bernoulli; on a GPU from the device.
 """
 
 import math
@@ -29,19 +29,18 @@ def keep_mask(
     seeds: Tensor, site: int, shape: Sequence[int], rate: float, device: torch.device,
     lengths: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """Which elements are kept.
+    """Draw dropout masks.
 
     Args:
-        seeds: `[batch]` int64, one for each crop, on the CPU.
-        site: tells apart the places of a crop's network.
-        shape: of one crop's mask.
-        rate: share that is dropped.
-        device: of the mask.
-        lengths: of the crops where they are packed (see `packing`), `shape[0]` in all; none: every
-            crop is of that shape.
+        seeds: `[batch]` int64 on the CPU, one per crop.
+        site: number of the dropout's site in the network.
+        shape: shape of a crop's mask; of all crops together if they are packed.
+        rate: fraction to drop.
+        device: where to put the mask.
+        lengths: frames of each packed crop, `shape[0]` in total (see `packing`), else empty.
 
     Returns:
-        `[batch, *shape]` uint8, or packed `[1, *shape]`; 1 where an element is kept.
+        `[batch, *shape]` uint8, or `[1, *shape]` if packed; 1 where an element is kept.
     """
     mask = _unfilled(seeds, shape, device, lengths)
     width = math.prod(shape[1:])
@@ -68,7 +67,18 @@ def _(
 
 @operator("drop")
 def drop(x: Tensor, seeds: Tensor, site: int, rate: float, lengths: Sequence[int]) -> Tensor:
-    """Dropout of `[batch, ...]`, or packed `[1, ...]`; see `keep_mask`."""
+    """Apply dropout.
+
+    Args:
+        x: `[batch, frame, ...]`, or `[1, frame, ...]` if packed.
+        seeds: `[batch]` int64 on the CPU, one per crop.
+        site: number of the dropout's site in the network.
+        rate: fraction to drop.
+        lengths: frames of each packed crop (see `packing`), else empty.
+
+    Returns:
+        The same shape as `x`.
+    """
     mask = keep_mask(seeds, site, x.shape[1:], rate, x.device, lengths)
     return torch.mul(x, mask).mul_(1 / (1 - rate))
 
@@ -99,9 +109,15 @@ class Dropout(nn.Module):
         self.rate, self.site = rate, site
 
     def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
-        """`[batch, ...]` to the same; without seeds, as in evaluation, nothing is dropped.
+        """Apply dropout.
 
-        `lengths`: of the crops if they are packed, see `packing`.
+        Args:
+            x: `[batch, frame, ...]`, or `[1, frame, ...]` if packed.
+            seeds: `[batch]` int64 on the CPU, one per crop; None, as in evaluation, drops nothing.
+            lengths: frames of each packed crop (see `packing`), else empty.
+
+        Returns:
+            The same shape as `x`.
         """
         if seeds is None or not self.rate:
             return x

@@ -1,11 +1,11 @@
-"""Which frames of a crop are masked: spans as in fairseq, with the same count in every crop.
+"""Masks of frames: spans as in fairseq, with the same number of masked frames in every crop.
 
-Policy: every frame is as likely a start; spans may overlap; their number is
-`mask_time_prob * frames / mask_time_length`, at least `mask_time_min_masks`. fairseq then unmasks
-frames at random until every crop of its batch has as few as the one with the fewest. Shapes must
-not depend on chance or on how a batch is split, so here every crop gets the expectation of that
-smallest count in a batch of six, which is what 1.4 million samples hold at the original's length:
-a share of 0.39 at 1 s, 0.44 at 5 s and 0.46 from 10 s on.
+Spans start at random frames and may overlap; there are
+`mask_time_prob * frames / mask_time_length` of them, at least `mask_time_min_masks`. fairseq then
+unmasks random frames until each crop has as few masked frames as the crop of the batch with the
+fewest. Here shapes must depend neither on chance nor on how a batch is split, so every crop gets
+the expected value of that minimum for a batch of `EQUALISED_CROPS`. The fraction of masked frames
+is 0.39 at 1 s, 0.44 at 5 s, 0.45 at 10 s and 0.46 at 15 s.
 """
 
 import functools
@@ -17,13 +17,12 @@ from ssl_core.wav2vec2.config import ModelConfig
 
 Indices = npt.NDArray[np.int64]
 
-
 EQUALISED_CROPS = 6
-"""Crops of 15.6 s in a batch of the original base recipe (`max_tokens` 1.4 million samples)."""
+"""Crops of 15.6 s in a batch of the original base recipe (`max_tokens`: 1.4 million samples)."""
 
 
 def _starts(config: ModelConfig, frames: int, rng: np.random.Generator) -> tuple[Indices, int]:
-    """All places for a span in random order, and how many of them to use (fairseq)."""
+    """All possible starts of spans in random order, and how many of them to use (fairseq)."""
     wanted = config.mask_time_prob * frames / config.mask_time_length + rng.random()
     return rng.permutation(frames - config.mask_time_length), max(
         int(wanted), config.mask_time_min_masks
@@ -31,15 +30,15 @@ def _starts(config: ModelConfig, frames: int, rng: np.random.Generator) -> tuple
 
 
 def _cover(starts: Indices, length: int) -> Indices:
-    """The frames that spans from these starts cover, ascending."""
+    """Frames covered by spans of `length` frames at `starts`, ascending."""
     return np.unique(starts[:, None] + np.arange(length))
 
 
 @functools.lru_cache(maxsize=256)
 def masked_count(config: ModelConfig, frames: int) -> int:
-    """Masked frames in every crop of so many frames: see the policy above.
+    """Number of masked frames in each crop of `frames` frames.
 
-    The expectation is taken over 300 batches drawn with a fixed seed.
+    The expected minimum (see above) is a mean over 300 batches drawn with a fixed seed.
     """
     rng = np.random.default_rng(0)
     smallest = []
@@ -53,15 +52,24 @@ def masked_count(config: ModelConfig, frames: int) -> int:
 
 
 def minimum_frames(config: ModelConfig) -> int:
-    """Fewest frames that leave room for the least number of spans."""
+    """Fewest frames of a crop that has room for the minimum number of spans."""
     return config.mask_time_length + config.mask_time_min_masks + 1
 
 
 def sample_masks(config: ModelConfig, batch: int, frames: int, rng: np.random.Generator) -> Indices:
-    """Masked frames of each crop, ascending: `[batch, masked]`.
+    """Draw the masked frames of a batch of crops.
+
+    Args:
+        config: the masking rates.
+        batch: number of crops.
+        frames: frames in each crop.
+        rng: random generator.
+
+    Returns:
+        Indices of masked frames, `[batch, masked]`, ascending in each crop.
 
     Raises:
-        ValueError: fewer frames than `minimum_frames`.
+        ValueError: `frames` is less than `minimum_frames`.
     """
     length = config.mask_time_length
     if frames < minimum_frames(config):

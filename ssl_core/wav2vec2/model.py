@@ -1,4 +1,4 @@
-"""wav2vec 2.0 for pretraining, put together; parameter names as in `Wav2Vec2ForPreTraining`."""
+"""The whole wav2vec 2.0 for pretraining; parameter names as in `Wav2Vec2ForPreTraining`."""
 
 import itertools
 import math
@@ -21,25 +21,25 @@ from ssl_core.wav2vec2.quantizer import Quantizer
 
 
 class Draws(NamedTuple):
-    """Everything that chance decides in a step.
+    """All random draws of a step.
 
-    Drawn for a whole batch and cut for micro-batches, so that how a batch is split does not
-    change what is masked, compared or dropped.
+    They are drawn for a whole batch and sliced for micro-batches, so that how a batch is split does
+    not change what is masked, compared or dropped.
     """
 
     masked: Tensor
-    """`[batch, masked]` int64: masked frames, ascending, as many in every crop."""
+    """`[batch, masked]` int64: indices of masked frames, ascending, equally many in each crop."""
     multiplicity: Tensor
-    """`[pool, masked of the pool, masked of the pool]`: see `sample_negatives`."""
+    """`[pool, masked, masked]`: how often each frame is a negative, see `sample_negatives`."""
     noise: Tensor | None
-    """`[batch, masked, group, entry]` standard Gumbel noise; None in evaluation."""
+    """`[batch, masked, group, entry]`: standard Gumbel noise; None in evaluation."""
     seeds: Tensor | None
-    """`[batch]` int64 on the CPU: what is dropped in each crop follows from its seed; or None."""
+    """`[batch]` int64 on the CPU: seed of each crop's dropout; None drops nothing."""
     layer_keep: tuple[bool, ...] | None
-    """Which transformer layers run (layerdrop); None for all."""
+    """For each transformer layer, whether it runs (layerdrop); None runs all."""
 
     def rows(self, first: int, last: int) -> "Draws":
-        """The draws of crops `first` to `last` (excluded), whose pools are single crops."""
+        """The draws of crops `first` to `last` (exclusive); each crop must be a pool of its own."""
         return Draws(
             self.masked[first:last],
             self.multiplicity[first:last],
@@ -49,7 +49,7 @@ class Draws(NamedTuple):
         )
 
     def to(self, device: torch.device) -> "Draws":
-        """The same draws on another device."""
+        """The draws on `device`; `seeds` stay on the CPU."""
         return Draws(
             self.masked.to(device),
             self.multiplicity.to(device),
@@ -71,12 +71,12 @@ def draw(
     """Draw masks, negatives, Gumbel noise, dropout and layerdrop for a batch of crops.
 
     Args:
-        config: the architecture with its rates.
-        batch: crops.
+        config: the architecture with its masking and dropout rates.
+        batch: number of crops.
         samples: samples in each crop.
         rng: seeded by the caller from (seed, partition, global update).
-        pool: negatives from the same `utterance` or the whole `batch`.
-        training: without it there is no noise and no dropout.
+        pool: draw negatives from the same `utterance` or from the whole `batch`.
+        training: whether to draw noise, dropout and layerdrop.
     """
     frames = config.frames(samples)
     masked = torch.from_numpy(sample_masks(config, batch, frames, rng))
@@ -95,22 +95,22 @@ def draw(
 
 
 class LossParts(NamedTuple):
-    """Sums over the crops given, so that parts of micro-batches add up."""
+    """Parts of the loss, summed over crops so that those of micro-batches add up."""
 
     contrastive: Tensor
-    """Nats, summed over masked frames."""
+    """Contrastive loss in nats, summed over masked frames."""
     penalty: Tensor
-    """Mean square of the extractor's output, times the masked frames."""
+    """Mean square of the extractor's output, times the number of masked frames."""
     probabilities: Tensor
-    """`[group, entry]`: code probabilities summed over masked frames."""
+    """`[group, entry]`: codebook probabilities, summed over masked frames."""
     correct: Tensor
-    """Masked frames whose code was found."""
+    """Number of masked frames whose code was identified among the negatives."""
     entropy: Tensor
-    """Nats of the code distribution of single frames, mean over groups, summed over frames."""
+    """Entropy of codebook probabilities in nats, mean over groups, summed over masked frames."""
 
 
 class Backbone(nn.Module):
-    """What downstream tasks use: extractor, projection and transformer."""
+    """The part used downstream: feature extractor, projection and transformer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,13 +121,13 @@ class Backbone(nn.Module):
         self.encoder = context.Encoder(config)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """Hidden states: `[batch, sample]` to `[batch, frame, hidden]`, without dropout."""
+        """Hidden states without dropout: `[batch, sample]` to `[batch, frame, hidden]`."""
         return self.contextualise(self.feature_extractor(waveforms))
 
     def extract(self, waveforms: Iterable[Tensor]) -> Tensor:
-        """The extractor's output for clips of `[sample]`, packed if they are not as long.
+        """Extract features of clips of `[sample]`: `[batch, frame, channel]`, packed if need be.
 
-        Neighbours of the same length are taken together.
+        Adjacent clips of equal length are extracted together.
         """
         runs = [torch.stack(list(run)) for _, run in itertools.groupby(waveforms, key=len)]
         extracted = [self.feature_extractor(run) for run in runs]
@@ -142,29 +142,39 @@ class Backbone(nn.Module):
         seeds: Tensor | None = None,
         keep: Sequence[bool] | None = None,
     ) -> Tensor:
-        """The extractor's output to hidden states, `[batch, frame, hidden]`.
+        """Compute hidden states from extracted features.
 
         Args:
             features: `[batch, frame, channel]`.
-            lengths: of packed clips, see `packing`.
-            seeds: `[batch]`, for dropout; None drops nothing.
-            keep: for each layer whether it runs; None runs all.
+            lengths: frames of each packed clip (see `packing`), else empty.
+            seeds: `[batch]` int64 on the CPU, one per clip, for dropout; None drops nothing.
+            keep: for each layer, whether it runs; None runs all.
+
+        Returns:
+            `[batch, frame, hidden]`.
         """
         hidden, _ = self.feature_projection(features, seeds, lengths)
         return self.encoder(at_least_fp32(hidden), keep, seeds, lengths=lengths)
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside it a model is built for weights that are all still to come: none is drawn.
+    """Context in which a model is built without initial weights, because all will be loaded.
 
-    It leaves out what `torch.nn.init` does, which for `base` takes more than a second. The meta
-    device would too, but imports torch's compiler where a norm is taken.
+    It skips `torch.nn.init`, which takes more than a second for `base`. The meta device would too,
+    but imports torch's compiler where a norm is computed.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function, unless it is to fill a tensor for the first time."""
+        """Call `func`, unless it is an initialiser of `torch.nn.init`.
+
+        Args:
+            func: the torch function.
+            types: types that override it, unused.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
         kwargs = kwargs or {}
         if getattr(func, "__module__", "") == nn.init.__name__:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
@@ -172,10 +182,10 @@ class Undrawn(TorchFunctionMode):
 
 
 class PretrainingModel(nn.Module):
-    """wav2vec 2.0 with the quantiser and the two projections of pretraining."""
+    """wav2vec 2.0 with quantiser and the two projections for pretraining."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with initial weights drawn from torch's global generator."""
+        """Build the model, with initial weights from torch's global generator."""
         super().__init__()
         config.validate()
         self.config = config
@@ -200,32 +210,35 @@ class PretrainingModel(nn.Module):
         nn.init.uniform_(projection.bias, -bound, bound)
         nn.init.uniform_(self.wav2vec2.masked_spec_embed)
         nn.init.uniform_(self.quantizer.codevectors)
-        # Logits as spread out as those of base, whatever the width: with flatter ones the Gumbel
-        # noise chooses the codes, and there is nothing to predict.
+        # Logits vary as much as those of base at any width. With flatter ones, Gumbel noise would
+        # choose the codes, and there would be nothing to predict.
         proj = self.quantizer.weight_proj
         nn.init.normal_(proj.weight, std=math.sqrt(512 / proj.in_features))
         nn.init.zeros_(self.quantizer.weight_proj.bias)
 
     def features(self, waveforms: Tensor) -> Tensor:
-        """The extractor's output: `[batch, sample]` to `[batch, frame, channel]`."""
+        """Extract features: `[batch, sample]` to `[batch, frame, channel]`."""
         return self.wav2vec2.feature_extractor(waveforms)
 
     def _masked_frames(self, normalised: Tensor, draws: Draws) -> Tensor:
         return self.dropout_features(context.take_frames(normalised, draws.masked), draws.seeds)
 
     def code_probabilities(self, features: Tensor, draws: Draws) -> Tensor:
-        """Code probabilities summed over masked frames, `[group, entry]`, and nothing else."""
+        """Codebook probabilities summed over masked frames, `[group, entry]`, without the loss.
+
+        `features`: `[batch, frame, channel]` from `features`.
+        """
         normalised = self.wav2vec2.feature_projection.layer_norm(features)
         logits = self.quantizer.logits(self._masked_frames(normalised, draws))
         return torch.softmax(logits, dim=-1).sum((0, 1))
 
     def loss_parts(self, features: Tensor, draws: Draws, temperature: float) -> LossParts:
-        """The parts of the pretraining loss.
+        """Compute the parts of the pretraining loss.
 
         Args:
             features: `[batch, frame, channel]` from `features`.
-            draws: what chance decided for these crops.
-            temperature: of the Gumbel softmax.
+            draws: the random draws for these crops.
+            temperature: temperature of the Gumbel softmax.
         """
         penalty = at_least_fp32(features).square().mean() * draws.masked.numel()
         hidden, normalised = self.wav2vec2.feature_projection(features, draws.seeds)

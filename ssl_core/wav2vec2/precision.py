@@ -1,16 +1,16 @@
-"""Sums and softmaxes are taken in fp32 at least, whatever matrix products are taken in."""
+"""Precision: matrix products under autocast, sums and softmaxes in fp32 or above."""
 
 import torch
 from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` itself, or in fp32 when it is of lower precision."""
+    """`x`, `[...]`, converted to fp32 if it is bf16 or fp16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products with `x` are taken in: autocast's dtype, or its own."""
+    """The dtype of matrix products with `x`, `[...]`: autocast's if enabled, else its own."""
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -18,6 +18,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in a plan's precision: `fp32`, `bf16` or `fp16`."""
+    """Autocast to a plan's precision: `fp32` (disabled), `bf16` or `fp16`."""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=precision != "fp32")

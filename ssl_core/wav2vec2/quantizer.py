@@ -1,4 +1,4 @@
-"""The quantiser: masked frames become entries of a product codebook, chosen with Gumbel noise."""
+"""The quantiser: product quantisation of masked frames with a Gumbel softmax."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from ssl_core.wav2vec2.precision import at_least_fp32
 
 
 class Quantized(NamedTuple):
-    """What the quantiser makes of `[batch, masked, channel]` frames."""
+    """Output of the quantiser."""
 
     vectors: Tensor
     """`[batch, masked, codevector_dim]`."""
     codes: Tensor
-    """`[batch, masked]`: one integer a frame; equal integers are equal vectors."""
+    """`[batch, masked]` integers; equal codes have equal vectors."""
     probabilities: Tensor
-    """`[group, entry]`: softmax of the logits, without noise, summed over all frames given."""
+    """`[group, entry]`: softmax of the logits without noise, summed over frames."""
     entropy: Tensor
-    """Nats of a frame's softmax, mean over groups, summed over all frames given."""
+    """Entropy of each frame's softmax in nats, mean over groups, summed over frames."""
 
 
 class Quantizer(nn.Module):
@@ -34,18 +34,18 @@ class Quantizer(nn.Module):
         self.weight_proj = nn.Linear(config.conv_dim[-1], self.groups * self.entries)
 
     def logits(self, frames: Tensor) -> Tensor:
-        """`[batch, masked, channel]` to fp32 `[batch, masked, group, entry]`."""
+        """Logits of `[batch, masked, channel]` frames: fp32, `[batch, masked, group, entry]`."""
         logits = at_least_fp32(self.weight_proj(frames))
         return logits.unflatten(-1, (self.groups, self.entries))
 
     def forward(self, frames: Tensor, noise: Tensor | None, temperature: float) -> Quantized:
-        """Quantise.
+        """Quantise masked frames.
 
         Args:
             frames: `[batch, masked, channel]`.
-            noise: standard Gumbel noise `[batch, masked, group, entry]`; None takes the likeliest
-                entry, as in evaluation.
-            temperature: of the softmax that the gradient goes through.
+            noise: standard Gumbel noise, `[batch, masked, group, entry]`; None, as in evaluation,
+                chooses the most likely entry.
+            temperature: temperature of the softmax that the gradient passes through.
         """
         logits = self.logits(frames)
         logarithms = torch.log_softmax(logits, dim=-1)
@@ -69,17 +69,18 @@ class Quantizer(nn.Module):
 
 
 def perplexity(probabilities: Tensor) -> Tensor:
-    """Effective number of entries in use, summed over groups: between 1 a group and all of them.
+    """Effective number of entries in use, summed over groups (wav2vec 2.0, equation 4).
 
-    `probabilities`: `[group, entry]`, each group summing to 1 (wav2vec 2.0, equation 4).
+    `probabilities`: `[group, entry]`, summing to 1 in each group. The result is a scalar between
+    the number of groups and the number of entries of all groups.
     """
-    # An entry that is never used has probability 0, where the logarithm has no finite gradient.
+    # The logarithm of an unused entry, with probability 0, would have no finite gradient.
     logarithm = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)
     entropy = -torch.xlogy(probabilities, logarithm).sum(-1)
     return entropy.exp().sum()
 
 
 def diversity_loss(probabilities: Tensor) -> Tensor:
-    """Share of the codebook that is not used, in [0, 1): (G V - perplexity) / (G V)."""
+    """Unused fraction of the codebook, (G V - perplexity) / (G V); `[group, entry]` to a scalar."""
     total = probabilities.numel()
     return (total - perplexity(probabilities)) / total

@@ -1,4 +1,4 @@
-"""Activations made again in the backward pass instead of being kept."""
+"""Activation checkpointing without importing torch's compiler."""
 
 import sys
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from torch.utils import checkpoint
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of which only the arguments are kept; it must not draw random numbers.
+    """Call `function`, saving only its arguments; the backward pass calls it again.
 
-    torch's checkpoint imports torch's compiler, 100 MiB, to keep it away from what is run, even
-    where nothing is compiled; where nothing has imported it yet, it is told that nothing is to do.
+    `function` must not draw random numbers. torch's `checkpoint` excludes itself from compilation,
+    which imports the compiler (100 MiB) even if nothing is compiled. Unless the compiler is already
+    imported, this marks `checkpoint` as excluded beforehand.
     """
     if "torch._dynamo" not in sys.modules:
         for name in ("checkpoint", "_run_fn_with_dynamo_disabled"):

@@ -17,9 +17,10 @@ from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.downstream.task_step import Batch, TaskStep
 from ssl_core.planning.step_plan import Plan
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.training.pretraining_step import PretrainingStep
-from ssl_core.wav2vec2 import hf
-from ssl_core.wav2vec2.config import Recipe, preset
+from ssl_core.wav2vec2.config import preset
 from ssl_core.wav2vec2.model import PretrainingModel
 
 plan = Plan(length=1.0, batch=2, recompute_layers=True, recompute_features=True)

@@ -1,4 +1,4 @@
-"""The hand-made parts of the network against plain torch: convolutions, attention, dropout."""
+"""The custom operators against plain torch: convolutions, attention, dropout."""
 
 import numpy as np
 import pytest
@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2 import attention as attention_module
-from ssl_core.wav2vec2 import context
+from ssl_core.wav2vec2 import positions as positions_module
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig, preset
-from ssl_core.wav2vec2.context import FeedForward, PositionalConvolution
+from ssl_core.wav2vec2.context import FeedForward
 from ssl_core.wav2vec2.dropout import Dropout, keep_mask
 from ssl_core.wav2vec2.features import ConvolutionLayer, FeatureExtractor
-from ssl_core.wav2vec2.positions import positions
+from ssl_core.wav2vec2.positions import PositionalConvolution
+from ssl_core.wav2vec2.spectral_convolution import spectral_convolution
 
 CPU = torch.device("cpu")
 
 
 def plain_features(extractor: FeatureExtractor, waveforms: Tensor) -> Tensor:
-    """Convolution, norm, GELU, channel-major, one after the other."""
+    """Features by plain convolutions, norms and GELUs: `[batch, sample]` to `[batch, frame, 8]`."""
     x = waveforms[:, None]
     for layer in extractor.conv_layers:
         assert isinstance(layer, ConvolutionLayer)
@@ -55,7 +56,7 @@ def test_the_extractor_and_its_gradient_are_those_of_plain_convolutions(
 
 
 def test_a_crop_without_high_frequencies_is_normed_like_any_other() -> None:
-    """Neighbouring samples are almost equal: the variance is a small part of large sums."""
+    """Neighbouring samples are almost equal: the variance is a small difference of large sums."""
     torch.manual_seed(0)
     extractor = FeatureExtractor(ModelConfig(conv_dim=(8,) * 7))
     time = torch.arange(16_000, dtype=torch.float64)
@@ -68,7 +69,7 @@ def test_a_crop_without_high_frequencies_is_normed_like_any_other() -> None:
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("block", [2**21, 700])
 @pytest.mark.parametrize(("queries", "frames", "heads"), [(20, 20, 4), (5, 33, 2)])
-def test_attention_with_dropout_is_the_textbooks(
+def test_attention_with_dropout_is_that_of_the_textbook(
     queries: int, frames: int, heads: int, block: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_module, "BLOCK", block)
@@ -94,9 +95,9 @@ def test_attention_with_dropout_is_the_textbooks(
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
-def test_the_share_that_is_dropped_is_the_rate(rate: float) -> None:
+def test_the_fraction_dropped_is_the_rate(rate: float) -> None:
     masks = keep_mask(torch.arange(200), 3, (50, 100), rate, CPU, ())
-    # 200 thresholds of whole 256ths, and a million elements.
+    # 200 thresholds in whole 256ths, one million elements.
     assert float(masks.float().mean()) == pytest.approx(1 - rate, abs=1e-3)
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], keep_mask(torch.arange(1), 4, (50, 100), rate, CPU, ())[0])
@@ -138,7 +139,7 @@ def test_positions_and_their_gradient_are_those_of_a_plain_convolution(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11 * float(other.abs().max()))
 
 
-def test_the_feed_forward_keeps_less_and_gives_the_same() -> None:
+def test_the_feed_forward_network_is_two_linear_layers_and_a_gelu() -> None:
     torch.manual_seed(0)
     part = FeedForward(ModelConfig(hidden_size=12, intermediate_size=20)).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
@@ -157,7 +158,7 @@ def test_the_feed_forward_keeps_less_and_gives_the_same() -> None:
     [(5, 16, ()), (300, 16, ()), (250, 128, ()), (260, 128, (129, 1, 130)), (129, 200, ())],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_positions_by_spectra_are_the_convolution(
+def test_spectral_convolution_is_the_direct_one(
     frames: int, taps: int, lengths: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     groups, before, batch = 3, taps // 2, 1 if lengths else 2
@@ -169,7 +170,7 @@ def test_positions_by_spectra_are_the_convolution(
     ]
     alone = [y[:, :, : crop.shape[1]] for y, crop in zip(convolved, crops, strict=True)]
     expected = torch.cat(alone, 2 if lengths else 0).transpose(1, 2)
-    found = positions(x, weight, before, groups, lengths)
+    found = spectral_convolution(x, weight, before, groups, lengths)
     slope = torch.randn_like(found)
     ours = torch.autograd.grad(found, (x, weight), slope)
     theirs = torch.autograd.grad(expected, (x, weight), slope)
@@ -180,14 +181,14 @@ def test_positions_by_spectra_are_the_convolution(
 
 
 @pytest.mark.parametrize(("frames", "lengths"), [(300, ()), (300, (200, 30, 70)), (40, (39, 1))])
-def test_positions_are_the_same_by_both_ways(
+def test_positions_are_the_same_by_spectral_and_direct_convolution(
     frames: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = PositionalConvolution(preset("tiny"))
     x = torch.randn(1, frames, preset("tiny").hidden_size)
     with torch.no_grad():
-        monkeypatch.setattr(context, "SPECTRA_FROM", 1)
+        monkeypatch.setattr(positions_module, "SPECTRA_FROM", 1)
         by_spectra = module(x, lengths)
-        monkeypatch.setattr(context, "SPECTRA_FROM", frames + 1)
+        monkeypatch.setattr(positions_module, "SPECTRA_FROM", frames + 1)
         convolved = module(x, lengths)
     assert (by_spectra - convolved).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""The model against transformers: the same weights and chance give the same gradients."""
+"""The model against transformers: equal weights and random draws give equal gradients."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from ssl_core.wav2vec2.quantizer import perplexity
 
 
 def small(**changes: object) -> ModelConfig:
-    """The base architecture with two layers, or changed."""
+    """The base architecture with two layers and the given changes."""
     values = {**NO_CHANCE, "num_hidden_layers": 2, **changes}
     return ModelConfig(**values)  # type: ignore[arg-type]
 
@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 class Case:
-    """A model of ours and the same in transformers, on the same waveforms and chance."""
+    """Our model and transformers' with the same weights, waveforms and random draws."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -66,11 +66,11 @@ class Case:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_parts_and_every_gradient_agree_with_transformers(name: str) -> None:
-    """The same in fp64; in fp32, where each rounds in its own way, as near to that as theirs."""
+    """Equal in fp64; in fp32, where rounding differs, at most twice as far from it as theirs."""
     case = Case(CONFIGS[name])
     exact, found = case.theirs(torch.float64), case.ours(torch.float64)
     assert found.gradients.keys() == exact.gradients.keys()
-    # A constant added to every key, or to every logit of a code, changes nothing: zero gradients.
+    # A constant added to all keys, or to all logits of a code, has no effect: zero gradients.
     telling = {n for n, value in exact.gradients.items() if value.norm() > 1e-6}
     silent = exact.gradients.keys() - telling
     assert silent <= {n for n in exact.gradients if n.endswith("k_proj.bias")}

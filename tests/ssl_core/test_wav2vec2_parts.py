@@ -1,4 +1,4 @@
-"""Masks, negatives, the codebook and the contrastive loss on numbers worked out by other means."""
+"""Masks, negatives, codebook and contrastive loss against numbers computed by other means."""
 
 import math
 
@@ -36,10 +36,10 @@ def test_every_crop_has_the_same_number_of_masked_frames(frames: int, seed: int)
     assert rows.max() < frames
 
 
-def test_masks_are_spans_and_their_share_is_the_documented_one() -> None:
-    shares = {s: masked_count(BASE, BASE.frames(s * 16_000)) / BASE.frames(s * 16_000)
-              for s in (1, 5, 10, 15)}  # fmt: skip
-    assert {s: round(share, 2) for s, share in shares.items()} == {
+def test_masks_are_spans_and_cover_the_documented_fraction() -> None:
+    fractions = {s: masked_count(BASE, BASE.frames(s * 16_000)) / BASE.frames(s * 16_000)
+                 for s in (1, 5, 10, 15)}  # fmt: skip
+    assert {s: round(fraction, 2) for s, fraction in fractions.items()} == {
         1: 0.39,
         5: 0.44,
         10: 0.45,
@@ -67,7 +67,7 @@ def test_negatives_are_other_frames_of_the_pool_and_evenly_drawn() -> None:
     assert off_diagonal == pytest.approx(25_000, rel=0.03)
 
 
-def test_contrastive_loss_is_the_gathered_sum_and_leaves_equal_codes_out() -> None:
+def test_contrastive_loss_is_the_gathered_sum_and_skips_equal_codes() -> None:
     torch.manual_seed(0)
     predictions, vectors = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     codes = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 2]])

@@ -1,4 +1,4 @@
-"""A clip gives in a batch what it gives alone, which is what it gives in transformers."""
+"""A clip gives the same result in a batch as alone, and the same as in transformers."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone
 
 SAMPLES = (9_000, 16_000, 16_000, 400, 12_345)
-"""Two are neighbours of the same length; the shortest makes one frame."""
+"""Two adjacent clips are equally long; the shortest has one frame."""
 SEEDS = torch.tensor([11, 22, 33, 44, 55])
 FRAMES = (7, 19, 19, 1, 12)
 CLIPS = [noise(samples, row) for row, samples in enumerate(SAMPLES)]
@@ -41,7 +41,7 @@ def states(
     seeds: Tensor | None,
     keep: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Of clips of `[sample]`, `[frame, hidden]` each."""
+    """Hidden states of clips of `[sample]`: `[frame, hidden]` each."""
     lengths = [backbone.config.frames(len(clip)) for clip in clips]
     packed = packing.packed_lengths(lengths)
     hidden = backbone.contextualise(backbone.extract(clips), packed, seeds, keep)
@@ -96,7 +96,7 @@ def test_gradients_of_a_batch_are_the_sums_of_the_clips_alone(
             continue
         assert parameter.grad is not None
         error = (parameter.grad - expected[name]).norm()
-        # A constant added to every key changes nothing.
+        # A constant added to all keys has no effect.
         assert error < 1e-4 * expected[name].norm() or name.endswith("k_proj.bias"), name
         assert torch.isfinite(parameter.grad).all(), name
 
@@ -112,7 +112,7 @@ def test_unpadded_clips_agree_with_transformers(config: ModelConfig, tmp_path: P
 
 
 def test_padded_clips_agree_with_transformers_under_its_mask(tmp_path: Path) -> None:
-    """Only with layer norm: transformers' group norm takes the padding into its mean."""
+    """Only with layer norm: transformers' group norm includes padding in its mean."""
     theirs = Wav2Vec2Model.from_pretrained(save_backbone(tmp_path / "model", LAYER_NORM)).eval()
     waveforms = padded(CLIPS)
     mask = torch.arange(max(SAMPLES)) < torch.tensor(SAMPLES)[:, None]
@@ -171,16 +171,17 @@ def test_dropout_of_the_lstm_follows_the_seed() -> None:
 
 
 def test_the_loss_of_a_text_is_nats_a_symbol() -> None:
-    """The probability of a text is that of all paths that are read as it, added up."""
+    """The probability of a text is the sum over all paths that decode to it."""
     torch.manual_seed(0)
     module, x = make_head(small_recipe("linear-ctc"), 16, 2), torch.randn(1, 4, 16)
-    shares = module(x, (4,)).logits[0].softmax(-1).detach()
+    probabilities = module(x, (4,)).logits[0].softmax(-1).detach()
     for text in ("A", "AB", "AA", "BAB"):
         found = 0.0
         for path in itertools.product(range(3), repeat=4):
             joined = [symbol for symbol, _ in itertools.groupby(path) if symbol]
             if "".join("AB"[symbol - 1] for symbol in joined) == text:
-                found += float(torch.stack([shares[n, s] for n, s in enumerate(path)]).prod())
+                steps = [probabilities[n, s] for n, s in enumerate(path)]
+                found += float(torch.stack(steps).prod())
         targets = torch.tensor([["AB".index(symbol) + 1 for symbol in text]])
         loss = float(module.losses(module(x, (4,)), (4,), targets).detach())
         assert loss == pytest.approx(-math.log(found) / len(text), rel=1e-5)
@@ -229,7 +230,7 @@ def test_the_embedding_of_speakers_is_that_of_the_original_width() -> None:
     assert prediction.embedding.shape == (2, 512)
 
 
-def test_batches_are_packed_only_if_their_clips_are_not_as_long() -> None:
+def test_batches_are_packed_only_if_lengths_differ() -> None:
     same, other = [torch.randn(3, 4) for _ in range(2)], torch.randn(5, 4)
     assert packing.join(same).shape == (2, 3, 4)
     joined = packing.join([*same, other])
