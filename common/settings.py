@@ -225,7 +225,8 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
         UsageError: an unknown name (the nearest is named), a value of the wrong type, or values
             that do not fit together.
     """
-    parser, given = _silent_parser(kind), _underscored(dict(values))
+    silent: Any = _silent_parser
+    parser, given = silent(kind), _underscored(dict(values))
     for name, full in getattr(kind, "SHORT", {}).items():
         if name in given:
             section, _, inner = full.partition(".")

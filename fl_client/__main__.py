@@ -213,10 +213,10 @@ def _node_config(options: DeviceSettings) -> str:
         values["checkpoint"] = str(options.checkpoint.resolve())
     if options.state:
         values["state"] = str(options.state.resolve())
-    memory = options.memory
+    memory: int | None = options.memory
     if options.device != AUTO:  # else read in every round, by the process that trains
         memory = memory or find_profile(options.device, options.devices).process_bytes
-    limits = {
+    limits: dict[str, int | float | None] = {
         "memory": memory,
         "length": options.length,
         "pause-temperature": options.pause_temperature,

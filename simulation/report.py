@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from common import atomic
 from common.figures import save_figure
 from common.units import format_bytes, format_seconds
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import PretrainingFederation
 from partitions.manifest import Manifest
 from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import seconds_of
@@ -20,7 +20,7 @@ from ssl_core.training.run_directory import CONFIG, METRICS, RunDirectory
 
 def write_report(
     run: RunDirectory,
-    settings: FederationSettings,
+    settings: PretrainingFederation,
     manifest: Manifest,
     parts: tuple[tuple[int, ...], ...],
     held_out: tuple[str, ...],

@@ -102,7 +102,7 @@ def table2_table(rows: Rows) -> Table:
 
 
 def plot_table2(rows: Rows, path: Path) -> None:
-    """A panel for each device: the paper's outcomes, coloured by a plain step's fraction of the room.
+    """A panel for each device: the paper's outcomes, coloured by a plain step's part of the room.
 
     Blue fits, red does not; a cell whose colour and text disagree is framed.
     """

@@ -27,7 +27,7 @@ class PretrainingSettings(ComputeSettings):
     model: str = "base"
     """Preset of architecture and recipe: `base` or `tiny`."""
     checkpoint: Path | None = None
-    """Directory of weights to start from, this project's or transformers'; by default fresh ones."""
+    """Directory of weights to start from, this project's or transformers'; else fresh ones."""
     batch: int = 4
     """Crops in a batch, over which one loss is taken."""
     accumulation: int = 1
