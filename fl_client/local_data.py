@@ -1,4 +1,4 @@
-"""Which audio a client trains on: its part of a corpus, never a held-out speaker."""
+"""Which audio a client trains on: its part of a corpus, without the held-out speakers."""
 
 import functools
 from collections.abc import Mapping
@@ -14,18 +14,29 @@ from partitions.prepared import prepare
 from partitions.speakers import How, held_out_speakers, partition, select
 
 
-class Share(NamedTuple):
-    """A client's part of a manifest."""
+class ClientAudio(NamedTuple):
+    """A client's part of a corpus."""
 
     key: int
-    """Number that seeds the client's chance and orders cohorts."""
+    """The client's number: seeds its randomness and orders cohorts."""
     manifest: Manifest
     indices: tuple[int, ...]
+    """Into `manifest.sequences`."""
 
 
 @functools.lru_cache(maxsize=4)
 def load_manifest(data: str, subsets: tuple[str, ...], seconds: float, manifest: str) -> Manifest:
-    """The recut corpus; `manifest` is a file already made for it, or empty."""
+    """The recut corpus.
+
+    Args:
+        data: root of the corpus; empty for the demo corpus.
+        subsets: subsets to read; empty for all.
+        seconds: length of a sequence.
+        manifest: an existing manifest file of the corpus, or empty.
+
+    Raises:
+        DataError: no usable corpus.
+    """
     root = Path(data) if data else demo_corpus(progress=False)
     if manifest:
         return read_manifest(Path(manifest), root)
@@ -33,7 +44,7 @@ def load_manifest(data: str, subsets: tuple[str, ...], seconds: float, manifest:
 
 
 def held_out(manifest: Manifest, settings: FederationSettings) -> tuple[str, ...]:
-    """Speakers that no client hears."""
+    """Speakers kept for evaluation, on which no client trains."""
     if not settings.held_out:
         return ()
     return held_out_speakers(manifest, settings.held_out, settings.seed)
@@ -50,17 +61,17 @@ def _parts(
     return partition(load_manifest(*source), clients, how, seed, excluded)
 
 
-def share_of(node: Mapping[str, Any], settings: FederationSettings) -> Share:
+def client_audio(node: Mapping[str, Any], settings: FederationSettings) -> ClientAudio:
     """The part of the corpus that a node trains on.
 
     Args:
-        node: Flower's node config. `data` and `subset` override the run's; `speakers` (separated
-            by commas) or `partition-id` with `num-partitions` choose a part; without them a
-            node has all of its own data. `client-key` is its number then.
+        node: Flower's node config. `data` and `subset` override the run's. `speakers` (separated
+            by commas), or `partition-id` with `num-partitions`, select a part; by default a node
+            trains on all of its data. `client-key` is its number unless it has a `partition-id`.
         settings: of the run.
 
     Raises:
-        UsageError: speakers that are not there, or are held out.
+        UsageError: a speaker is not in the corpus or is held out.
         DataError: no usable corpus.
     """
     data = str(node.get("data", "") or settings.data)
@@ -77,10 +88,12 @@ def share_of(node: Mapping[str, Any], settings: FederationSettings) -> Share:
         kept = sorted(set(wanted) & set(excluded))
         if kept:
             raise UsageError(f"--speakers: held out for evaluation: {', '.join(kept)}")
-        return Share(int(node.get("client-key", 0)), manifest, tuple(select(manifest, wanted)))
+        return ClientAudio(
+            int(node.get("client-key", 0)), manifest, tuple(select(manifest, wanted))
+        )
     if "partition-id" in node:
         key, count = int(node["partition-id"]), int(node["num-partitions"])
         parts = _parts(source, count, settings.partition, settings.seed, excluded)
-        return Share(key, manifest, parts[key])
+        return ClientAudio(key, manifest, parts[key])
     speakers = sorted(set(manifest.speakers) - set(excluded))
-    return Share(int(node.get("client-key", 0)), manifest, tuple(select(manifest, speakers)))
+    return ClientAudio(int(node.get("client-key", 0)), manifest, tuple(select(manifest, speakers)))

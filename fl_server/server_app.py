@@ -19,8 +19,11 @@ from common.progress import bar_of
 from common.settings import from_mapping, read_yaml
 from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import PREFIX
-from fl_server.jobs import describe_round, job_of
-from fl_server.rounds import Federation, Roster, state_of
+from fl_server.fine_tuning_job import FineTuning
+from fl_server.job import Job, describe_round
+from fl_server.pretraining_job import Pretraining
+from fl_server.roster import Roster
+from fl_server.rounds import Federation, state_of
 from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
 from ssl_core.downstream.task_model import LOGMEL, RANDOM
@@ -31,14 +34,14 @@ from ssl_core.training.run_directory import CONFIG, RunDirectory
 app = ServerApp()
 
 _FREE = {"output", "resume", "keep", "wait", "min_clients", "deadline", "patience"}
-"""Settings that may change when a run goes on; all others must stay."""
+"""Settings that may change when a run is resumed."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation; everything it makes is in its run directory."""
+    """Run a federation; all results are in its run directory."""
     if context.node_config.get("simulated"):
-        # simulation/ reports its data, its errors and where the results are
+        # simulation/ prints the data, the errors and where the results are.
         manifest = str(context.node_config.get("manifest", ""))
         serve(grid, FederationSettings.from_run_config(context.run_config), manifest)
         return
@@ -54,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         print(f"run directory: {path}", flush=True)
     except (ShortwaveError, OSError) as error:
         if not os.environ.get("SHORTWAVE_TRACEBACK"):
-            # Flower prints the traceback of what comes out of here; its last line is what counts.
+            # Flower prints the traceback of any error raised here; its last line suffices.
             sys.tracebacklimit = 0
         text = describe_os_error(error) if isinstance(error, OSError) else str(error)
         print(f"error: {text}", flush=True)
@@ -62,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def check_paths(settings: FederationSettings) -> None:
-    """Refuse relative paths: SuperLink, devices and user each stand in a folder of their own.
+    """Refuse relative paths: SuperLink, devices and user each have their own working directory.
 
     Raises:
         UsageError: a path of the run config is not absolute.
@@ -78,10 +81,10 @@ def check_paths(settings: FederationSettings) -> None:
 
 
 def open_run(settings: FederationSettings) -> RunDirectory:
-    """The run directory: a new one, or that of `resume` if its settings are the same.
+    """Create the run directory, or reopen that of `resume` if its settings are the same.
 
     Raises:
-        UsageError: not empty, not a run, or a run with other settings.
+        UsageError: the directory is not empty, not a run, or a run with other settings.
     """
     if not settings.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -98,22 +101,31 @@ def open_run(settings: FederationSettings) -> RunDirectory:
 
 
 def stored_settings(path: Path) -> FederationSettings:
-    """The settings a run was started with.
+    """The settings that a run was started with.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: the directory is not a run.
     """
     RunDirectory.reopen(path)
     return from_mapping(FederationSettings, read_yaml(path / CONFIG), str(path / CONFIG))
 
 
+def job_of(settings: FederationSettings, manifest: str) -> Job:
+    """The job of a run; `manifest` is a file of the recut corpus, or empty.
+
+    Raises:
+        ShortwaveError: the settings or the data cannot be used.
+    """
+    return FineTuning(settings) if settings.task else Pretraining(settings, manifest)
+
+
 def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
-    """Run all rounds that are left and return the run directory.
+    """Run the remaining rounds and return the run directory.
 
     Args:
-        grid: a Flower Grid.
+        grid: connects to the clients.
         settings: of the run.
-        manifest: file of the recut corpus, if it has been made already.
+        manifest: an existing file of the recut corpus, or empty.
 
     Raises:
         Interrupted: stopped by the user; the run can be resumed.
@@ -121,10 +133,10 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     console = Console(stderr=True)
 
     def say(text: str, style: str | None = None) -> None:
-        """Print a line as it is: a reason that a client gave must not be taken for markup."""
+        """Print a line as it is: text from a client must not be read as markup."""
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    job = job_of(settings, manifest)  # before there is a run, as data may be wrong
+    job = job_of(settings, manifest)  # before the run directory, as it checks the data
     run = open_run(settings)
     run.lock()
     saved = checkpoint.latest(run.checkpoints)
@@ -134,9 +146,9 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
     if saved is not None:
-        state, extra = job.restore(saved)
-        sent = {name: value for name, value in extra.items() if name.startswith(PREFIX)}
-        optimizer.moments = {name: value for name, value in extra.items() if name not in sent}
+        state, tensors = job.restore(saved)
+        sent = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
+        optimizer.state = {name: value for name, value in tensors.items() if name not in sent}
     else:
         job.start()
     first = int(state["next_round"])
@@ -160,12 +172,13 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
                 clients = clients if number == first else roster.refresh()
                 result = federation.round(grid, clients, number, status)
                 started = time.monotonic()
-                # Metrics first: a round that is logged and not saved is taken and logged again.
+                # Log before saving: a round that is logged but not saved is taken again, and its
+                # row replaced.
                 values = job.row(result) | job.evaluate()
                 run.log(number + 1, values | {"evaluate_seconds": time.monotonic() - started})
                 state = state_of(number, settings, federation)
-                extra = optimizer.moments | federation.broadcast.state()
-                job.save(run.checkpoints / f"round-{number + 1:05d}", state, extra)
+                tensors = optimizer.state | federation.broadcast.state()
+                job.save(run.checkpoints / f"round-{number + 1:05d}", state, tensors)
                 checkpoint.prune(run.checkpoints, settings.keep)
                 say(describe_round(job, result, values, settings))
                 for failure in result.failures:

@@ -1,0 +1,141 @@
+"""Federated pretraining: the global model, and its evaluation on held-out speakers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fl_client.federation_settings import FederationSettings
+from fl_client.local_data import held_out, load_manifest
+from fl_server.job import client_rows
+from fl_server.roster import Client
+from fl_server.rounds import Federation, RoundResult
+from partitions.speakers import select
+from ssl_core.training import checkpoint, randomness
+from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.collapse import CollapseAlarm
+from ssl_core.training.crops import CropBatch, Crops
+from ssl_core.training.curves import plot_curves
+from ssl_core.training.evaluation import Evaluation, evaluate
+from ssl_core.training.run_directory import RunDirectory
+from ssl_core.wav2vec2.model import PretrainingModel
+
+
+class Pretraining:
+    """Pretraining, evaluated on held-out speakers."""
+
+    backbone = ""
+
+    def __init__(self, settings: FederationSettings, manifest: str) -> None:
+        """Make the model, and decode the held-out crops once.
+
+        Args:
+            settings: of the run.
+            manifest: file of the recut corpus, or empty.
+
+        Raises:
+            DataError: no held-out crop is usable.
+        """
+        self.settings, self.plan = settings, settings.resolved_plan()
+        self.config, _ = settings.model_and_recipe()
+        self.device = torch.device(self.plan.device)
+        with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
+            self.model = PretrainingModel(self.config)
+        # They share the model's memory, so there is one copy.
+        self.weights = dict(self.model.state_dict())
+        self.alarm = CollapseAlarm(self.config)
+        self.crops: CropBatch | None = None
+        if not settings.held_out or not settings.eval_crops:
+            return  # a server that does not evaluate needs no corpus
+        corpus = load_manifest(settings.data, settings.subsets, settings.seconds, manifest)
+        speakers = held_out(corpus, settings)
+        if speakers:
+            crops = Crops(corpus, select(corpus, speakers), self.plan.samples, settings.seed)
+            self.crops = crops.fixed(settings.eval_crops)
+
+    def start(self) -> None:
+        """See `Job`."""
+        if self.settings.checkpoint:
+            path = Path(self.settings.checkpoint)
+            hf.load_into(self.model, hf.load_weights(path), str(path))
+
+    def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Job`."""
+        loaded = checkpoint.load(path)
+        hf.load_into(self.model, loaded.weights, str(path))
+        return loaded.state, loaded.extra
+
+    def save(self, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See `Job`."""
+        checkpoint.save(path, self.config, self.weights, state=state, extra=tensors)
+
+    def evaluate(self) -> dict[str, Any]:
+        """See `Job`."""
+        if self.crops is None:
+            return {}
+        found = self._evaluate(self.crops)
+        return {
+            "held_out_loss": found.loss,
+            "held_out_accuracy": found.accuracy,
+            "held_out_perplexity": found.perplexity,
+        }
+
+    def _evaluate(self, crops: CropBatch) -> Evaluation:
+        model = self.model
+        if self.device.type != "cpu":
+            model = PretrainingModel(self.config)
+            hf.load_into(model, self.weights, "the global model")
+            model.to(self.device)
+        return evaluate(
+            model,
+            crops,
+            chunk=self.plan.chunk,
+            device=self.device,
+            seed=self.settings.seed,
+            precision=self.plan.precision,
+        )
+
+    def row(self, result: RoundResult) -> dict[str, Any]:
+        """See `Job`."""
+        return {
+            "updates_done": (result.number + 1) * self.settings.local_updates,
+            **result.metrics,
+            "clients": client_rows(result),
+        }
+
+    def line(self, row: Mapping[str, Any]) -> str:
+        """See `Job`."""
+        text = (
+            f"loss {row['contrastive']:.3f}  accuracy {row['accuracy']:.3f}  "
+            f"perplexity {row['perplexity']:.0f}"
+        )
+        if "held_out_loss" in row:
+            text += (
+                f"  | held out: loss {row['held_out_loss']:.3f}  accuracy "
+                f"{row['held_out_accuracy']:.3f}  perplexity {row['held_out_perplexity']:.0f}"
+            )
+        return text
+
+    def warning(self, result: RoundResult) -> str | None:
+        """See `Job`."""
+        return self.alarm.check(
+            (result.number + 1) * self.settings.local_updates,
+            contrastive=result.metrics["contrastive"],
+            accuracy=result.metrics["accuracy"],
+            perplexity=result.metrics["perplexity"],
+        )
+
+    def finish(
+        self, federation: Federation, grid: Grid, clients: list[Client], run: RunDirectory
+    ) -> list[str]:
+        """See `Job`."""
+        return []
+
+    def plot(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+        """See `Job`."""
+        plot_curves(
+            {"federated": rows}, path, negatives=self.config.num_negatives, unit="global update"
+        )
