@@ -56,7 +56,7 @@ class ClientState:
         return self.folder / f"{kind}-{number:05d}.safetensors"
 
     def load(self, kind: str, number: int) -> TensorFile:
-        """Tensors of a round by name, of any shapes, read on access.
+        """Tensors of a round by name, each `[...]`, read on access.
 
         Args:
             kind: `weights`, `residual`, `optimizer` or `personal`.
@@ -77,7 +77,7 @@ class ClientState:
         Args:
             kind: as in `load`.
             number: round, from 0.
-            tensors: by name, of any shapes.
+            tensors: by name, each `[...]`.
             needed: an earlier round to keep; -1 for none.
 
         Raises:

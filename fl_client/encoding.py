@@ -161,7 +161,7 @@ def encode(value: Floats, encoding: Encoding) -> Bytes:
     """Encode a tensor.
 
     Args:
-        value: fp32, of any shape, not empty.
+        value: fp32 `[...]`, not empty.
         encoding: of matrices; vectors stay in fp32.
 
     Returns:
@@ -179,7 +179,7 @@ def decode(data: Bytes, shape: tuple[int, ...], encoding: Encoding) -> Floats:
         encoding: as in `encode`.
 
     Returns:
-        fp32, of this shape.
+        fp32 `[*shape]`.
 
     Raises:
         ProtocolError: the wrong number of bytes for this shape, or an index outside the tensor.
@@ -211,7 +211,7 @@ class Decoded(Mapping[str, Floats]):
         self._shapes, self._encoding = shapes, encoding
 
     def __getitem__(self, name: str) -> Floats:
-        """Decode a tensor; fp32, of its shape."""
+        """Decode a tensor, fp32 `[...]`."""
         try:
             return decode(self._views[name], self._shapes[name], self._encoding)
         except ProtocolError as error:

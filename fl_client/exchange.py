@@ -19,7 +19,7 @@ class Weights(Protocol):
     """A model or its shared part."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name, of any shapes; they share the model's memory."""
+        """Its tensors by name, each `[...]`; they share the model's memory."""
 
 
 class Exchange(Protocol):

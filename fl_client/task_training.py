@@ -64,12 +64,12 @@ class Resident:
         self.first = {name: value.clone() for name, value in own.items()}
 
     def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The named parameters, of any shapes, in the model's order; they share its memory."""
+        """The named parameters, each `[...]`, in the model's order; they share its memory."""
         found = self.model.named_parameters()
         return {name: value.detach() for name, value in found if name in names}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The shared part by parameter name, of any shapes; it shares the model's memory."""
+        """The shared part by parameter name, each `[...]`; it shares the model's memory."""
         return self.tensors(self.parts.shared)
 
     def load_personal(self, client: ClientState, number: int) -> None:

@@ -30,7 +30,7 @@ _TYPES: dict[torch.dtype, "np.dtype[Any]"] = {
 
 
 def as_tensor(value: npt.NDArray[Any]) -> torch.Tensor:
-    """A tensor of the same shape on an array's memory, which may be read-only; only read it."""
+    """An array `[...]` as a tensor on its memory, which may be read-only: never write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(value)
@@ -40,7 +40,7 @@ def pack(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> ArrayRecord:
     """Pack tensors into an ArrayRecord of bundles.
 
     Args:
-        tensors: distinct names and arrays, fp32 or uint8, of any shapes.
+        tensors: distinct names and arrays, fp32 or uint8, each `[...]`.
     """
     record, bundle, size = ArrayRecord(), dict[str, torch.Tensor](), 0
 
@@ -92,7 +92,7 @@ class Views(Mapping[str, npt.NDArray[Any]]):
             self._left[key] = len(entries)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """A tensor, of its own shape, on the message's memory."""
+        """A tensor `[...]` on the message's memory."""
         key, (dtype, shape, start, end) = self._places[name]
         kind = _TYPES[dtype]
         count = (end - start) // kind.itemsize

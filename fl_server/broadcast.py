@@ -40,7 +40,7 @@ class Broadcast:
         """Encode a round's weights.
 
         Args:
-            weights: global weights by parameter name, fp32, of any shapes.
+            weights: global weights by parameter name, fp32, each `[...]`.
             number: round, from 0.
             cohort: keys of the clients that get them.
 
@@ -67,11 +67,11 @@ class Broadcast:
         return updates.pack(packed), base
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, by name, of any shapes."""
+        """Tensors for a checkpoint, by name, each `[...]`."""
         return {PREFIX + name: value for name, value in self.sent.items()}
 
     def load(self, tensors: Mapping[str, Tensor], held: Mapping[str, int]) -> None:
-        """Restore `state`'s tensors, of any shapes, from a checkpoint, and `held`."""
+        """Restore `state`'s tensors, each `[...]`, from a checkpoint, and `held`."""
         self.sent = {
             name.removeprefix(PREFIX): value
             for name, value in tensors.items()

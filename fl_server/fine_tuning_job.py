@@ -1,6 +1,6 @@
 """Federated fine-tuning of a downstream task, evaluated by the clients on their own clips."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from common.errors import DataError, UsageError
 from fl_client.federation_settings import FederationSettings
 from fl_client.task_data import load_pool
 from fl_client.task_training import Resident
-from fl_server.job import client_rows
+from fl_server.job import Job, client_rows
 from fl_server.personal_report import write_personal_report
 from fl_server.roster import Client
 from fl_server.rounds import Federation, RoundResult
@@ -22,7 +22,7 @@ from ssl_core.training import checkpoint
 from ssl_core.training.run_directory import RunDirectory
 
 
-class FineTuning:
+class FineTuning(Job):
     """A downstream task, evaluated by the clients on their own clips."""
 
     def __init__(self, settings: FederationSettings) -> None:
@@ -43,11 +43,12 @@ class FineTuning:
         self.weights = dict(self.own.state_dict())
         self.backbone = self.own.backbone
 
-    def start(self) -> None:
-        """See `Job`."""
-
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Job`."""
+        """Load the shared part; returns the checkpoint's state and other tensors, each `[...]`.
+
+        Raises:
+            DataError: the checkpoint is broken or holds other tensors.
+        """
         state, weights, tensors = checkpoint.load_tensors(path)
         if weights.keys() != self.weights.keys():
             raise DataError(f"{path} holds other tensors than the run shares")
@@ -56,15 +57,17 @@ class FineTuning:
         return state, tensors
 
     def save(self, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See `Job`."""
+        """Write a checkpoint of the shared part.
+
+        Args:
+            path: new directory.
+            state: see `rounds.state_of`.
+            tensors: beside the weights, by name, each `[...]`.
+        """
         checkpoint.save_tensors(path, self.weights, state=state, extra=tensors)
 
-    def evaluate(self) -> dict[str, Any]:
-        """See `Job`."""
-        return {}
-
     def row(self, result: RoundResult) -> dict[str, Any]:
-        """See `Job`; scores are means over the scored clients, each counting once."""
+        """The metrics of a round; scores are means over the scored clients, each counting once."""
         metrics = dict(result.metrics)
         scored = [client for client in result.clients if client["test_clips"]]
         for name in ("test_before", "test_after"):
@@ -81,7 +84,7 @@ class FineTuning:
         }
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """See `Job`."""
+        """Loss and the clients' scores of a round in words."""
         metric = self.own.model.recipe.metric
         name = "accuracy" if metric == "eer" else metric
         unscored = row["clients_not_scored"]
@@ -92,14 +95,20 @@ class FineTuning:
             + (f", {unscored} clients without a usable test clip" if unscored else "")
         )
 
-    def warning(self, result: RoundResult) -> str | None:
-        """See `Job`."""
-        return None
-
     def finish(
         self, federation: Federation, grid: Grid, clients: list[Client], run: RunDirectory
     ) -> list[str]:
-        """Let all clients score the final weights; write a report and the model."""
+        """Let all clients score the final weights; write a report and the model.
+
+        Args:
+            federation: with the final weights.
+            grid: connects to the clients.
+            clients: those connected.
+            run: where `personal.json`, `personal.png` and `model/` are written.
+
+        Returns:
+            Lines to print.
+        """
         found, failures = federation.evaluate(grid, clients, self.settings.rounds)
         lines = write_personal_report(
             run.path, self.settings, self.own.model.recipe.metric, found, failures
@@ -111,6 +120,3 @@ class FineTuning:
             export(model, self.settings.task, self.labels, run.path / "model", bool(self.labels))
             lines.append(f"model: {run.path / 'model'}")
         return lines
-
-    def plot(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-        """See `Job`."""

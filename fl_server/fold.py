@@ -41,8 +41,8 @@ class Fold:
         """Add one client's whole update, or reject it whole.
 
         Args:
-            update: local minus global weights by parameter name, fp32, each shaped as its
-                parameter and read twice.
+            update: local minus global weights by parameter name, each fp32 `[...]` and read
+                twice.
             weight: samples of audio, above zero.
             partial: whether tensors may be missing; they count as zero.
 
@@ -84,7 +84,7 @@ class Fold:
         self.count += 1
 
     def mean(self) -> Iterable[tuple[str, npt.NDArray[np.float32]]]:
-        """Yield the weighted mean update by parameter name and of its shape; empties the sum."""
+        """Yield the weighted mean update by parameter name, each `[...]`; empties the sum."""
         divisor = self.weight * 2.0**FRACTION_BITS
         for name in list(self.sums):
             yield name, np.asarray(self.sums.pop(name) / divisor, np.float32)

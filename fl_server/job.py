@@ -1,8 +1,8 @@
-"""What a federation trains: the interface of its jobs, and how a round is reported."""
+"""What a federation trains: what its jobs have in common, and how a round is reported."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -17,19 +17,20 @@ from ssl_core.training.run_directory import RunDirectory
 _OF_A_CLIENT = ("length", "batch", "micro_batch", "peak_bytes", "fallbacks")
 
 
-class Job(Protocol):
+class Job:
     """One kind of training, as the server sees it."""
 
     weights: dict[str, Tensor]
-    """Global weights by parameter name, of any shapes; each round changes them in place."""
-    backbone: str
+    """Global weights by parameter name, each `[...]`; each round changes them in place."""
+    backbone = ""
     """Digest of the backbone that all clients start from, if the weights do not hold it."""
 
     def start(self) -> None:
         """Load the weights that the settings name, for a run without a checkpoint."""
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Load the weights of a checkpoint, of any shapes; returns its state and other tensors."""
+        """Load the weights of a checkpoint; returns its state and other tensors, each `[...]`."""
+        raise NotImplementedError
 
     def save(self, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a checkpoint.
@@ -37,21 +38,26 @@ class Job(Protocol):
         Args:
             path: new directory.
             state: see `rounds.state_of`.
-            tensors: beside the weights, by name, of any shapes: the server optimizer's state and
-                the broadcast weights.
+            tensors: beside the weights, by name, each `[...]`: the server optimizer's state and the
+                broadcast weights.
         """
+        raise NotImplementedError
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the current weights on the server; metrics to add to those of a round."""
+        return {}
 
     def row(self, result: RoundResult) -> dict[str, Any]:
         """The metrics of a round that are logged."""
+        raise NotImplementedError
 
     def line(self, row: Mapping[str, Any]) -> str:
         """A round's logged metrics in words, without times and bytes."""
+        raise NotImplementedError
 
     def warning(self, result: RoundResult) -> str | None:
         """A warning about a round, or None."""
+        return None
 
     def finish(
         self, federation: Federation, grid: Grid, clients: list[Client], run: RunDirectory
@@ -67,6 +73,7 @@ class Job(Protocol):
         Returns:
             Lines to print.
         """
+        return []
 
     def plot(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         """Draw the curves of a run."""

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fl_client.federation_settings import FederationSettings
 from fl_client.local_data import held_out, load_manifest
-from fl_server.job import client_rows
-from fl_server.roster import Client
-from fl_server.rounds import Federation, RoundResult
+from fl_server.job import Job, client_rows
+from fl_server.rounds import RoundResult
 from partitions.speakers import select
 from ssl_core.training import checkpoint, randomness
 from ssl_core.training import hf_checkpoint as hf
@@ -20,14 +18,11 @@ from ssl_core.training.collapse import CollapseAlarm
 from ssl_core.training.crops import CropBatch, Crops
 from ssl_core.training.curves import plot_curves
 from ssl_core.training.evaluation import Evaluation, evaluate
-from ssl_core.training.run_directory import RunDirectory
 from ssl_core.wav2vec2.model import PretrainingModel
 
 
-class Pretraining:
+class Pretraining(Job):
     """Pretraining, evaluated on held-out speakers."""
-
-    backbone = ""
 
     def __init__(self, settings: FederationSettings, manifest: str) -> None:
         """Make the model, and decode the held-out crops once.
@@ -57,23 +52,29 @@ class Pretraining:
             self.crops = crops.fixed(settings.eval_crops)
 
     def start(self) -> None:
-        """See `Job`."""
+        """Load the weights of the setting `checkpoint`, if there is one."""
         if self.settings.checkpoint:
             path = Path(self.settings.checkpoint)
             hf.load_into(self.model, hf.load_weights(path), str(path))
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See `Job`."""
+        """Load a checkpoint; returns its state and other tensors, each `[...]`."""
         loaded = checkpoint.load(path)
         hf.load_into(self.model, loaded.weights, str(path))
         return loaded.state, loaded.extra
 
     def save(self, path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See `Job`."""
+        """Write a checkpoint that `transformers` opens.
+
+        Args:
+            path: new directory.
+            state: see `rounds.state_of`.
+            tensors: beside the weights, by name, each `[...]`.
+        """
         checkpoint.save(path, self.config, self.weights, state=state, extra=tensors)
 
     def evaluate(self) -> dict[str, Any]:
-        """See `Job`."""
+        """Loss, accuracy and perplexity on held-out speakers."""
         if self.crops is None:
             return {}
         found = self._evaluate(self.crops)
@@ -99,7 +100,7 @@ class Pretraining:
         )
 
     def row(self, result: RoundResult) -> dict[str, Any]:
-        """See `Job`."""
+        """The metrics of a round that are logged."""
         return {
             "updates_done": (result.number + 1) * self.settings.local_updates,
             **result.metrics,
@@ -107,7 +108,7 @@ class Pretraining:
         }
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """See `Job`."""
+        """Training and held-out metrics of a round in words."""
         text = (
             f"loss {row['contrastive']:.3f}  accuracy {row['accuracy']:.3f}  "
             f"perplexity {row['perplexity']:.0f}"
@@ -120,7 +121,7 @@ class Pretraining:
         return text
 
     def warning(self, result: RoundResult) -> str | None:
-        """See `Job`."""
+        """A warning if the codebook has collapsed."""
         return self.alarm.check(
             (result.number + 1) * self.settings.local_updates,
             contrastive=result.metrics["contrastive"],
@@ -128,14 +129,8 @@ class Pretraining:
             perplexity=result.metrics["perplexity"],
         )
 
-    def finish(
-        self, federation: Federation, grid: Grid, clients: list[Client], run: RunDirectory
-    ) -> list[str]:
-        """See `Job`."""
-        return []
-
     def plot(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-        """See `Job`."""
+        """Draw the curves of a run."""
         plot_curves(
             {"federated": rows}, path, negatives=self.config.num_negatives, unit="global update"
         )

@@ -69,7 +69,7 @@ class Federation:
         """Start from the given weights.
 
         Args:
-            weights: global weights by parameter name, of any shapes; each round changes them in
+            weights: global weights by parameter name, each `[...]`; each round changes them in
                 place.
             optimizer: applies the mean update.
             settings: of the run.

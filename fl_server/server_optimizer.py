@@ -34,8 +34,8 @@ class ServerOptimizer:
         """Change the global weights in place.
 
         Args:
-            weights: by parameter name, of any shapes.
-            mean: the mean update by parameter name, each tensor shaped as its weights.
+            weights: by parameter name, each `[...]`.
+            mean: the mean update, shaped as the weights.
         """
         for name, value in mean:
             delta = torch.from_numpy(value)
