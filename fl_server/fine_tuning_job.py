@@ -61,8 +61,8 @@ class FineTuning(Job):
 
         Args:
             path: new directory.
-            state: see `rounds.state_of`.
-            tensors: beside the weights, by name, each `[...]`.
+            state: see `Federation.state`.
+            tensors: see `Federation.tensors`, each `[...]`.
         """
         checkpoint.save_tensors(path, self.weights, state=state, extra=tensors)
 

@@ -37,9 +37,8 @@ class Job:
 
         Args:
             path: new directory.
-            state: see `rounds.state_of`.
-            tensors: beside the weights, by name, each `[...]`: the server optimizer's state and the
-                broadcast weights.
+            state: see `Federation.state`.
+            tensors: see `Federation.tensors`, each `[...]`.
         """
         raise NotImplementedError
 

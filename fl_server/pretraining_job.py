@@ -68,8 +68,8 @@ class Pretraining(Job):
 
         Args:
             path: new directory.
-            state: see `rounds.state_of`.
-            tensors: beside the weights, by name, each `[...]`.
+            state: see `Federation.state`.
+            tensors: see `Federation.tensors`, each `[...]`.
         """
         checkpoint.save(path, self.config, self.weights, state=state, extra=tensors)
 

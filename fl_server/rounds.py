@@ -6,7 +6,7 @@ It talks only to a Flower Grid, so it runs unchanged over a SuperLink, Flower's 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_client import protocol, updates
 from fl_client.federation_settings import FederationSettings
 from fl_client.protocol import ProtocolError
-from fl_server.broadcast import WHOLE, Broadcast
+from fl_server.broadcast import PREFIX, WHOLE, Broadcast
 from fl_server.fold import RejectedUpdate
 from fl_server.replies import metrics_in, replies_of
 from fl_server.roster import Client, RoundFailed, choose_cohort
@@ -152,6 +152,30 @@ class Federation:
             failures.append(f"{len(silent)} clients did not answer")
         return found, tuple(sorted(failures))
 
+    def state(self, number: int) -> dict[str, Any]:
+        """The state for a checkpoint after round `number`; nothing in it depends on the time."""
+        settings, exchange = self.settings, {}
+        if settings.encoding != "fp32":
+            exchange = {"folded": self.folded, "held": self.broadcast.held}
+        return exchange | {
+            "next_round": number + 1,
+            "next_update": (number + 1) * settings.local_updates,
+            "rounds": settings.rounds,
+            "seed": settings.seed,
+            "optimizer": settings.server_optimizer,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint beside the weights, by name, each `[...]`."""
+        return self.optimizer.state | self.broadcast.state()
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue from a checkpoint's `state` and `tensors`, each `[...]`."""
+        sent = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
+        self.optimizer.state = {n: value for n, value in tensors.items() if n not in sent}
+        self.broadcast.load(sent, state.get("held", {}))
+        self.folded = {int(key): number for key, number in state.get("folded", {}).items()}
+
     def _train_messages(self, cohort: list[Client], number: int) -> tuple[list[Message], int]:
         """A round's messages, and the bytes of weights in all of them."""
         record, base = self.broadcast.pack(self.weights, number, [client.key for client in cohort])
@@ -266,25 +290,3 @@ class Federation:
             "learning_rate": learning_rate(recipe, last, settings.total_updates),
             "temperature": gumbel_temperature(recipe, last),
         }
-
-
-def state_of(
-    number: int, settings: FederationSettings, federation: Federation | None = None
-) -> dict[str, Any]:
-    """The state in a checkpoint, which depends on no clock.
-
-    Args:
-        number: the last round done, from 0.
-        settings: of the run.
-        federation: adds who has which weights and updates, if the encoding needs it.
-    """
-    exchange = {}
-    if federation is not None and settings.encoding != "fp32":
-        exchange = {"folded": federation.folded, "held": federation.broadcast.held}
-    return exchange | {
-        "next_round": number + 1,
-        "next_update": (number + 1) * settings.local_updates,
-        "rounds": settings.rounds,
-        "seed": settings.seed,
-        "optimizer": settings.server_optimizer,
-    }

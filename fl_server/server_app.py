@@ -5,10 +5,10 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
@@ -18,12 +18,11 @@ from common.errors import Interrupted, ShortwaveError, UsageError
 from common.progress import bar_of
 from common.settings import from_mapping, read_yaml
 from fl_client.federation_settings import FederationSettings
-from fl_server.broadcast import PREFIX
 from fl_server.fine_tuning_job import FineTuning
 from fl_server.job import Job, describe_round
 from fl_server.pretraining_job import Pretraining
 from fl_server.roster import Roster
-from fl_server.rounds import Federation, state_of
+from fl_server.rounds import Federation, RoundResult
 from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
 from ssl_core.downstream.task_model import LOGMEL, RANDOM
@@ -139,48 +138,27 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     job = job_of(settings, manifest)  # before the run directory, as it checks the data
     run = open_run(settings)
     run.lock()
-    saved = checkpoint.latest(run.checkpoints)
-    state: dict[str, Any] = {"next_round": 0}
-    sent: dict[str, torch.Tensor] = {}
     optimizer = ServerOptimizer(
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
-    if saved is not None:
-        state, tensors = job.restore(saved)
-        sent = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
-        optimizer.state = {name: value for name, value in tensors.items() if name not in sent}
-    else:
-        job.start()
-    first = int(state["next_round"])
-    if saved is not None:
-        say(f"going on with {run.path} at round {first + 1} of {settings.rounds}")
+    federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
+    first = _start(job, federation, run, say)
     if settings.resume:
         run.rewind(first + 1)
     checkpoint.prune(run.checkpoints, settings.keep)
     roster = Roster(grid, settings, say)
     clients = roster.gather()
     status = Status(run.path, settings.rounds)
-    federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
-    federation.broadcast.load(sent, state.get("held", {}))
-    federation.folded = {int(key): number for key, number in state.get("folded", {}).items()}
     try:
         with bar_of(console) as progress:
-            bar = progress.add_task("clients", total=(settings.rounds - first) * min(
-                settings.clients_per_round, len(clients)))  # fmt: skip
+            replies = (settings.rounds - first) * min(settings.clients_per_round, len(clients))
+            bar = progress.add_task("clients", total=replies)
             status.advance = functools.partial(progress.advance, bar)
             for number in range(first, settings.rounds):
                 clients = clients if number == first else roster.refresh()
                 result = federation.round(grid, clients, number, status)
-                started = time.monotonic()
-                # Log before saving: a round that is logged but not saved is taken again, and its
-                # row replaced.
-                values = job.row(result) | job.evaluate()
-                run.log(number + 1, values | {"evaluate_seconds": time.monotonic() - started})
-                state = state_of(number, settings, federation)
-                tensors = optimizer.state | federation.broadcast.state()
-                job.save(run.checkpoints / f"round-{number + 1:05d}", state, tensors)
-                checkpoint.prune(run.checkpoints, settings.keep)
-                say(describe_round(job, result, values, settings))
+                row = _log_and_save(job, federation, run, result)
+                say(describe_round(job, result, row, settings))
                 for failure in result.failures:
                     say(f"  {failure}")
                 warning = job.warning(result)
@@ -196,3 +174,32 @@ def serve(grid: Grid, settings: FederationSettings, manifest: str = "") -> Path:
     if rows:
         job.plot(rows, run.path / "curves.png")
     return run.path
+
+
+def _start(job: Job, federation: Federation, run: RunDirectory, say: Callable[[str], None]) -> int:
+    """Restore the newest checkpoint, if there is one; the round to take next."""
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None:
+        job.start()
+        return 0
+    state, tensors = job.restore(saved)
+    federation.restore(state, tensors)
+    first = int(state["next_round"])
+    say(f"going on with {run.path} at round {first + 1} of {federation.settings.rounds}")
+    return first
+
+
+def _log_and_save(
+    job: Job, federation: Federation, run: RunDirectory, result: RoundResult
+) -> dict[str, Any]:
+    """Evaluate, log and save a round; its logged metrics.
+
+    It is logged first: a round that is logged but not saved is taken and logged again.
+    """
+    started = time.monotonic()
+    row = job.row(result) | job.evaluate()
+    run.log(result.number + 1, row | {"evaluate_seconds": time.monotonic() - started})
+    path = run.checkpoints / f"round-{result.number + 1:05d}"
+    job.save(path, federation.state(result.number), federation.tensors())
+    checkpoint.prune(run.checkpoints, federation.settings.keep)
+    return row
