@@ -143,14 +143,7 @@ def _explained(message: str, known: Sequence[str]) -> str:
     text = " ".join(message.split())
     found = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
     if found is not None:
-        reason = re.sub(r"^Not of type \w+: ", "", found[2])
-        wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
-        if wrong is not None:
-            reason = f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
-        reason = re.sub(
-            r"(\S+) does not conform to restriction v>0", r"\1 is not above zero", reason
-        )
-        return f"{_dashed('--' + found[1])}: {reason}"
+        return f"{_dashed('--' + found[1])}: {_reason(found[2])}"
     unknown = re.match(r"unrecognized arguments: ([^\s=]+)", text)
     if unknown is not None:
         return f"unrecognized arguments: {_dashed(unknown[1])}{nearest(_dashed(unknown[1]), known)}"
@@ -159,6 +152,24 @@ def _explained(message: str, known: Sequence[str]) -> str:
         name = _dashed(".".join(filter(None, [group[1], group[2]])))
         return f"unknown setting '{name}'{nearest(name, [each[2:] for each in known])}"
     return text
+
+
+def _reason(text: str) -> str:
+    """Why a value is wrong; of a field that may be None, why it is not of the other type."""
+    optional = re.fullmatch(
+        r"Does not validate .* Errors: - (.*) - Expected a <class 'NoneType'> .* value: (.*)", text
+    )
+    if optional is not None:
+        text = optional[1]
+        if text.startswith("Expected"):
+            text += f". Got value: {optional[2]}"
+        text = text.replace("does not conform", f"{optional[2]} does not conform")
+    text = re.sub(r"^Not of type \w+: ", "", text)
+    text = re.sub(r"invalid literal for int.*: ('.*')", r"\1 is not a whole number", text)
+    wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", text)
+    if wrong is not None:
+        return f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
+    return re.sub(r"(\S+) does not conform to restriction v>0", r"\1 is not above zero", text)
 
 
 def _readable(kind: str, value: str) -> str:
@@ -280,6 +291,12 @@ def _defaults(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _validate(settings: Any) -> None:
+    for name, hint in _hints(type(settings)):
+        value = functools.reduce(
+            lambda place, part: getattr(place, part), name.split("."), settings
+        )
+        if value is None and type(None) not in typing.get_args(hint):
+            raise UsageError(f"{_dashed(name)}: a value is missing")
     validate = getattr(settings, "validate", None)
     if validate is not None:
         validate()

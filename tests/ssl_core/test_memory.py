@@ -4,8 +4,6 @@ import dataclasses
 
 import psutil
 import pytest
-from ssl_core.training.overrides import resolve
-
 from ssl_core.planning.estimate import MIB, estimate
 from ssl_core.planning.ladder import choose, ladder, leanest
 from ssl_core.planning.measure import measure
