@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import DataError, UsageError
+from common.units import Size
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile, known_profiles, read_profiles
 from ssl_core.planning.this_machine import this_machine
@@ -102,7 +103,11 @@ def test_devices_of_a_users_own(own: Path) -> None:
         ("system: 1GiB", "tensor_fraction: 2", "must be between 0 and 1, not 2.0"),
         ("cores: 4", "cores: 4\n  shared: true", "shared is for a GPU"),
         ("memory: 8GB", "memory: 1GB", "nothing is left for training after 1.59 GiB"),
-        ("cores: 4", "cores: 4\n  sources: rumour", "desk: --sources: 'rumour' is not of type Mapping"),
+        (
+            "cores: 4",
+            "cores: 4\n  sources: rumour",
+            "desk: --sources: 'rumour' is not of type Mapping",
+        ),
     ],
 )
 def test_impossible_profiles_are_refused(own: Path, old: str, new: str, message: str) -> None:
@@ -125,7 +130,7 @@ def test_files_that_hold_no_devices_are_refused(own: Path) -> None:
 
 
 def test_a_negative_figure_is_refused_in_a_profile_made_by_hand() -> None:
-    profile = dataclasses.replace(find_profile("rpi4"), supernode=-1)
+    profile = dataclasses.replace(find_profile("rpi4"), supernode=Size(-1))
     with pytest.raises(UsageError, match="supernode must not be below zero"):
         profile.validate()
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import psutil
 import pytest
+
 from common.errors import UsageError
 from ssl_core.planning.decision import Decision, Option
 from ssl_core.planning.estimate import MIB, estimate

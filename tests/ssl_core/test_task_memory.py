@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
+from common.units import Size
 from ssl_core.downstream.task_recipe import Head, recipe_of, tasks
 from ssl_core.downstream.task_work import LABELS, TaskWork, task_work
 from ssl_core.paper import table3_report
@@ -248,7 +249,7 @@ def test_bad_requests_say_what_would_do(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UsageError, match="leave accumulation at 1"):
         work().validate(dataclasses.replace(PLAN, accumulation=2))
     pi = find_profile("rpi4")
-    full = dataclasses.replace(pi, memory=pi.memory - 6600 * MIB)
+    full = dataclasses.replace(pi, memory=Size(pi.memory - 6600 * MIB))
     emotion = task_work("emotion", TINY, unfrozen=False, cached=True)
     request = Request(work=emotion, lengths=(0.5,), batches=(2,))
     advice = advise(full, request)
