@@ -122,14 +122,14 @@ from fl_client import client_app, local_training
 from ssl_core.training.pretraining_step import StepReport
 
 
-def _noise(model, ladder, *_):
+def _noise(model, *_):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
             value.add_(torch.randn(value.shape, generator=generator), alpha=1e-4)
     fields = dict.fromkeys(StepReport.__dataclass_fields__, 1.0)
     report = StepReport(**(fields | {"applied": True, "crops": 1}))
-    return local_training._Trained([report], {0}, collections.Counter(), [])
+    return local_training._Trained([report], {0}, collections.Counter())
 
 
 local_training._train = _noise
