@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Size
 from ssl_core.paper.device_seconds import paper_rate, update_seconds
 from ssl_core.paper.table2 import paper_cells

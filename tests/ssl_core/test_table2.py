@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
+from common import command
 from common.errors import UsageError
 from ssl_core.paper import table2, table2_report
 from ssl_core.paper.plain_step import (
@@ -174,7 +175,7 @@ def test_operations_are_those_of_torchs_counter_less_what_it_counts_twice() -> N
 def test_the_packaged_table_is_the_papers() -> None:
     if not PAPER.exists():
         pytest.skip("no ../shared/paper/table2.csv")
-    packaged = Path(table2.__file__).with_name("paper_table2.csv").read_text(encoding="utf-8")
+    packaged = Path(table2.__file__).with_name("table2.csv").read_text(encoding="utf-8")
     source, _, table = packaged.partition("\n")
     assert source.startswith("#")
     assert list(csv.reader(table.splitlines())) == list(
@@ -295,5 +296,5 @@ def test_the_command_writes_table_and_figures(
 def test_the_command_asks_for_one_thing() -> None:
     for arguments in ([], ["--list", "--table2"], ["--tabel2"]):
         with pytest.raises(SystemExit) as caught:
-            main(arguments)
+            command.run(lambda _, words=arguments: main(words))  # type: ignore[misc]
         assert caught.value.code == 2

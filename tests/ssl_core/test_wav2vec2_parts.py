@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, UsageError
-from common.settings import from_mapping, parse, settings_parser
+from common.options import settings_parser
+from common.settings import from_mapping, parse
 from ssl_core.training.central import CentralSettings
 from ssl_core.training.collapse import CollapseAlarm
 from ssl_core.training.pretraining_recipe import RECIPES, Recipe
