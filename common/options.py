@@ -11,6 +11,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -89,8 +90,9 @@ class Parser(jsonargparse.ArgumentParser):
                 follow = list(itertools.takewhile(lambda each: not each.startswith("--"), words))
                 follow = follow if several else follow[:1]
                 del words[: len(follow)]
-                equals, value = "=", ",".join(follow) or "true"
-            if several and hint is not Names and not value.startswith("["):
+                if follow or hint is bool:
+                    equals, value = "=", ",".join(follow) if follow else "true"
+            if equals and several and hint is not Names and not value.startswith("["):
                 value = f"[{value}]"
             yield f"--{name}{equals}{value}"
 
@@ -123,7 +125,10 @@ class Parser(jsonargparse.ArgumentParser):
         kind = re.match(r"Expected an? (?:<class ')?(\w+)", reason)
         if kind is not None:
             return f"--{name}: '{found}' is not {_WORDS.get(kind[1], f'of type {kind[1]}')}"
-        reason = reason.replace("does not conform to restriction v>0", "is not above 0")
+        if reason.startswith("does not conform"):
+            reason = f"{found} {reason}"
+        reason = reason.replace("does not conform to restriction v>0", "is not above zero")
+        reason = re.sub(r"invalid literal for int.*: ('.*')", r"\1 is not a whole number", reason)
         return f"--{name}: {reason}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -168,7 +173,7 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         options: of `Parser`.
     """
     parser = Parser(kind, **options)
-    parser.add_argument("--config", action="config", help="YAML file of any of these options")
+    parser.add_argument("--config", type=Path, help="YAML file of any of these options")
     parser.add_argument(
         "--print_config", type=bool, default=False, help="print all settings as YAML and exit"
     )

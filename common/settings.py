@@ -38,13 +38,15 @@ def parse(
         The settings, validated, and those of the further options that were given, by name.
 
     Raises:
-        UsageError: values that do not fit together.
+        UsageError: a bad file, or values that do not fit together.
     """
     given = parser.parse_args(arguments, defaults=False).as_dict()
-    given.pop("config", None)
-    shown = given.pop("print_config", False)
+    config, shown = given.pop("config", None), given.pop("print_config", False)
     names = {field.name for field in _fields(kind)}
     others = {name: given.pop(name) for name in given.keys() - names}
+    if config is not None:
+        listed = _checked(kind, read_yaml(config), str(config))
+        given = _nested([*_flat(listed), *_flat(given)])
     settings = _complete(kind, given)
     if shown:
         print(to_yaml(settings), end="")
@@ -64,7 +66,20 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
         UsageError: an unknown name (the nearest is named), a value of the wrong type, or values
             that do not fit together.
     """
-    parser, given = _silent_parser(typing.cast(Any, kind)), underscored(dict(values))
+    given = _checked(kind, values, where)
+    try:
+        return _complete(kind, given)
+    except argparse.ArgumentError as error:
+        raise UsageError(
+            f"{where}: {_silent_parser(typing.cast(Any, kind)).explain(error.message)}"
+        ) from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _checked(kind: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of a mapping, of the right types and by their full names."""
+    parser, given = _silent_parser(kind), underscored(dict(values))
     for field in _fields(kind):
         nested = dataclasses.is_dataclass(field.default)
         if nested and not isinstance(given.get(field.name, {}), dict):
@@ -73,11 +88,10 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
         section, _, inner = short_names(kind)[name].partition(".")
         given[section] = {inner: given.pop(name)} | given.get(section, {})
     try:
-        return _complete(kind, parser.parse_object(given, defaults=False).as_dict())
+        found: dict[str, Any] = parser.parse_object(given, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise UsageError(f"{where}: {parser.explain(error.message)}") from None
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+    return found
 
 
 def _complete(kind: type[Settings], given: Mapping[str, Any]) -> Settings:

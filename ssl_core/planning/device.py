@@ -80,7 +80,7 @@ class DeviceProfile:
         if self.tensor_fraction is not None and not (self.shared and 0 < self.tensor_fraction < 1):
             raise UsageError(
                 f"{where}: tensor_fraction, of a memory that a GPU shares (shared: true), must be "
-                f"and 1, not {self.tensor_fraction}"
+                f"between 0 and 1, not {self.tensor_fraction}"
             )
         if self.shared and self.accelerator == "cpu":
             raise UsageError(f"{where}: shared is for a GPU; leave it out for accelerator cpu")

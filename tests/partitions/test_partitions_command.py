@@ -76,8 +76,14 @@ def test_split(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         (["recut", "--length", "long"], 2, "'long' is not a length"),
         (["recut", "--lenght", "5s"], 2, "did you mean '--length'?"),
         (["split", "--clients", "0"], 2, "0 is not above zero"),
-        (["split", "--partition", "speakers"], 2, "invalid choice: 'speakers'"),
-        (["nothing"], 2, "invalid choice: 'nothing'"),
+        (
+            ["split", "--partition", "speakers"],
+            2,
+            "--partition: 'speakers' is not one of speaker, iid, skewed; did you mean 'speaker'?",
+        ),
+        (["nothing"], 2, "no command 'nothing'"),
+        (["spilt"], 2, "no command 'spilt'; did you mean 'split'?"),
+        ([], 2, "no command given"),
     ],
 )
 def test_bad_arguments(arguments: list[str], code: int, message: str) -> None:

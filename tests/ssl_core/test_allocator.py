@@ -1,3 +1,5 @@
+"""Freed memory: kept for the next tensors, and given back when much is needed."""
+
 import os
 import platform
 import subprocess

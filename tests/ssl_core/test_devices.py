@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import DataError, UsageError
+from common.units import Size
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile, known_profiles, read_profiles
 from ssl_core.planning.this_machine import this_machine
@@ -44,7 +45,7 @@ def test_the_packaged_profiles_are_those_promised() -> None:
 
 @pytest.mark.parametrize("profile", known_profiles().values(), ids=lambda profile: profile.name)
 def test_every_packaged_figure_says_where_it_is_from(profile: DeviceProfile) -> None:
-    room = "system" if profile.share is None else "share"
+    room = "system" if profile.tensor_fraction is None else "tensor_fraction"
     timed = {"timed_as"} if profile.timed_as else set()
     assert set(profile.sources) == timed | {
         "memory",
@@ -86,21 +87,27 @@ def test_devices_of_a_users_own(own: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("memory: 8GB", "memory: -8GB", "desk: memory: '-8GB' is not a size"),
+        ("memory: 8GB", "memory: -8GB", "desk: --memory: '-8GB' is not a size"),
         ("memory: 8GB", "memory: 0", "memory and cores must be above zero"),
-        ("  memory: 8GB\n", "", "missing memory"),
-        ("  system: 1GiB\n", "", "give one of system and share"),
-        ("system: 1GiB", "system:", "desk: system: 'None' is not a size"),
+        ("  memory: 8GB\n", "", "desk: the following arguments are required: memory"),
+        ("  system: 1GiB\n", "", "give one of system and tensor_fraction"),
+        ("system: 1GiB", "system:", "give one of system and tensor_fraction"),
         ("cores: 4", "cores: 0", "memory and cores must be above zero"),
-        ("cores: 4", "cores: four", "cores: 'four' is not of type int"),
-        ("memory: 8GB", "memroy: 8GB", "unknown figure 'memroy'; did you mean 'memory'?"),
+        ("cores: 4", "cores: four", "desk: --cores: 'four' is not a whole number"),
+        ("memory: 8GB", "memroy: 8GB", "desk: unknown setting 'memroy'; did you mean 'memory'?"),
         ("accelerator: cpu", "accelerator: tpu", "'tpu' is not one of cpu, cuda"),
         ("[fp32, bf16]", "[fp64]", "'fp64' is not one of fp32, bf16, fp16"),
         ("[fp32, bf16]", "[bf16]", "precisions must contain fp32"),
-        ("system: 1GiB", "share: 0.5", "share, of a memory that a GPU shares"),
+        ("system: 1GiB", "system: lots", "desk: --system: 'lots' is not a size"),
+        ("system: 1GiB", "tensor_fraction: 0.5", "tensor_fraction, of a memory that a GPU shares"),
+        ("system: 1GiB", "tensor_fraction: 2", "must be between 0 and 1, not 2.0"),
         ("cores: 4", "cores: 4\n  shared: true", "shared is for a GPU"),
         ("memory: 8GB", "memory: 1GB", "nothing is left for training after 1.59 GiB"),
-        ("cores: 4", "cores: 4\n  sources: rumour", "sources: a mapping of figures to texts"),
+        (
+            "cores: 4",
+            "cores: 4\n  sources: rumour",
+            "desk: --sources: 'rumour' is not of type Mapping",
+        ),
     ],
 )
 def test_impossible_profiles_are_refused(own: Path, old: str, new: str, message: str) -> None:
@@ -123,7 +130,7 @@ def test_files_that_hold_no_devices_are_refused(own: Path) -> None:
 
 
 def test_a_negative_figure_is_refused_in_a_profile_made_by_hand() -> None:
-    profile = dataclasses.replace(find_profile("rpi4"), supernode=-1)
+    profile = dataclasses.replace(find_profile("rpi4"), supernode=Size(-1))
     with pytest.raises(UsageError, match="supernode must not be below zero"):
         profile.validate()
 

@@ -9,11 +9,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from common.errors import UsageError
-from ssl_core.planning import operation_count as operations
-from ssl_core.planning.step_plan import Plan
+from ssl_core.planning import operation_count
+from ssl_core.planning.step_plan import Plan, StepOptions
 from ssl_core.training.adamw import AdamW
 from ssl_core.training.pretraining_recipe import Recipe
-from ssl_core.training.pretraining_settings import StepSettings
+from ssl_core.training.pretraining_settings import PretrainingSettings
 from ssl_core.training.pretraining_step import PretrainingStep, Weights, combine
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import PretrainingModel, draw
@@ -130,7 +130,7 @@ def test_applying_in_backward_stops_at_a_loss_that_is_not_finite() -> None:
         assert torch.equal(value, before[name]), name
 
 
-def test_moments_in_fp32_are_those_of_torchs_adamw() -> None:
+def test_optimizer_state_in_fp32_is_that_of_torchs_adamw() -> None:
     recipe, model = Recipe(), torch.nn.Linear(40, 30)
     other = torch.nn.Linear(40, 30)
     other.load_state_dict(model.state_dict())
@@ -154,7 +154,7 @@ def test_moments_in_fp32_are_those_of_torchs_adamw() -> None:
 
 
 @pytest.mark.parametrize(("state", "most"), [("bf16", 0.02), ("int8", 0.25)])
-def test_rounded_moments_move_weights_nearly_as_far(
+def test_rounded_optimizer_state_moves_weights_nearly_as_far(
     state: Literal["bf16", "int8"], most: float
 ) -> None:
     start = model_of(DROPPING).state_dict()
@@ -166,7 +166,9 @@ def test_rounded_moments_move_weights_nearly_as_far(
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
-def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int8"]) -> None:
+def test_optimizer_state_comes_back_from_a_checkpoint(
+    state: Literal["fp32", "bf16", "int8"],
+) -> None:
     plan = Plan(length=1.0, batch=2, optimizer_state=state)
 
     def trained(resume: bool) -> dict[str, torch.Tensor]:
@@ -174,9 +176,9 @@ def test_moments_come_back_from_a_checkpoint(state: Literal["fp32", "bf16", "int
         step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
         for number in range(4):
             if resume and number == 2:
-                moments = {name: value.clone() for name, value in step.moments().items()}
+                state = {name: value.clone() for name, value in step.optimizer_state().items()}
                 step = PretrainingStep(model, Recipe(), plan, seed=5, total_updates=10)
-                step.load_moments(moments)
+                step.load_optimizer_state(state)
             step.update([noise(2, seed=number)], number)
         return model.state_dict()
 
@@ -324,31 +326,34 @@ def test_the_step_compiles_without_a_graph_break() -> None:
 def test_applying_in_backward_refuses_what_needs_all_gradients() -> None:
     for plan in (Plan(batch=4, accumulation=2), Plan(batch=4, micro_batch=1)):
         with pytest.raises(UsageError, match="apply-in-backward"):
-            dataclasses.replace(plan, apply_in_backward=True).validate_for(TINY, Recipe())
+            Recipe().validate_plan(TINY, dataclasses.replace(plan, apply_in_backward=True))
     with pytest.raises(UsageError, match="clip"):
-        Plan(apply_in_backward=True).validate_for(TINY, Recipe(clip_norm=1.0))
+        Recipe(clip_norm=1.0).validate_plan(TINY, Plan(apply_in_backward=True))
     with pytest.raises(UsageError, match="optimizer-state 'fp8' is not one of fp32, bf16, int8"):
-        Plan(optimizer_state="fp8").validate_for(TINY, Recipe())  # type: ignore[arg-type]
+        Recipe().validate_plan(TINY, Plan(optimizer_state="fp8"))  # type: ignore[arg-type]
 
 
 def test_a_runs_config_says_what_is_not_exact() -> None:
-    assert "not exact" not in StepSettings(set="plan.recompute-layers=true").as_config()
-    rounding = StepSettings(precision="bf16", set="plan.optimizer-state=int8").as_config()
+    exact = PretrainingSettings(plan=StepOptions(recompute_layers=True))
+    assert "not exact" not in exact.as_config()
+    rounding = PretrainingSettings(
+        precision="bf16", plan=StepOptions(optimizer_state="int8")
+    ).as_config()
     assert rounding.startswith("# not exact: precision bf16, optimizer-state int8\n")
 
 
 def test_a_length_too_short_to_mask_and_a_split_batch_pool_are_refused() -> None:
     with pytest.raises(UsageError, match="too short to mask"):
-        Plan(length=0.1).validate_for(TINY, Recipe())
+        Recipe().validate_plan(TINY, Plan(length=0.1))
     with pytest.raises(UsageError, match="whole batch"):
-        Plan(batch=4, micro_batch=2).validate_for(TINY, Recipe(negative_pool="batch"))
+        Recipe(negative_pool="batch").validate_plan(TINY, Plan(batch=4, micro_batch=2))
 
 
 def flops(name: str) -> int:
     """Floating point operations of a forward pass and its gradient, 5 s x 4."""
     config = preset(name)
     draws = draw(config, 4, 80_000, np.random.default_rng(0))
-    counter = operations.counter()
+    counter = operation_count.counter()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = PretrainingModel(config)
         assert draws.noise is not None

@@ -5,7 +5,6 @@ import csv
 import json
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
+from common import command
 from common.errors import UsageError
-from ssl_core.paper import table2
-from ssl_core.paper import table2_report as paper_report
+from ssl_core.paper import table2, table2_report
 from ssl_core.paper.plain_step import (
     Accelerator,
     PlainPrecision,
@@ -31,11 +30,9 @@ from ssl_core.paper.plain_step import (
     position_weights,
 )
 from ssl_core.plan import main
+from ssl_core.planning.decision import Decision, Option
 from ssl_core.planning.device_profiles import known_profiles
-from ssl_core.planning.ladder import Option
 from ssl_core.planning.parts import ALLOCATOR, Estimate
-from ssl_core.planning.step_plan import Plan
-from ssl_core.training.pretraining_recipe import RECIPES, Recipe
 from ssl_core.wav2vec2.config import ModelConfig, preset
 
 MIB = 2**20
@@ -178,7 +175,7 @@ def test_operations_are_those_of_torchs_counter_less_what_it_counts_twice() -> N
 def test_the_packaged_table_is_the_papers() -> None:
     if not PAPER.exists():
         pytest.skip("no ../shared/paper/table2.csv")
-    packaged = Path(table2.__file__).with_name("paper_table2.csv").read_text(encoding="utf-8")
+    packaged = Path(table2.__file__).with_name("table2.csv").read_text(encoding="utf-8")
     source, _, table = packaged.partition("\n")
     assert source.startswith("#")
     assert list(csv.reader(table.splitlines())) == list(
@@ -247,10 +244,10 @@ def test_the_dagger() -> None:
 
 
 def test_growth_from_1_to_15_seconds() -> None:
-    rows = paper_report.figure2_rows()
-    memory = {b: round(x, 2) for b, x in paper_report.growth(rows, "bytes").items()}
+    rows = table2_report.figure2_rows()
+    memory = {b: round(x, 2) for b, x in table2_report.growth(rows, "bytes").items()}
     assert memory == {1: 1.6, 2: 2.47, 4: 4.2, 8: 7.2, 12: 9.05}
-    operations = paper_report.growth(rows, "operations")
+    operations = table2_report.growth(rows, "operations")
     assert all(round(times, 2) == 16.58 for times in operations.values())
     # The paper's "1 s" and "15 s" crops last 1.1 and 15.8 s on average.
     times = plain_operations(BASE, 15.8, 1) / plain_operations(BASE, 1.1, 1)
@@ -270,14 +267,14 @@ def test_the_parts_add_up_and_are_named() -> None:
 def test_the_command_writes_table_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def quick(config: ModelConfig, recipe: Recipe, plan: Plan, room: int, runtime: int) -> Option:
-        if plan.batch == 12:
-            raise UsageError("too much")
-        return Option(plan, Estimate({"imports": runtime, "all": 7}), 1.0)
+    def quick(decision: Decision) -> Option:
+        return Option(decision.plan, Estimate({"imports": decision.runtime, "all": 7}), 1.0)
 
-    monkeypatch.setattr(paper_report, "fitting", quick)  # the real one is in test_advice
-    lean = SimpleNamespace(leanest=quick(BASE, RECIPES["base"], Plan(), 0, 10**10))
-    monkeypatch.setattr(paper_report, "choose", lambda *_: lean)
+    # The real ones are in test_memory.
+    monkeypatch.setattr(
+        Decision, "chosen", property(lambda own: None if own.plan.batch == 12 else quick(own))
+    )
+    monkeypatch.setattr(Decision, "leanest", property(quick))
     assert main(["--table2", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "140 of 140" in printed
@@ -286,7 +283,7 @@ def test_the_command_writes_table_and_figures(
     assert result["agree"] == len(result["cells"]) == 140
     fits = [row["batch"] != 12 for row in result["cells"]]
     assert [row["planned"] == "fits" for row in result["cells"]] == fits
-    assert all(row["planned_bytes"] == 7 for row in result["cells"] if row["batch"] != 12)
+    assert all(row["planned_bytes"] == 7 for row in result["cells"])
     assert (tmp_path / "table2.png").stat().st_size > 10_000
     assert main(["--figure2", "--json", "--output", str(tmp_path)]) == 0
     assert len(json.loads(capsys.readouterr().out)["cells"]) == 20
@@ -299,5 +296,5 @@ def test_the_command_writes_table_and_figures(
 def test_the_command_asks_for_one_thing() -> None:
     for arguments in ([], ["--list", "--table2"], ["--tabel2"]):
         with pytest.raises(SystemExit) as caught:
-            main(arguments)
+            command.run(lambda _, words=arguments: main(words))  # type: ignore[misc]
         assert caught.value.code == 2

@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
+from common.units import Size
 from ssl_core.downstream.task_recipe import Head, recipe_of, tasks
 from ssl_core.downstream.task_work import LABELS, TaskWork, task_work
-from ssl_core.paper import table3_report as task_report
+from ssl_core.paper import table3_report
 from ssl_core.paper.plain_step import backbone_parameters, plain_task_step
-from ssl_core.paper.table3 import paper_task_cells, task_need
+from ssl_core.paper.table3 import paper_task_cells, task_need, trace_head
 from ssl_core.plan import main
-from ssl_core.planning.advice import Request, advise, explain
+from ssl_core.planning.advice import Request, advise
+from ssl_core.planning.advice_report import explain
+from ssl_core.planning.decision import Decision
 from ssl_core.planning.device_profiles import find_profile
 from ssl_core.planning.estimate import estimate
-from ssl_core.planning.ladder import choose, describe, fallbacks, fitting, ladder, leanest
+from ssl_core.planning.ladder import describe, fallbacks, ladder
 from ssl_core.planning.measure import measure
 from ssl_core.planning.operation_count import count_operations
 from ssl_core.planning.step_plan import Plan
-from ssl_core.planning.trace import count_trained, trace, trace_head
+from ssl_core.planning.trace import trace
 from ssl_core.wav2vec2.config import preset
 
 TINY, BASE = preset("tiny"), preset("base")
@@ -33,11 +36,11 @@ def work(head: Head = "mean-linear", **changes: object) -> TaskWork:
     """A task of few units, so that it is traced and measured quickly."""
     found = recipe_of("asr" if head.endswith("ctc") else "kws12")
     recipe = dataclasses.replace(found, head=head, lstm_layers=1, lstm_units=64)
-    return TaskWork(**{"recipe": recipe, "labels": 12, **changes})  # type: ignore[arg-type]
+    return TaskWork(**{"architecture": TINY, "recipe": recipe, "labels": 12, **changes})  # type: ignore[arg-type]
 
 
 def peak(of: TaskWork, plan: Plan = PLAN) -> int:
-    return trace(TINY, of, plan).peak
+    return trace(of, plan).peak
 
 
 def test_every_task_has_its_labels() -> None:
@@ -47,27 +50,27 @@ def test_every_task_has_its_labels() -> None:
 @pytest.mark.parametrize("head", ["mean-linear", "x-vector", "linear-ctc", "lstm-ctc"])
 def test_a_frozen_backbone_takes_less(head: Head) -> None:
     frozen, unfrozen = work(head), work(head, share="backbone")
-    parts = estimate(TINY, frozen, PLAN).parts
+    parts = estimate(frozen, PLAN).parts
     assert {"imports", "parameters", "optimizer state", "activations", "libraries"} <= set(parts)
     assert min(parts.values()) > 0
-    moments = trace(TINY, frozen, PLAN).peak_parts["optimizer state"]
-    trained = trace(TINY, unfrozen, PLAN).peak_parts["optimizer state"]
+    state = trace(frozen, PLAN).peak_parts["optimizer state"]
+    trained = trace(unfrozen, PLAN).peak_parts["optimizer state"]
     # Each tensor is rounded up to a page.
-    assert moments == pytest.approx(8 * count_trained(TINY, frozen), rel=0.1, abs=4096 * 20)
-    assert trained == pytest.approx(8 * count_trained(TINY, unfrozen), rel=0.15)
+    assert state == pytest.approx(8 * frozen.trained_parameters(), rel=0.1, abs=4096 * 20)
+    assert trained == pytest.approx(8 * unfrozen.trained_parameters(), rel=0.15)
     assert peak(frozen) < 0.8 * peak(unfrozen)
 
 
 def test_what_is_shared_takes_what_is_trained() -> None:
     lora = work(share="lora", lora_rank=4)
     layers = work(share="layers", shared_layers=1)
-    sizes = [count_trained(TINY, w) for w in (work(), lora, layers, work(share="backbone"))]
+    sizes = [w.trained_parameters() for w in (work(), lora, layers, work(share="backbone"))]
     assert sizes == sorted(set(sizes))
     assert peak(work()) < peak(lora) < peak(work(share="backbone"))
 
 
 def test_features_are_computed_before_a_head_is_trained_on_them() -> None:
-    parts = trace(TINY, work(cached=True), PLAN).peak_parts
+    parts = trace(work(cached=True), PLAN).peak_parts
     # 20 clips of 2 s are taken through the backbone together, more than the 4 of an update.
     assert parts["computing features"] > 0
     assert peak(work(cached=True)) > peak(work())
@@ -85,16 +88,16 @@ def test_micro_batches_take_less(head: Head, share: str) -> None:
 
 
 def test_texts_take_memory_by_their_length() -> None:
-    short = trace_head(TINY, work("linear-ctc"), Plan(length=1.0, batch=4))["activations"]
-    long = trace_head(TINY, work("linear-ctc"), Plan(length=4.0, batch=4))["activations"]
+    short = trace_head(work("linear-ctc"), Plan(length=1.0, batch=4))["activations"]
+    long = trace_head(work("linear-ctc"), Plan(length=4.0, batch=4))["activations"]
     # Frames times symbols in CTC's table, both four times as many.
     assert long > 4 * short
 
 
 def test_operations_of_a_task() -> None:
-    frozen, unfrozen = (count_operations(TINY, work(share=s), PLAN) for s in ("none", "backbone"))
+    frozen, unfrozen = (count_operations(work(share=s), PLAN) for s in ("none", "backbone"))
     assert 2 * frozen < unfrozen < 4 * frozen
-    head = count_operations(TINY, work("lstm-ctc"), PLAN) - frozen
+    head = count_operations(work("lstm-ctc"), PLAN) - frozen
     frames, width, units = 4 * TINY.frames(PLAN.samples), TINY.hidden_size, 64
     lstms = 2 * 3 * 2 * frames * 4 * units * (width + units)
     assert head == pytest.approx(lstms, rel=0.05)
@@ -111,9 +114,8 @@ def test_the_ladder_of_an_unfrozen_task() -> None:
     task = work(share="backbone")
     plan = dataclasses.replace(PLAN, batch=8)
     rungs = [rung for _, rung in ladder(plan, task)]
-    assert [slow for slow, _ in ladder(plan, task)] == sorted(
-        slow for slow, _ in ladder(plan, task)
-    )
+    slowdowns = [rung.slowdown for rung in ladder(plan, task)]
+    assert slowdowns == sorted(slowdowns)
     assert rungs[0].keep_attention
     assert not any(rung.apply_in_backward or rung.recompute_features for rung in rungs)
     free = dataclasses.replace(
@@ -123,29 +125,29 @@ def test_the_ladder_of_an_unfrozen_task() -> None:
     assert rungs[0].apply_in_backward
     assert any(rung.recompute_features for rung in rungs)
     for rung in rungs:
-        free.validate_for(TINY, rung)
+        free.validate(rung)
 
 
 @pytest.mark.parametrize("length", [1.0, 5.0])
 def test_the_fastest_plan_of_a_task_that_fits_is_chosen(length: float) -> None:
     task, plan = work(share="backbone"), Plan(length=length, batch=8)
     rungs = [rung for _, rung in ladder(plan, task)]
-    sizes = [estimate(TINY, task, rung).total for rung in rungs]
-    option = fitting(TINY, task, plan, sizes[3] + 1, 505 * MIB)
+    sizes = [estimate(task, rung).total for rung in rungs]
+    option = Decision(task, plan, sizes[3] + 1, 505 * MIB).require()
     # Of crops as short as 1 s, micro-batches take more than they save.
     number = 3 if length > 1 else 0
     assert option.plan == rungs[number]
     assert option.estimate.total == sizes[number] == min(sizes[: number + 1])
     assert describe(option.plan, "clips").startswith(("8 at once", "2 of 8 clips")[length > 1])
     assert fallbacks(option.plan, task) == rungs[number + 1 :]
-    least = estimate(TINY, task, leanest(TINY, task, plan)).total
+    least = Decision(task, plan, available=0).leanest.estimate.total
     assert least == min(sizes)
-    decision = choose(TINY, task, plan, least - MIB)
+    decision = Decision(task, plan, least - MIB)
     assert decision.chosen is None
     with pytest.raises(
         UsageError, match=rf"8 clips of {length:g}s: nothing fits: .* 1 MiB more .* clips"
     ):
-        fitting(TINY, task, plan, least - MIB, 505 * MIB)
+        Decision(task, plan, least - MIB, 505 * MIB).require()
 
 
 @pytest.mark.slow
@@ -161,18 +163,17 @@ def test_the_fastest_plan_of_a_task_that_fits_is_chosen(length: float) -> None:
 def test_the_measured_peak_of_a_task_is_below_the_estimate(
     task: str, unfrozen: bool, cached: bool, changes: dict[str, object]
 ) -> None:
-    of = task_work(task, unfrozen=unfrozen, cached=cached)
+    of = task_work(task, TINY, unfrozen=unfrozen, cached=cached)
     plan = dataclasses.replace(Plan(length=2.0, batch=2, threads=1), **changes)  # type: ignore[arg-type]
-    fields = dataclasses.asdict(plan)
-    found = measure("tiny", "", fields, task=task, unfrozen=unfrozen, cached=cached)
-    expected = estimate(TINY, of, plan, found.imports)
+    found = measure(of, plan)
+    expected = estimate(of, plan, found.imports)
     assert 0.85 * expected.total < found.peak <= expected.total
 
 
 @pytest.mark.slow
 def test_a_footprint_is_sampled() -> None:
-    plan = dataclasses.asdict(Plan(length=1.0, batch=2, threads=1))
-    found = measure("tiny", "", plan, task="kws12", updates=4, sample=0.02)
+    plan = Plan(length=1.0, batch=2, threads=1)
+    found = measure(task_work("kws12", TINY, unfrozen=False), plan, updates=4, sample=0.02)
     assert len(found.footprint) > 2
     assert max(size for _, size in found.footprint) <= found.peak
 
@@ -212,7 +213,7 @@ def test_the_command_regenerates_table_3_and_figure_3(
     assert len(result["cells"]) == 30
     assert result["agree"] == 27
     assert result["planned_fits"] == 30
-    assert task_report.table3_table(result["cells"]).row_count == 30
+    assert table3_report.table3_table(result["cells"]).row_count == 30
     assert main(["--figure3", "--json", "--output", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)["cells"]
     peaks = {(row["task"], row["backbone"]): row["peak"] for row in rows}
@@ -244,12 +245,13 @@ def test_bad_requests_say_what_would_do(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UsageError, match="makes no frame"):
         main(["--device", "rpi4", "--task", "kws12", "--frozen", "--length", "0.01s"])
     with pytest.raises(UsageError, match="cannot clip"):
-        work().validate_for(TINY, dataclasses.replace(PLAN, apply_in_backward=True))
+        work().validate(dataclasses.replace(PLAN, apply_in_backward=True))
     with pytest.raises(UsageError, match="leave accumulation at 1"):
-        work().validate_for(TINY, dataclasses.replace(PLAN, accumulation=2))
+        work().validate(dataclasses.replace(PLAN, accumulation=2))
     pi = find_profile("rpi4")
-    full = dataclasses.replace(pi, memory=pi.memory - 6600 * MIB)
-    request = Request(model="tiny", task="emotion", backbone="frozen", length=0.5, batch=2)
+    full = dataclasses.replace(pi, memory=Size(pi.memory - 6600 * MIB))
+    emotion = task_work("emotion", TINY, unfrozen=False, cached=True)
+    request = Request(work=emotion, lengths=(0.5,), batches=(2,))
     advice = advise(full, request)
     assert advice.chosen is None
     assert any("nothing fits rpi4" in line for line in explain(advice))

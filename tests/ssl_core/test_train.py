@@ -19,7 +19,7 @@ from ssl_core.training import hf_checkpoint as hf
 from ssl_core.wav2vec2.config import ModelConfig
 
 OPTIONS = [
-    "--model", "tiny", "--set", "model.num-hidden-layers=1", "--length", "1s", "--batch", "3",
+    "--model", "tiny", "--architecture.num-hidden-layers", "1", "--length", "1s", "--batch", "3",
     "--eval-crops", "4", "--eval-every", "2", "--save-every", "3", "--threads", "1",
 ]  # fmt: skip
 
@@ -65,7 +65,9 @@ def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_bytes(
     assert [json.loads(line)["step"] for line in metrics] == list(range(1, 41))
 
 
-def test_a_checkpoint_holds_the_moments_and_opens_as_a_model(corpus: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_optimizer_state_and_opens_as_a_model(
+    corpus: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     assert main(["--data", str(corpus), *OPTIONS, "--updates", "2", "--output", str(run)]) == 0
     saved = checkpoint.load(run / "checkpoints" / "update-0000002")
@@ -88,7 +90,7 @@ def test_a_checkpoint_holds_the_moments_and_opens_as_a_model(corpus: Path, tmp_p
         (["--updats", "5"], 2, "did you mean '--updates'"),
         (["--checkpoint", "{tmp}/none"], 1, "not a checkpoint"),
         (["--resume", "{tmp}/none"], 2, "no run"),
-        (["--micro-batch", "1", "--set", "recipe.negative-pool=batch"], 2, "whole batch"),
+        (["--micro-batch", "1", "--recipe.negative-pool", "batch"], 2, "whole batch"),
     ],
 )
 def test_wrong_input_is_one_clear_line(

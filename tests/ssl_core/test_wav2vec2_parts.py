@@ -1,5 +1,6 @@
 """Masks, negatives, codebook and contrastive loss against numbers computed by other means."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ssl_core.training.overrides import resolve
 
 from common.errors import DataError, UsageError
+from common.options import settings_parser
+from common.settings import from_mapping, parse
+from ssl_core.training.central import CentralSettings
 from ssl_core.training.collapse import CollapseAlarm
-from ssl_core.training.pretraining_recipe import Recipe
+from ssl_core.training.pretraining_recipe import RECIPES, Recipe
 from ssl_core.training.schedule import diversity_weight, gumbel_temperature, learning_rate
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
@@ -123,17 +126,26 @@ def test_rate_and_temperature_follow_the_global_update() -> None:
     assert weights == pytest.approx([0.1, 0.06, 0.02])
 
 
-def test_settings_change_presets_by_name() -> None:
-    config, recipe = resolve("tiny", "recipe.learning-rate=5e-4 model.layerdrop=0.2")
-    assert recipe.learning_rate == 5e-4
-    assert config.layerdrop == 0.2
-    assert config.hidden_size == preset("tiny").hidden_size
-    with pytest.raises(UsageError, match="did you mean 'learning-rate'"):
-        resolve("tiny", "recipe.learnin-rate=1")
+def test_settings_change_presets_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def central(*words: str) -> CentralSettings:
+        parser = settings_parser(CentralSettings, prog="train")
+        return parse(CentralSettings, parser, ["--model", "tiny", *words])[0]
+
+    found = central("--recipe.learning-rate", "5e-4", "--architecture.layerdrop", "0.2")
+    assert found.recipe == dataclasses.replace(RECIPES["tiny"], learning_rate=5e-4)
+    assert found.architecture == dataclasses.replace(preset("tiny"), layerdrop=0.2)
+    with pytest.raises(SystemExit) as stopped:
+        central("--recipe.learnin-rate", "1")
+    assert stopped.value.code == 2
+    assert "did you mean '--recipe.learning-rate'" in capsys.readouterr().err
     with pytest.raises(UsageError, match="learning-rate must be above zero"):
-        resolve("tiny", "recipe.learning-rate=-1")
-    with pytest.raises(UsageError, match="not of type"):
-        resolve("tiny", "model.layerdrop=often")
+        central("--recipe.learning-rate", "-1")
+    with pytest.raises(SystemExit) as stopped:
+        central("--architecture.layerdrop", "often")
+    assert stopped.value.code == 2
+    assert "--architecture.layerdrop: 'often' is not a number" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"unknown setting .* did you mean 'recipe.learning-rate'"):
+        from_mapping(CentralSettings, {"recipe": {"learnin-rate": 1}}, "here")
 
 
 def test_a_config_of_another_model_is_refused() -> None:
