@@ -43,7 +43,7 @@ def _underscored(values: Any) -> Any:
 
 
 _load_yaml: Callable[[str], Any] = jsonargparse.get_loader("yaml")
-jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)))
+jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)), (yaml.YAMLError,))
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -72,6 +72,17 @@ class Parser(jsonargparse.ArgumentParser):
         """See `jsonargparse.ArgumentParser`; options are written as a person writes them."""
         words = sys.argv[1:] if args is None else args
         return super().parse_args(self._canonical(list(words)), *others, **options)
+
+    def _load_config_parser_mode(self, content: str, *others: Any, **options: Any) -> Any:
+        """The settings of a `--config` file, in which short names stand for others too."""
+        try:
+            values = _underscored(_load_yaml(content))
+        except yaml.YAMLError:
+            values = None  # reported by the caller
+        if isinstance(values, dict):
+            short = {_field(name): _field(full) for name, full in self.short.items()}
+            content = yaml.safe_dump(_in_full(values, short))
+        return super()._load_config_parser_mode(content, *others, **options)
 
     def _canonical(self, words: list[str]) -> list[str]:
         """The words as jsonargparse knows them."""
@@ -121,6 +132,16 @@ def _field(option: str) -> str:
     return option[2:].replace("-", "_")
 
 
+def _in_full(values: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    """Settings with dotted names in place of short ones; presets such as `a=b` stay unknown."""
+    given = dict(values)
+    for name, full in short.items():
+        if name in given and "=" not in full:
+            section, _, inner = full.partition(".")
+            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
+    return given
+
+
 def _takes_several(hint: Any) -> bool:
     return hint is Names or typing.get_origin(hint) is tuple
 
@@ -141,9 +162,14 @@ def _dashed(option: str) -> str:
 def _explained(message: str, known: Sequence[str]) -> str:
     """An error of jsonargparse in one line, with the nearest known name."""
     text = " ".join(message.split())
+    alone = re.match(r"argument (--[\w.-]+): (.*)", text)
+    if alone is not None:
+        return f"{_dashed(alone[1])}: {alone[2]}"
     found = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
     if found is not None:
         reason = re.sub(r"^Not of type \w+: ", "", found[2])
+        reason = re.sub(r"^Unable to load config '(.*?)' - ", r"cannot read \1: ", reason)
+        reason = re.sub(r": Parser key .*", "", reason)
         wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
         if wrong is not None:
             reason = f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
@@ -183,8 +209,15 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
     )
     parser.add_argument("--config", action="config", help="YAML file of any of the options below")
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
+
+
+def _add_fields(parser: Parser, kind: type[Any]) -> None:
+    parser.add_class_arguments(kind, as_group=False)
+    for action in parser._actions:
+        if "." in action.dest:  # nested settings have defaults, also of fields without
+            action.required = False
 
 
 def parse(
@@ -226,11 +259,7 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
             that do not fit together.
     """
     silent: Any = _silent_parser
-    parser, given = silent(kind), _underscored(dict(values))
-    for name, full in getattr(kind, "SHORT", {}).items():
-        if name in given:
-            section, _, inner = full.partition(".")
-            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
+    parser, given = silent(kind), _in_full(_underscored(dict(values)), getattr(kind, "SHORT", {}))
     for field in _fields(kind):
         if dataclasses.is_dataclass(field.default) and not isinstance(
             given.get(field.name, {}), dict
@@ -266,7 +295,7 @@ def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 @functools.cache
 def _silent_parser(kind: Any) -> Parser:
     parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
 
 
