@@ -529,7 +529,7 @@ KWS = ["--task", "kws35", "--data", "{words}", "--checkpoint", "logmel"]
         ([*KWS, "--epochs", "two"], 2, "'two' is not a whole number"),
         ([*KWS, "--epochs", "-1"], 2, "epochs must be at least 1"),
         ([*KWS, "--unfrozen"], 2, "logmel has no backbone to unfreeze"),
-        ([*KWS, "--beam", "5"], 2, "are for texts; kws35 has classes"),
+        ([*KWS, "--beam", "5"], 2, "are for transcription; kws35 has classes"),
         ([*KWS, "--fold", "2"], 2, "--fold is for emotion"),
         ([*KWS, "--cache", "lots"], 2, "'lots' is not a size"),
         ([*KWS, "--micro-batch", "-2"], 2, "micro-batch"),
@@ -543,12 +543,16 @@ KWS = ["--task", "kws35", "--data", "{words}", "--checkpoint", "logmel"]
         ([*KWS, "--recipe.dropout", "1"], 2, "dropout must be in [0, 1)"),
         ([*KWS, "--recipe.head", "lstm"], 2, "'lstm' is not one of"),
         ([*KWS, "--recipe.head", "lstm-ctc"], 2, "lstm-ctc cannot be scored by accuracy"),
-        ([*KWS, "--recipe.head", "lstm-ctc", "--recipe.metric", "wer"], 2, "not what kws35 asks"),
-        ([*KWS, "--recipe.metric", "eer"], 2, "kws35 has no trials"),
+        (
+            [*KWS, "--recipe.head", "lstm-ctc", "--recipe.metric", "wer"],
+            2,
+            "lstm-ctc transcribes; kws35 needs one to classify",
+        ),
+        ([*KWS, "--recipe.metric", "eer"], 2, "kws35 cannot be scored by eer: it has no trials"),
         (
             ["--task", "verification", "--checkpoint", "logmel", "--recipe.head", "mean-linear"],
             2,
-            "verification needs a head x-vector",
+            "verification needs the head x-vector",
         ),
         ([*KWS, "--recipe", "{tmp}/none.yaml"], 2, "cannot read"),
         ([*KWS, "--resume", "{tmp}/none"], 2, "no run is there"),
@@ -590,6 +594,20 @@ def test_wrong_input_is_one_clear_line(
     assert text in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--config"])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("head: [", "while parsing a flow node"), ("heads: lstm-ctc", "unknown setting '")],
+)
+def test_bad_settings_files_are_one_clear_line(
+    option: str, content: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    arguments = ["--task", "kws35", "--data", "words", "--checkpoint", "logmel", option]
+    code, error = failed([*arguments, str(tmp_path / "own.yaml")], capsys)
+    assert (code, text in error, len(error.strip().splitlines())) == (2, True, 1), error
 
 
 def test_bad_corpora_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
