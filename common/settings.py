@@ -183,8 +183,15 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
     )
     parser.add_argument("--config", action="config", help="YAML file of any of the options below")
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
+
+
+def _add_fields(parser: Parser, kind: type[Any]) -> None:
+    parser.add_class_arguments(kind, as_group=False)
+    for action in parser._actions:
+        if "." in action.dest:  # nested settings have defaults, also of fields without
+            action.required = False
 
 
 def parse(
@@ -266,7 +273,7 @@ def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 @functools.cache
 def _silent_parser(kind: Any) -> Parser:
     parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
 
 
