@@ -1,4 +1,5 @@
-# make demo: set up and run the main job. make test: set up and run all tests.
+# make demo: set up and run the main job. make test: set up and run all tests. make quick: lint and
+# the tests that are not slow.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint types format setup clean
+.PHONY: demo test quick lint types format setup clean
 
 setup: $(STAMP)
 
@@ -21,8 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python simulation/run.py --config demo.yaml
 
+# Two tests at a time, of one thread each unless a test says otherwise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Flower's ClientApp: says what a client has, and trains a round on it.
+"""Flower's ClientApp: describes a client, trains its rounds and evaluates on its clips.
 
 The same app runs in a SuperNode, in Flower's simulation and in `simulation/`.
 """
@@ -10,17 +10,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from common.errors import ShortwaveError
 from fl_client import protocol
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.limits import Limits
-from fl_client.local_data import share_of
+from fl_client.local_data import client_audio
 from fl_client.local_training import train_round
 from fl_client.round_plan import budget_of
-from fl_client.task_data import task_share_of
+from fl_client.task_data import client_clips
 from fl_client.task_training import train_task_round
 from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import seconds_of
@@ -31,11 +31,11 @@ Handler = Callable[[Message, Context], Message]
 
 
 def answering(handler: Handler) -> Handler:
-    """Answer an error with its kind; the text, which may hold paths or names, stays here.
+    """Wrap a handler so that an error's class is sent, but not its text.
 
-    Of the system's errors, such as a full disk, its own words go along.
-
-    A simulated client (`simulated` in its node config) sends the text as well.
+    The text may hold paths or names and goes to this device's log only. The system's description of
+    an `OSError`, such as a full disk, is sent too. A simulated client (`simulated` in its node
+    config) sends the whole text.
     """
 
     @functools.wraps(handler)
@@ -43,7 +43,7 @@ def answering(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            # Flower would send the text of whatever comes out of here.
+            # Flower would send the text of any error raised from here.
             if isinstance(error, ShortwaveError):
                 log.error("%s", error)
             else:
@@ -61,16 +61,16 @@ def answering(handler: Handler) -> Handler:
 @app.query()
 @answering
 def describe(message: Message, context: Context) -> Message:
-    """Answer who this client is: its number and how much audio it has."""
-    settings = FederationSettings.from_run_config(context.run_config)
-    if settings.task:
-        own = task_share_of(context.node_config, settings)
-        key, count = own.key, len(own.train)
-        seconds = sum(clip.piece.samples for clip in own.train) / SAMPLE_RATE
+    """Answer with this client's number and how much audio it has."""
+    settings = from_run_config(context.run_config)
+    if isinstance(settings, TaskFederation):
+        clips = client_clips(context.node_config, settings)
+        key, count = clips.key, len(clips.train)
+        seconds = sum(clip.piece.samples for clip in clips.train) / SAMPLE_RATE
     else:
-        share = share_of(context.node_config, settings)
-        key, count = share.key, len(share.indices)
-        seconds = seconds_of(share.manifest, share.indices)
+        audio = client_audio(context.node_config, settings)
+        key, count = audio.key, len(audio.indices)
+        seconds = seconds_of(audio.manifest, audio.indices)
     metrics = MetricRecord({"partition": key, "crops": count, "seconds": seconds})
     return Message(RecordDict({protocol.METRICS: metrics}), reply_to=message)
 
@@ -78,37 +78,37 @@ def describe(message: Message, context: Context) -> Message:
 @app.train()
 @answering
 def train(message: Message, context: Context) -> Message:
-    """Train from the global weights and answer with the difference."""
+    """Train from the global weights and answer with the update."""
     return _reply(message, context)
 
 
 @app.evaluate()
 @answering
 def evaluate(message: Message, context: Context) -> Message:
-    """Score a task's global weights on the client's own clips; nothing of them changes."""
+    """Score a task's global weights, unchanged, on the client's own clips."""
     return _reply(message, context, evaluate_only=True)
 
 
 def _reply(message: Message, context: Context, evaluate_only: bool = False) -> Message:
-    settings = FederationSettings.from_run_config(context.run_config)
+    settings = from_run_config(context.run_config)
     weights = message.content.array_records[protocol.WEIGHTS]
-    task: ConfigRecord = message.content.config_records[protocol.TASK]
+    instructions = message.content.config_records[protocol.INSTRUCTIONS]
     node = context.node_config
     state = Path(str(node["state"])) if "state" in node else None
     budget, limits = budget_of(node), Limits.of_node(node)
-    if settings.task:
+    if isinstance(settings, TaskFederation):
         settings = dataclasses.replace(
             settings, checkpoint=str(node.get("checkpoint", "") or settings.checkpoint)
         )
-        own = task_share_of(node, settings)
+        clips = client_clips(node, settings)
         result = train_task_round(
-            weights, task, own, settings, budget, state, limits, evaluate_only
+            weights, instructions, clips, settings, budget, state, limits, evaluate_only
         )
     else:
         if evaluate_only:
             raise protocol.ProtocolError("pretraining is evaluated on the server")
-        share = share_of(node, settings)
-        result = train_round(weights, task, share, settings, budget, state, limits)
+        audio = client_audio(node, settings)
+        result = train_round(weights, instructions, audio, settings, budget, state, limits)
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}
     )

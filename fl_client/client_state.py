@@ -1,11 +1,11 @@
-"""What a client keeps on disk between rounds: a new process takes every one of them.
+"""What a client keeps on disk between rounds, each of which runs in a new process.
 
-A folder for each run and client holds files named by round, `weights-00003.safetensors`: the global
-weights as they were received, to which the next round's difference is added, and
-`residual-00003.safetensors`, what the encoding of that round's update left out, and
-`moments-00003.safetensors`, the optimiser's state where it is kept. Each is written under another
-name and renamed; a client that is killed finds the round before. Where a client is in its data
-follows from the global update number, so that is kept nowhere.
+Each run and client has a folder of files named by round: `weights-00003.safetensors`, the global
+weights as received, to which the next round's difference is added; `residual-00003.safetensors`,
+the encoding error of that round's update; `optimizer-00003.safetensors`, the optimizer state if the
+run keeps it; and `personal-00003.safetensors`, the personal part of a task's model. Each file is
+written under a temporary name and renamed, so a client that is killed finds the round before. The
+position in the data follows from the global update number and is not stored.
 """
 
 import os
@@ -19,15 +19,17 @@ from common.atomic import replacing
 from common.errors import DataError, ShortwaveError
 from ssl_core.training.tensor_file import TensorFile, write_tensors
 
+OPTIMIZER = "optimizer"
+"""Kind of the files with the optimizer state."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
 class StateLost(ShortwaveError):
-    """The server counts on what this client no longer has."""
+    """The server relies on state that this client no longer has."""
 
 
 def default_folder() -> Path:
-    """Where clients keep their state when they are not told."""
+    """Where clients keep their state by default."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(home) / "shortwave"
 
@@ -36,7 +38,16 @@ class ClientState:
     """The files of one client in one run."""
 
     def __init__(self, root: Path, run: str, key: int) -> None:
-        """`run`: identity of the run, as the server gives it; `key`: the client's number."""
+        """Name the folder; nothing is created before the first `save`.
+
+        Args:
+            root: folder of all runs and clients.
+            run: identity of the run, from the server.
+            key: the client's number.
+
+        Raises:
+            StateLost: the run's identity is not a valid name.
+        """
         if not _NAME.fullmatch(run) or run.startswith("."):
             raise StateLost(f"'{run[:40]}' is not the name of a run")
         self.folder = root / run / str(key)
@@ -45,10 +56,14 @@ class ClientState:
         return self.folder / f"{kind}-{number:05d}.safetensors"
 
     def load(self, kind: str, number: int) -> TensorFile:
-        """Tensors of a round, read when they are asked for.
+        """Tensors of a round by name, each `[...]`, read on access.
+
+        Args:
+            kind: `weights`, `residual`, `optimizer` or `personal`.
+            number: round, from 0.
 
         Raises:
-            StateLost: they are not there, or broken.
+            StateLost: the file is missing or broken.
         """
         path = self._path(kind, number)
         try:
@@ -57,13 +72,19 @@ class ClientState:
             raise StateLost(f"{kind} of round {number + 1} cannot be read: {error}") from None
 
     def save(self, kind: str, number: int, tensors: Mapping[str, Tensor], needed: int = -1) -> None:
-        """Write tensors of a round; of earlier ones only the last and round `needed` stay.
+        """Write tensors of a round; of earlier rounds only the last and `needed` are kept.
+
+        Args:
+            kind: as in `load`.
+            number: round, from 0.
+            tensors: by name, each `[...]`.
+            needed: an earlier round to keep; -1 for none.
 
         Raises:
-            OSError: such as a full disk; what was there stays.
+            OSError: the disk is full, for example; earlier files stay as they were.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Cut short by a loss of power, it is found to be broken, and the server sends all again.
+        # No fsync: a file cut short by a power loss is detected, and the server resends everything.
         with replacing(self._path(kind, number), sync=False) as path:
             write_tensors(path, tensors)
         for old in self.rounds(kind)[:-2]:
@@ -71,6 +92,6 @@ class ClientState:
                 self._path(kind, old).unlink(missing_ok=True)
 
     def rounds(self, kind: str) -> list[int]:
-        """Rounds of which there are tensors, in order."""
+        """Rounds with a file of this kind, in order."""
         found = self.folder.glob(f"{kind}-*.safetensors")
         return sorted(int(path.stem.rpartition("-")[2]) for path in found)

@@ -1,7 +1,7 @@
 """Tensors in fewer bits for the network: bf16, int8 and int4 with a scale a channel, and top-k.
 
-A tensor becomes one array of bytes; its name and shape both sides know. Decoding is exact and the
-same on every machine, so what is lost is known to the sender, who adds it to what it sends next
+A tensor becomes one array of bytes; both sides know its name and shape. Decoding gives the same
+bits on every machine, so the sender knows the encoding error and adds it to what it sends next
 (error feedback; Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., "Error
 Feedback Fixes SignSGD", 2019).
 """
@@ -21,12 +21,10 @@ ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 Bytes = npt.NDArray[np.uint8]
 Shapes = Mapping[str, tuple[int, ...]]
 
-TOP_SHARE = 0.05
-"""Share of a tensor's values that `topk` sends, the largest ones."""
-
-
+TOP_FRACTION = 0.05
+"""Fraction of a tensor's values that `topk` sends, the largest ones."""
 _BLOCK = 2**17
-"""Values that are encoded at a time."""
+"""Values encoded at a time."""
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -34,13 +32,13 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Channels, each with a scale: the first dimension, or all but the last where that is one."""
+    """Number of channels, each with a scale: the first dimension; if it is 1, all but the last."""
     return shape[0] if shape[0] > 1 else _count(shape[:-1])
 
 
 def _encode_bf16(value: Floats) -> Bytes:
     bits = value.reshape(-1).view(np.uint32)
-    # To nearest, ties to even.
+    # Round to nearest, ties to even.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return rounded.astype(np.uint16).view(np.uint8)
 
@@ -53,7 +51,7 @@ def _decode_bf16(data: Bytes, shape: tuple[int, ...]) -> Floats:
 def _scale(value: Floats, levels: int, scales: Floats, codes: npt.NDArray[np.int8]) -> None:
     """Write scales `[channel]`, and integers in -levels..levels `[channel, value]`.
 
-    By some rows at a time, whose numbers in between stay in the processor's cache.
+    It works on a few rows at a time, so that intermediate results stay in the processor's cache.
     """
     rows: Any = value.reshape(codes.shape)
     step = max(1, _BLOCK // max(1, codes.shape[1]))
@@ -67,7 +65,7 @@ def _scale(value: Floats, levels: int, scales: Floats, codes: npt.NDArray[np.int
 
 
 def _times(codes: npt.NDArray[np.int8], scales: Floats) -> Floats:
-    """A forged scale may overflow; who folds the result sees that it is not finite."""
+    """Codes times scales; a forged scale may overflow, and folding rejects what is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.multiply(codes, scales[:, None], dtype=np.float32)
 
@@ -109,7 +107,7 @@ def _decode_int4(data: Bytes, shape: tuple[int, ...]) -> Floats:
 
 
 def _kept(shape: tuple[int, ...]) -> int:
-    return max(1, int(TOP_SHARE * _count(shape)))
+    return max(1, int(TOP_FRACTION * _count(shape)))
 
 
 def _encode_topk(value: Floats) -> Bytes:
@@ -125,7 +123,7 @@ def _decode_topk(data: Bytes, shape: tuple[int, ...]) -> Floats:
     places = data[: 4 * count].copy().view(np.uint32)
     flat = np.zeros(_count(shape), np.float32)
     if places.size and int(places.max()) >= flat.size:
-        raise ProtocolError("a place outside the tensor")
+        raise ProtocolError("an index outside the tensor")
     flat[places] = _decode_bf16(data[4 * count :].copy(), (count,))
     return flat.reshape(shape)
 
@@ -139,9 +137,9 @@ class _Code(NamedTuple):
 
 _CODES: dict[str, _Code] = {
     "fp32": _Code(
-        # A copy: callers go on to change the value while its bytes wait for their bundle.
+        # Copied, as callers change the value while its bytes wait for their bundle.
         lambda value: value.reshape(-1).view(np.uint8).copy(),
-        # Behind an odd number of bytes it is not aligned.
+        # Not aligned after an odd number of bytes.
         lambda data, shape: np.require(data.view(np.float32), requirements="A").reshape(shape),
         lambda shape: 4 * _count(shape),
     ),
@@ -155,25 +153,36 @@ _CODES: dict[str, _Code] = {
 
 
 def _code(encoding: Encoding, shape: tuple[int, ...]) -> _Code:
-    """Vectors and single numbers (biases, norms: 0.2 % of `base`) stay as they are."""
+    """Vectors and scalars (biases, norms: 0.2 % of `base`) stay in fp32."""
     return _CODES["fp32" if len(shape) < 2 or encoding == "fp32" else encoding]
 
 
 def encode(value: Floats, encoding: Encoding) -> Bytes:
-    """A tensor's bytes.
+    """Encode a tensor.
 
     Args:
-        value: fp32, of any shape, not empty.
-        encoding: how.
+        value: fp32 `[...]`, not empty.
+        encoding: of matrices; vectors stay in fp32.
+
+    Returns:
+        Bytes `[byte]`.
     """
     return _code(encoding, value.shape).encode(np.ascontiguousarray(value, np.float32))
 
 
 def decode(data: Bytes, shape: tuple[int, ...], encoding: Encoding) -> Floats:
-    """The tensor again.
+    """Decode a tensor.
+
+    Args:
+        data: bytes `[byte]`.
+        shape: of the tensor.
+        encoding: as in `encode`.
+
+    Returns:
+        fp32 `[*shape]`.
 
     Raises:
-        ProtocolError: not as many bytes as such a tensor has, or places outside it.
+        ProtocolError: the wrong number of bytes for this shape, or an index outside the tensor.
     """
     code = _code(encoding, shape)
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != code.size(shape):
@@ -182,13 +191,18 @@ def decode(data: Bytes, shape: tuple[int, ...], encoding: Encoding) -> Floats:
 
 
 class Decoded(Mapping[str, Floats]):
-    """Tensors of a message, each decoded when it is asked for; those left out are unchanged."""
+    """Tensors of a message, decoded on access; those missing have not changed."""
 
     def __init__(self, record: ArrayRecord, shapes: Shapes, encoding: Encoding) -> None:
-        """Read `record`, whose tensors have these shapes.
+        """Read the names in a record.
+
+        Args:
+            record: arrays of a message.
+            shapes: of all tensors that may be there, by name.
+            encoding: as in `encode`.
 
         Raises:
-            ProtocolError: a tensor that is not known, or arrays that cannot be read.
+            ProtocolError: an unknown tensor, or an array that cannot be read.
         """
         self._views = Views(record)
         unknown = sorted(set(self._views) - set(shapes))
@@ -197,20 +211,20 @@ class Decoded(Mapping[str, Floats]):
         self._shapes, self._encoding = shapes, encoding
 
     def __getitem__(self, name: str) -> Floats:
-        """Decode a tensor."""
+        """Decode a tensor, fp32 `[...]`."""
         try:
             return decode(self._views[name], self._shapes[name], self._encoding)
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the tensors that are there."""
+        """Names of the tensors in the message."""
         return iter(self._views)
 
     def __len__(self) -> int:
-        """How many tensors are there."""
+        """Number of tensors in the message."""
         return len(self._views)
 
     def release(self, name: str) -> None:
-        """Forget a tensor that is not needed any more; see `Views.release`."""
+        """Drop a tensor that is no longer needed; see `Views.release`."""
         self._views.release(name)

@@ -1,7 +1,7 @@
-"""Environment variables for Flower and Ray: no calls home, and memory given back.
+"""Environment variables for Flower and Ray: no telemetry, and freed memory returned.
 
 `eval "$(python -m fl_client.environment)"` sets them in a shell, for `flower-superlink` and `flwr`.
-Set before either is imported.
+In Python, set them before importing either.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ QUIET = {
 }
 """Telemetry, update checks, dependency downloads on the device, Ray's usage statistics."""
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
-"""Of glibc: give the memory of a message's pieces back when they are freed. What is kept for other
-threads and later pieces is as large as the message otherwise."""
+"""For glibc: return the memory of a message's pieces when they are freed. Otherwise glibc keeps as
+much as the whole message for other threads and later pieces."""
 _NUMBERS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
-"""What `mallopt` calls them (glibc's malloc.h)."""
+"""Numbers of these options for `mallopt` (glibc's malloc.h)."""
 
 
 def be_quiet() -> None:
-    """Set each variable that the user has not set."""
+    """Set each variable of `QUIET` that the user has not set."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
 
 def be_lean() -> None:
-    """Give freed memory back, in this process and in those it starts, unless the user set how."""
+    """Return freed memory, here and in child processes, unless the user has set these options."""
     for name, value in LEAN.items():
         if name in os.environ:
             continue

@@ -1,5 +1,6 @@
-"""From a message to the model, and from the trained model to the update that goes back."""
+"""Decodes a message's weights into the model, and encodes the trained model's update."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -15,42 +16,49 @@ from fl_client.encoding import Decoded, Encoding
 
 
 class Weights(Protocol):
-    """A model, or the part of one that is shared."""
+    """A model or its shared part."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name, on their own memory."""
+        """Its tensors by name, each `[...]`; they share the model's memory."""
 
 
 class Exchange(Protocol):
-    """One round's exchange of a client."""
+    """One round's exchange of a client with the server."""
 
     def load(self) -> None:
-        """Give the model the weights that the round starts from."""
+        """Set the model to the weights that the round starts from."""
 
     def difference(self) -> ArrayRecord:
-        """What has become of them; ends the exchange."""
+        """The update: trained minus received weights. Ends the exchange."""
 
 
 def exchange_of(
     model: Weights,
     weights: ArrayRecord,
-    task: Mapping[str, Any],
+    instructions: Mapping[str, Any],
     client: ClientState,
     kind: Encoding,
 ) -> Exchange:
-    """The exchange of a round, by the run's encoding.
+    """The exchange of a round.
+
+    Args:
+        model: receives the weights; the update is computed from it.
+        weights: the message's weights, emptied as they are used.
+        instructions: see `protocol.instructions`.
+        client: the client's state on disk.
+        kind: encoding of the run.
 
     Raises:
-        ProtocolError: weights that do not fit the model.
-        StateLost: a difference to weights that are not here.
+        ProtocolError: the weights do not fit the model.
+        StateLost: the weights are a difference to weights that this client no longer has.
     """
     if kind == "fp32":
         return _Plain(model, weights)
-    return _Encoded(model, weights, task, kind, client)
+    return _Encoded(model, weights, instructions, kind, client)
 
 
 class _Plain:
-    """fp32 both ways; nothing is kept."""
+    """fp32 in both directions; keeps nothing on disk."""
 
     def __init__(self, model: Weights, weights: ArrayRecord) -> None:
         self.own, self.weights = model.state_dict(), updates.Views(weights)
@@ -77,25 +85,26 @@ class _Plain:
 
 
 class _Encoded:
-    """Fewer bits both ways; the weights received, and what an update leaves out, are on disk."""
+    """Fewer bits in both directions; keeps the received weights and the residual on disk."""
 
     def __init__(
         self,
         model: Weights,
         weights: ArrayRecord,
-        task: Mapping[str, Any],
+        instructions: Mapping[str, Any],
         kind: Encoding,
         client: ClientState,
     ) -> None:
         self.own, self.kind, self.client = model.state_dict(), kind, client
-        self.number, self.folded = int(task["round"]), int(task["folded_round"])
-        self._receive(weights, int(task["base_round"]), str(task["encoding"]))
+        self.number = int(instructions["round"])
+        self.folded = int(instructions["folded_round"])
+        self._receive(weights, int(instructions["base_round"]), str(instructions["encoding"]))
         self.start = client.load("weights", self.number)
         self._untouched = True
 
     def _receive(self, weights: ArrayRecord, base: int, how: str) -> None:
         if how not in encoding.ENCODINGS:
-            raise protocol.ProtocolError(f"the weights come in an unknown encoding, '{how}'")
+            raise protocol.ProtocolError(f"unknown encoding of the weights: '{how}'")
         shapes = {name: tuple(value.shape) for name, value in self.own.items()}
         received = Decoded(weights, shapes, how)
         before = self.client.load("weights", base) if base >= 0 else {}
@@ -103,7 +112,7 @@ class _Encoded:
             wrong = sorted(set(shapes) ^ set(received))
             raise protocol.ProtocolError(f"the weights do not fit the model: {wrong[0]} and others")
         if base >= 0 and set(before) != set(shapes):
-            raise StateLost("the weights of the round before are those of another model")
+            raise StateLost("the stored weights of the round before belong to another model")
         for name, own in self.own.items():
             if base >= 0:
                 own.copy_(before[name])
@@ -115,33 +124,31 @@ class _Encoded:
         self.client.save("weights", self.number, self.own)
 
     def load(self) -> None:
-        if self._untouched:  # what was received is still in the model
+        if self._untouched:  # the model still has the received weights
             self._untouched = False
             return
         for name, own in self.own.items():
             own.copy_(self.start[name])
 
     def difference(self) -> ArrayRecord:
-        left: Mapping[str, Tensor] = {}
+        residual: Mapping[str, Tensor] = {}
         if self.folded >= 0:
-            try:
-                left = self.client.load("residual", self.folded)
-            except StateLost:
-                left = {}  # a client that was set up anew: some of one update is lost
+            with contextlib.suppress(StateLost):  # a client that was set up anew has none
+                residual = self.client.load("residual", self.folded)
         sent: list[str] = []
-        result = updates.pack(self._encoded(left, sent))
-        self.client.save("residual", self.number, _Halved(self.own, tuple(sent)), self.folded)
+        result = updates.pack(self._encoded(residual, sent))
+        self.client.save("residual", self.number, _InBf16(self.own, tuple(sent)), self.folded)
         return result
 
     def _encoded(
-        self, left: Mapping[str, Tensor], sent: list[str]
+        self, residual: Mapping[str, Tensor], sent: list[str]
     ) -> Iterator[tuple[str, encoding.Bytes]]:
-        """The update's tensors, encoded; what that leaves out stays in the model's place."""
+        """Encode the update's tensors, append their names to `sent`, leave the new residual."""
         for name, own in self.own.items():
-            # What is left out replaces the weights, which nobody needs any more.
+            # The residual replaces the weights, which are no longer needed.
             own.sub_(self.start[name].to(own.device))
-            if name in left:
-                own.add_(left[name].to(own.device))
+            if name in residual:
+                own.add_(residual[name].to(own.device))
             array = own.cpu().numpy()
             if not array.any():
                 continue
@@ -155,8 +162,8 @@ class _Encoded:
             )
 
 
-class _Halved(Mapping[str, Tensor]):
-    """Some of the tensors, each in bf16 when it is asked for."""
+class _InBf16(Mapping[str, Tensor]):
+    """The named tensors, each converted to bf16 on access."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
         self._tensors, self._names = tensors, names

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from common.errors import UsageError
 from common.settings import from_mapping, unflat
@@ -89,6 +89,9 @@ class FederationSettings(ComputeSettings):
 class PretrainingFederation(FederationSettings, PretrainingSettings):
     """Pretraining in a federation."""
 
+    task: ClassVar[str] = ""
+    """None."""
+
     partition: How = "speaker"
     """How speech is divided: whole speakers, evenly at random, or with skewed durations."""
     fleet: str = ""
@@ -164,7 +167,7 @@ class TaskFederation(FederationSettings, TaskSettings):
         return self.subset or TRAIN
 
 
-Federation = PretrainingFederation | TaskFederation
+RunSettings = PretrainingFederation | TaskFederation
 """Settings of either kind."""
 
 
@@ -173,7 +176,7 @@ def federation_kind(task: object) -> type[PretrainingFederation] | type[TaskFede
     return TaskFederation if task else PretrainingFederation
 
 
-def from_run_config(values: Mapping[str, Any]) -> Federation:
+def from_run_config(values: Mapping[str, Any]) -> RunSettings:
     """Read Flower's run config, whose empty texts are settings that were not given.
 
     Raises:
@@ -183,7 +186,7 @@ def from_run_config(values: Mapping[str, Any]) -> Federation:
 
 
 @functools.lru_cache(maxsize=8)
-def _from_items(items: tuple[tuple[str, Any], ...]) -> Federation:
+def _from_items(items: tuple[tuple[str, Any], ...]) -> RunSettings:
     """Parsed and checked once a process, not once a message."""
     given = unflat(dict(items))
     resume = given.pop("resume", None)  # a path of the server, whose settings all are given here

@@ -1,4 +1,4 @@
-"""Limits that a device's owner sets: training waits while one of them is passed."""
+"""Limits set by a device's owner: training waits while one is exceeded."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ from common.units import format_bytes
 log = logging.getLogger("shortwave.client")
 _THERMAL = Path("/sys/class/thermal")
 PAUSE = 5.0
-"""Seconds between two looks while training waits."""
+"""Seconds between two checks while training waits."""
 
 
 class Limits(NamedTuple):
-    """What training must not pass; 0 is no limit."""
+    """Limits for training; 0 is no limit."""
 
     temperature: float = 0.0
     """Degrees Celsius of the hottest thermal zone."""
@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of_node(cls, node: Mapping[str, Any]) -> "Limits":
-        """By Flower's node config."""
+        """Read the limits from Flower's node config."""
         return cls(
             float(node.get("pause-temperature", 0.0)),
             float(node.get("pause-load", 0.0)),
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
         )
 
     def passed(self, thermal: Path = _THERMAL) -> str:
-        """Which limit is passed now, in words; empty: none."""
+        """Describes a limit that is exceeded now; empty if none is."""
         if self.temperature:
             degrees = temperature(thermal)
             if degrees is not None and degrees > self.temperature:
@@ -54,7 +54,7 @@ class Limits(NamedTuple):
         return ""
 
     def wait(self, sleep: Callable[[float], None] = time.sleep, thermal: Path = _THERMAL) -> float:
-        """Wait until none is passed; seconds waited."""
+        """Wait until no limit is exceeded; returns the seconds waited."""
         started, told = time.monotonic(), False
         while reason := self.passed(thermal):
             if not told:
@@ -67,13 +67,13 @@ class Limits(NamedTuple):
 
 
 def temperature(thermal: Path = _THERMAL) -> float | None:
-    """Degrees Celsius of the hottest thermal zone; None where the system tells none."""
+    """Degrees Celsius of the hottest thermal zone; None if the system reports none."""
     found = []
     for path in thermal.glob("thermal_zone*/temp"):
         try:
             found.append(int(path.read_text()) / 1000)
         except (OSError, ValueError):
-            continue  # a zone that is asleep
+            continue  # a zone that is off
     return max(found, default=None)
 
 

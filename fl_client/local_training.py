@@ -1,4 +1,4 @@
-"""A client's round: global weights in, some updates on its own crops, the difference out."""
+"""A client's round of pretraining: global weights in, updates on its own crops, difference out."""
 
 import collections
 import contextlib
@@ -8,38 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from fl_client import protocol, updates
-from fl_client.client_state import ClientState, StateLost, default_folder
-from fl_client.exchange import exchange_of
-from fl_client.federation_settings import FederationSettings
+from fl_client import updates
+from fl_client.client_round import ClientRound, RoundResult, means
+from fl_client.client_state import OPTIMIZER, StateLost
+from fl_client.federation_settings import PretrainingFederation
 from fl_client.limits import NO_LIMITS, Limits
-from fl_client.local_data import Share
-from fl_client.round_plan import NO_BUDGET, Budget, Ladder
-from ssl_core.planning.allocator import is_out_of_memory
-from ssl_core.planning.process_memory import peak_bytes
+from fl_client.local_data import ClientAudio
+from fl_client.round_plan import NO_BUDGET, Budget, RoundPlan
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
 from ssl_core.training.pretraining_step import PretrainingStep, StepReport
+from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 
-
-class RoundResult(NamedTuple):
-    """What a client sends back."""
-
-    update: ArrayRecord
-    metrics: dict[str, float]
+_AVERAGED = (
+    "loss", "contrastive", "diversity", "penalty", "accuracy", "perplexity", "code_entropy",
+    "masked_fraction", "distinct_negatives", "gradient_norm",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
 def _resident_model(config: ModelConfig) -> PretrainingModel:
-    """The model of this process; every round and client passes through it.
+    """The only model of this process, used by every round and client.
 
-    Its weights come with each message, so it begins without any.
+    Its weights come with each message, so none are drawn.
     """
     with Undrawn():
         return PretrainingModel(config)
@@ -47,139 +43,89 @@ def _resident_model(config: ModelConfig) -> PretrainingModel:
 
 def train_round(
     weights: ArrayRecord,
-    task: Mapping[str, Any],
-    share: Share,
-    settings: FederationSettings,
+    instructions: Mapping[str, Any],
+    audio: ClientAudio,
+    settings: PretrainingFederation,
     budget: Budget = NO_BUDGET,
     state: Path | None = None,
     limits: Limits = NO_LIMITS,
 ) -> RoundResult:
-    """Train on a client's share from the global weights.
+    """Train on a client's audio from the global weights.
 
-    When memory runs short between two updates a leaner exact plan takes the next one; when it runs
-    out in the middle of one the round begins again with a leaner exact plan.
+    If memory shrinks between two updates, the next one uses a leaner exact plan. If memory runs out
+    during an update, the round starts again with a leaner exact plan.
 
     Args:
-        weights: global weights by parameter name, or what changed of them, encoded. Emptied as it
-            is used, so that a client holds no copy of the model beside the one it trains.
-        task: of the round, see `protocol.task`.
-        share: the client's audio.
+        weights: global weights by parameter name, or their encoded change. Emptied as they are
+            used, so that a client holds no second copy of the model.
+        instructions: see `protocol.instructions`.
+        audio: the client's audio.
         settings: of the run.
-        budget: what this device has.
+        budget: memory and crop length of this device.
         state: folder for what is kept between rounds; None is `default_folder()`.
-        limits: of the device's owner; training waits while one is passed.
+        limits: the owner's limits; training waits while one is exceeded.
 
     Raises:
-        ProtocolError: weights that do not fit the model.
-        StateLost: the message is a difference to weights that are not here.
+        ProtocolError: the weights do not fit the model.
+        StateLost: the weights are a difference to weights that this client no longer has.
         DataError: no usable audio.
-        UsageError: nothing fits into the memory.
+        UsageError: no plan fits in memory.
     """
     started = time.monotonic()
-    config, recipe = settings.model_and_recipe()
-    plan = budget.change(settings.resolved_plan(), settings.length)
-    plan.validate_for(config, recipe)
-    ladder = Ladder(config, recipe, plan, budget, updates.size(weights))
-    if ladder.plan.threads:
-        torch.set_num_threads(ladder.plan.threads)
-    model = _resident_model(config)
-    # Before any tensor of it is taken: moved later, it would leave them behind.
-    model.to(ladder.plan.device)
-    client = ClientState(state or default_folder(), str(task["run"]), share.key)
-    exchange = exchange_of(model, weights, task, client, settings.encoding)
-    while True:
-        exchange.load()
-        try:
-            trained = _train(model, ladder, task, share, settings, limits, client)
-            break
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or not ladder.step_down("out of memory"):
-                raise
-    plan = ladder.plan
-    update = exchange.difference()
-    metrics = _metrics(trained.reports)
-    metrics |= {
-        "round": int(task["round"]),
+    work = PretrainingWork(architecture=settings.architecture, recipe=settings.recipe)
+    plan = budget.change(settings.step_plan())
+    work.validate(plan)
+    chosen = RoundPlan(work, plan, budget, updates.size(weights))
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    model = _resident_model(settings.architecture)
+    # Move first: the exchange refers to the model's tensors, and a later move would replace them.
+    model.to(plan.device)
+    client = ClientRound(settings, instructions, audio.key, chosen, budget, limits, state, started)
+    client.receive(model, weights)
+    trained = client.run(lambda: _train(model, audio, client, settings))
+    update = client.exchange.difference()
+    metrics = means(trained.reports, _AVERAGED) | {
         "samples": len(trained.heard) * plan.samples,
-        "train_seconds": time.monotonic() - started,
-        "paused_seconds": sum(trained.paused),
-        "peak_bytes": peak_of(plan.device),
-        "predicted_bytes": ladder.predicted,
-        "memory_bytes": budget.memory,
+        "crops": sum(report.crops for report in trained.reports),
         "length": plan.length,
-        "batch": plan.batch,
-        "micro_batch": plan.chunk,
-        "fallbacks": ladder.fallbacks,
     }
-    for reason in protocol.SKIP_REASONS:
-        metrics["skipped_" + reason.replace(" ", "_")] = trained.skips[reason]
-    return RoundResult(update, {name: metrics[name] for name in protocol.TRAIN_METRICS})
+    return client.result(update, metrics, trained.skips)
 
 
 class _Trained(NamedTuple):
     reports: list[StepReport]
     heard: set[int]
+    """Indices of the sequences trained on."""
     skips: collections.Counter[str]
-    paused: list[float]
 
 
 def _train(
     model: PretrainingModel,
-    ladder: Ladder,
-    task: Mapping[str, Any],
-    share: Share,
-    settings: FederationSettings,
-    limits: Limits,
-    client: ClientState,
+    audio: ClientAudio,
+    client: ClientRound,
+    settings: PretrainingFederation,
 ) -> _Trained:
     """Take a round's updates."""
-    _, recipe = settings.model_and_recipe()
-    plan = ladder.plan
+    plan = client.round_plan.plan
     step = PretrainingStep(
-        model, recipe, plan, seed=settings.seed, total_updates=settings.total_updates
+        model, settings.recipe, plan, seed=settings.seed, total_updates=settings.total_updates
     )
-    folded = int(task["folded_round"])
-    if settings.keep_moments and folded >= 0:
-        with contextlib.suppress(StateLost):  # a client that was set up anew begins with none
-            step.load_optimizer_state(dict(client.load("moments", folded)))
-    crops = Crops(share.manifest, share.indices, plan.samples, settings.seed, share.key)
-    trained = _Trained([], set(), collections.Counter(), [])
-    first = int(task["first_update"])
-    numbers = range(first, first + int(task["updates"]))
+    if settings.keep_optimizer_state and client.folded >= 0:
+        with contextlib.suppress(StateLost):  # a client that was set up anew starts without
+            step.load_optimizer_state(dict(client.state.load(OPTIMIZER, client.folded)))
+    crops = Crops(audio.manifest, audio.indices, plan.samples, settings.seed, audio.key)
+    trained = _Trained([], set(), collections.Counter())
+    first = int(client.instructions["first_update"])
+    numbers = range(first, first + int(client.instructions["updates"]))
     with contextlib.closing(ahead(crops.updates(numbers, plan.batch, plan.accumulation))) as read:
         for number, batches in read:
-            trained.paused.append(limits.wait())
-            if ladder.watch():
-                step.change_plan(ladder.plan)
+            client.before_update(step)
             for batch in batches:
                 trained.heard.update(batch.sequences)
                 trained.skips.update(batch.skips)
             waveforms = [batch.waveforms for batch in batches]
-            trained.reports.append(step.update(waveforms, number, share.key))
-    if settings.keep_moments:
-        client.save("moments", int(task["round"]), step.optimizer_state(), folded)
+            trained.reports.append(step.update(waveforms, number, audio.key))
+    if settings.keep_optimizer_state:
+        client.state.save(OPTIMIZER, client.number, step.optimizer_state(), client.folded)
     return trained
-
-
-def _metrics(reports: list[StepReport]) -> dict[str, float]:
-    names = (
-        "loss", "contrastive", "diversity", "penalty", "accuracy", "perplexity",
-        "code_entropy", "masked_share", "distinct_negatives", "gradient_norm",
-    )  # fmt: skip
-    kept = [report for report in reports if report.applied]
-    values = {
-        name: float(np.mean([getattr(report, name) for report in kept])) if kept else 0.0
-        for name in names
-    }
-    return values | {
-        "crops": sum(report.crops for report in reports),
-        "updates": len(reports),
-        "applied": len(kept),
-    }
-
-
-def peak_of(device: str) -> int:
-    """Largest memory so far: allocated on a GPU, resident on a CPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    return peak_bytes()

@@ -1,29 +1,36 @@
-"""What server and clients say to each other: names of records, and the fixed list of metrics."""
+"""Messages of server and clients: record names, instructions, the fixed lists of metrics."""
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import ShortwaveError
 
 WEIGHTS = "weights"
-"""ArrayRecord, server to client: bundles of the global weights by parameter name."""
+"""ArrayRecord, server to client: bundles of global weights by parameter name."""
 UPDATE = "update"
 """ArrayRecord, client to server: bundles of local minus global weights by parameter name."""
-TASK = "task"
-"""ConfigRecord, server to client: what to do."""
+INSTRUCTIONS = "instructions"
+"""ConfigRecord, server to client: what the client does in this round."""
 METRICS = "metrics"
-"""MetricRecord, client to server: nothing but the names below."""
+"""MetricRecord, client to server: only the names below."""
 
 CLIENT_FAILED = 100
-"""Error code of a client that could not do its task, such as for want of usable audio."""
+"""Error code of a client that could not answer, for example because it has no usable audio."""
 
 SKIP_REASONS = ("missing", "unreadable", "truncated", "not finite", "silent", "empty")
+TASK_SKIP_REASONS = (*SKIP_REASONS, "too short")
+
+
+def skip_metric(reason: str) -> str:
+    """Name of the metric that counts the crops or clips skipped for a reason."""
+    return "skipped_" + reason.replace(" ", "_")
+
 
 TRAIN_METRICS = (
-    "round",  # that was asked for
-    "samples",  # different audio trained on, in samples at 16 kHz; the update's weight
+    "round",  # round of the instructions
+    "samples",  # distinct audio trained on, in samples at 16 kHz; the update's weight
     "crops",  # crops trained on, repeats included
-    "updates",  # updates taken
-    "applied",  # of those, the ones with a finite gradient
+    "updates",  # optimizer updates taken
+    "applied",  # updates with a finite gradient
     "loss",
     "contrastive",
     "diversity",
@@ -31,34 +38,32 @@ TRAIN_METRICS = (
     "accuracy",
     "perplexity",
     "code_entropy",
-    "masked_share",
+    "masked_fraction",
     "distinct_negatives",
     "gradient_norm",
     "train_seconds",
-    "paused_seconds",  # of them, waited while a limit of the device's owner was passed
+    "paused_seconds",  # part of train_seconds spent waiting for the owner's limits
     "peak_bytes",
-    "predicted_bytes",  # of the plan's estimate; 0 where nothing was planned
-    "memory_bytes",  # that the process may take; 0 where nothing was planned
+    "predicted_bytes",  # the plan's estimated peak; 0 without a memory budget
+    "memory_bytes",  # memory budget of the process; 0 without one
     "length",  # seconds in a crop
     "batch",
     "micro_batch",
-    "fallbacks",  # times that memory ran out or short and a leaner plan was taken
-    *("skipped_" + reason.replace(" ", "_") for reason in SKIP_REASONS),
+    "fallbacks",  # changes to a leaner plan because memory ran short or out
+    *map(skip_metric, SKIP_REASONS),
 )
-"""The only numbers that leave a client with an update."""
-
-TASK_SKIP_REASONS = (*SKIP_REASONS, "too short")
+"""The only numbers that leave a client with an update of pretraining."""
 
 TASK_METRICS = (
     "round",
-    "samples",  # different audio trained on, in samples at 16 kHz; the update's weight
+    "samples",  # distinct audio trained on, in samples at 16 kHz; the update's weight
     "clips",  # clips trained on, repeats included
     "updates",
     "applied",
     "loss",  # mean over the clips trained on
-    "test_clips",  # of the client's own that it does not train on, as far as they can be used
-    "test_before",  # score on them of the model as received, with the client's personal part; 0
-    # without any
+    "test_clips",  # usable clips of the client's own test set
+    "test_before",  # score on them of the received weights with the client's personal part; 0 if
+    # there are none
     "test_after",  # score on them after training
     "train_seconds",
     "paused_seconds",
@@ -69,41 +74,48 @@ TASK_METRICS = (
     "batch",
     "micro_batch",
     "fallbacks",
-    *("skipped_" + reason.replace(" ", "_") for reason in TASK_SKIP_REASONS),
+    *map(skip_metric, TASK_SKIP_REASONS),
 )
 """The only numbers that leave a client with an update of a task. Scores are accuracies, or error
-rates of tasks that transcribe."""
+rates for tasks that transcribe."""
 
 INFO_METRICS = ("partition", "crops", "seconds")
-"""The only numbers that leave a client when it is asked who it is."""
+"""The only numbers that leave a client when it describes itself."""
 
 
 def metrics_of(task: str) -> tuple[str, ...]:
-    """The metrics that come with an update, in pretraining (no task) or in a task."""
+    """Names of the metrics sent with an update; `task` is empty in pretraining."""
     return TASK_METRICS if task else TRAIN_METRICS
 
 
+def skip_reasons_of(task: str) -> tuple[str, ...]:
+    """Reasons to skip a crop, or a clip of a task."""
+    return TASK_SKIP_REASONS if task else SKIP_REASONS
+
+
 class ProtocolError(ShortwaveError):
-    """A message that is not as agreed."""
+    """A message that breaks the protocol."""
 
 
-def task(**values: int | float | str) -> ConfigRecord:
-    """The instructions of a message.
+def instructions(**values: int | float | str) -> ConfigRecord:
+    """The instructions of a message; train and evaluate messages have the same keys.
 
-    Of a train message: `run` (identity of the run), `round`, `first_update` (global number of the
-    first update), `updates` (how many), `encoding` of the weights in it, `base_round` (round whose
-    weights they are to be added to; -1: they are whole) and `folded_round` (last round in which
-    this client's update counted; -1: none), and of a task `backbone` (digest of the backbone that
-    everyone begins with). Rounds from 0. An evaluate message of a task is the same.
+    Args:
+        values: `run` (identity of the run), `round` (from 0), `first_update` (global number of the
+            first update), `updates` (how many to take), `encoding` of the weights, `base_round`
+            (round to whose weights they are added; -1 for whole weights), `folded_round` (last
+            round in which this client's update was folded; -1 for none) and, for a task, `backbone`
+            (digest of the backbone that all clients start from). A query has only
+            `ask="describe"`.
     """
     return ConfigRecord(dict(values))
 
 
 def check_metrics(content: RecordDict, names: tuple[str, ...]) -> dict[str, float]:
-    """The metrics of a reply, exactly the names agreed and all finite.
+    """The metrics of a reply, checked to be exactly `names` and finite.
 
     Raises:
-        ProtocolError: missing, unexpected or not finite.
+        ProtocolError: a metric is missing, unknown or not finite.
     """
     record = content.get(METRICS)
     if not isinstance(record, MetricRecord):

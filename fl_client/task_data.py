@@ -1,4 +1,4 @@
-"""Which labelled clips a client trains a task on, and which of its own it is tested on."""
+"""Which labelled clips a client trains a task on, and which of its own it keeps as test clips."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import DataError, UsageError
-from common.units import parse_names
-from fl_client.federation_settings import FederationSettings
+from common.units import Names
+from fl_client.federation_settings import TaskFederation
 from partitions.manifest import Manifest
 from partitions.manifest import Sequence as Voice
 from partitions.speakers import How, partition
 from ssl_core.downstream.clips import Clip
-from ssl_core.downstream.task_settings import TaskSettings
+from ssl_core.downstream.task_corpus import read_task
+from ssl_core.downstream.task_recipe import TaskRecipe
 from ssl_core.training.randomness import generator
 
 CONCENTRATION = 0.3
-"""Of the Dirichlet distribution of labels over clients with `partition labels`."""
+"""Of the Dirichlet distribution that `partition labels` draws label counts from."""
 
 
 class Pool(NamedTuple):
-    """All clips of a task's corpus, whatever split they stand in."""
+    """All clips of a task's corpus, from every split."""
 
     root: Path
     labels: tuple[str, ...]
@@ -30,11 +31,11 @@ class Pool(NamedTuple):
     skips: tuple[str, ...]
 
 
-class TaskShare(NamedTuple):
+class ClientClips(NamedTuple):
     """A client's part of a pool."""
 
     key: int
-    """Number that seeds the client's chance and orders cohorts."""
+    """The client's number: seeds its randomness and orders cohorts."""
     root: Path
     labels: tuple[str, ...]
     train: tuple[Clip, ...]
@@ -43,14 +44,29 @@ class TaskShare(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def load_pool(settings: TaskSettings) -> Pool:
-    """The clips of a corpus, each once, ordered by path."""
-    recipe = settings.task_recipe()
-    data = settings.read_data(recipe, progress=False)
+def load_pool(
+    task: str, root: Path, recipe: TaskRecipe, seed: int, subsets: tuple[str, ...]
+) -> Pool:
+    """All clips of a corpus without duplicates, ordered by name.
+
+    Args:
+        task: by name.
+        root: of the corpus.
+        recipe: of the task.
+        seed: of what a split draws.
+        subsets: of asr, which to read.
+
+    Raises:
+        UsageError: no corpus was named, or a subset does not exist.
+        DataError: no usable corpus.
+    """
+    data = read_task(
+        task, root, recipe, seed=seed, train=subsets, valid=(), test=(), progress=False
+    )
     whole = {clip.name: clip for clip in (*data.test, *data.valid, *data.train)}
     clips = tuple(whole[name] for name in sorted(whole))
     skips = data.describe_skips()
-    if not recipe.transcribes:  # such as the speakers of trials, whom nobody trains on
+    if not recipe.transcribes:  # such as speakers that occur in trials only
         known = set(data.labels)
         kept = tuple(clip for clip in clips if clip.label in known)
         if len(kept) < len(clips):
@@ -62,15 +78,25 @@ def load_pool(settings: TaskSettings) -> Pool:
 def divide_pool(
     pool: Pool, clients: int, how: str, seed: int, transcribes: bool
 ) -> tuple[tuple[Clip, ...], ...]:
-    """The clips of each client; but for whole speakers (and parts of one), two at least.
+    """Divide the clips among clients. Except with `speaker`, each gets two clips or more.
+
+    Args:
+        pool: clips of the corpus.
+        clients: how many.
+        how: `speaker`, `iid`, `skewed` or `labels`, as the setting `partition`.
+        seed: of the division.
+        transcribes: whether the task has transcripts instead of classes.
+
+    Returns:
+        The clips of each client.
 
     Raises:
         UsageError: too many clients for the clips, or `labels` for a task without classes.
     """
     if len(pool.clips) < 2 * clients:
         raise UsageError(
-            f"{len(pool.clips)} clips are too few for {clients} clients: each needs two, to train "
-            "and to be tested on"
+            f"{len(pool.clips)} clips are too few for {clients} clients: each needs two, one "
+            "to train on and one to test on"
         )
     if how == "labels":
         if transcribes:
@@ -80,16 +106,16 @@ def divide_pool(
     total = sum(voice.samples for voice in voices)
     manifest = Manifest(pool.root, 0.0, voices, total)
     parts = partition(manifest, clients, _how(how), seed)
-    shares = [[pool.clips[index] for index in part] for part in parts]
-    return _topped_up(shares) if how == "skewed" else tuple(tuple(share) for share in shares)
+    divided = [[pool.clips[index] for index in part] for part in parts]
+    return _topped_up(divided) if how == "skewed" else tuple(map(tuple, divided))
 
 
-def _topped_up(shares: list[list[Clip]]) -> tuple[tuple[Clip, ...], ...]:
-    """Who has too little to train and to be tested on gets some of who has most."""
-    for share in shares:
-        while len(share) < 2:
-            share.append(max(shares, key=len).pop())
-    return tuple(tuple(sorted(share, key=lambda clip: clip.name)) for share in shares)
+def _topped_up(divided: list[list[Clip]]) -> tuple[tuple[Clip, ...], ...]:
+    """Move clips from the largest clients until each has two, to train and to test on."""
+    for own in divided:
+        while len(own) < 2:
+            own.append(max(divided, key=len).pop())
+    return tuple(tuple(sorted(own, key=lambda clip: clip.name)) for own in divided)
 
 
 def _how(how: str) -> How:
@@ -99,28 +125,36 @@ def _how(how: str) -> How:
 
 
 def _by_labels(pool: Pool, clients: int, seed: int) -> tuple[tuple[Clip, ...], ...]:
-    """Each label's clips divided by a Dirichlet distribution (Hsu et al., 2019)."""
+    """Divide each label's clips by a Dirichlet distribution (Hsu et al., 2019)."""
     rng = generator(seed, "clients by labels", clients)
     by_label: dict[str, list[Clip]] = {label: [] for label in pool.labels}
     for clip in pool.clips:
         by_label[clip.label].append(clip)
-    shares: list[list[Clip]] = [[] for _ in range(clients)]
+    divided: list[list[Clip]] = [[] for _ in range(clients)]
     for clips in by_label.values():
         order = rng.permutation(len(clips))
         ends = np.cumsum(rng.dirichlet([CONCENTRATION] * clients)) * len(clips)
         bounds = [0, *np.round(ends).astype(int)]
-        for share, first, last in zip(shares, bounds, bounds[1:], strict=False):
-            share += [clips[int(place)] for place in order[first:last]]
-    return _topped_up(shares)
+        for own, first, last in zip(divided, bounds, bounds[1:], strict=False):
+            own += [clips[int(place)] for place in order[first:last]]
+    return _topped_up(divided)
 
 
 def own_split(
-    clips: Sequence[Clip], share: float, seed: int
+    clips: Sequence[Clip], fraction: float, seed: int
 ) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """A client's clips to train and to be tested on, both with every label that has two clips.
+    """Split a client's clips; labels with two clips or more occur on both sides.
+
+    Args:
+        clips: all clips of the client.
+        fraction: of each label's clips to test on.
+        seed: of the choice.
+
+    Returns:
+        The clips to train on and the clips to test on.
 
     Raises:
-        DataError: a single clip.
+        DataError: the client has fewer than two clips.
     """
     by_label: dict[str, list[Clip]] = {}
     for clip in sorted(clips, key=lambda clip: clip.name):
@@ -129,42 +163,39 @@ def own_split(
     test: list[Clip] = []
     for label, own in sorted(by_label.items()):
         order = generator(seed, "own test", label).permutation(len(own))
-        count = min(len(own) - 1, max(1, round(share * len(own))))
+        count = min(len(own) - 1, max(1, round(fraction * len(own))))
         test += [own[int(place)] for place in order[:count]]
         train += [own[int(place)] for place in order[count:]]
     if not test and len(train) > 1:
         test.append(train.pop())
     if not test:
-        raise DataError("a client needs two clips, to train and to be tested on")
+        raise DataError("a client needs two clips, one to train on and one to test on")
     return tuple(train), tuple(test)
 
 
-def task_share_of(node: Mapping[str, Any], settings: FederationSettings) -> TaskShare:
-    """The part of a task's corpus that a node trains on; `node` as for `local_data.share_of`.
+def client_clips(node: Mapping[str, Any], settings: TaskFederation) -> ClientClips:
+    """The part of a task's corpus that a node trains on; `node` as in `local_data.client_audio`.
 
     Raises:
-        UsageError: speakers that are not there.
+        UsageError: a speaker is not in the corpus.
         DataError: no usable corpus.
     """
-    data = str(node.get("data", "") or settings.data)
-    if not data:
-        raise UsageError(f"data: give the corpus of {settings.task}")
-    subset = str(node.get("subset", "") or settings.subset)
-    changed = FederationSettings(**{**settings.__dict__, "data": data, "subset": subset})
-    pool = load_pool(changed.task_settings())
+    data = Path(str(node["data"])) if node.get("data") else settings.corpus()
+    subsets = Names.parse(str(node.get("subset", ""))) or settings.subsets
+    pool = load_pool(settings.task, data, settings.recipe, settings.seed, subsets)
     key, clips = int(node.get("client-key", 0)), pool.clips
     if node.get("speakers"):
-        wanted = set(parse_names(str(node["speakers"])))
+        wanted = set(Names.parse(str(node["speakers"])))
         unknown = sorted(wanted - {clip.speaker for clip in clips})
         if unknown:
             raise UsageError(f"--speakers: not in {pool.root}: {', '.join(unknown)}")
         clips = tuple(clip for clip in clips if clip.speaker in wanted)
     elif "partition-id" in node:
         key, count = int(node["partition-id"]), int(node["num-partitions"])
-        transcribes = settings.task_recipe().transcribes
+        transcribes = settings.recipe.transcribes
         clips = _parts(pool, count, settings.partition, settings.seed, transcribes)[key]
     train, test = own_split(clips, settings.own_test, settings.seed)
-    return TaskShare(key, pool.root, pool.labels, train, test)
+    return ClientClips(key, pool.root, pool.labels, train, test)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,8 +1,8 @@
-"""Weights and updates as Flower's arrays: many tensors in each, read without copying.
+"""Weights and updates as Flower arrays that each hold many tensors, read without copying.
 
-Flower makes an object of every array and one of every 5 MiB of it, and a request of each object on
-every leg of its way. A model's two hundred small arrays cost its SuperLink more than their bytes
-do. So tensors travel in bundles, in the safetensors format.
+Flower makes an object of every array and of every 5 MiB of it, and sends each object in a request
+of its own. Two hundred small arrays of a model cost the SuperLink more than their bytes do, so
+tensors travel in bundles, in the safetensors format.
 """
 
 import io
@@ -20,8 +20,8 @@ from ssl_core.training.tensor_file import Entry, read_header, write_stream
 
 Floats = npt.NDArray[np.float32]
 BUNDLE = 15 * 2**20
-"""Bytes of a bundle, about, if it holds more than one tensor: what a client has in memory of a
-message beside the model while it reads the one or writes the other."""
+"""Most bytes of a bundle of several tensors: the part of a message that a client holds in memory
+beside the model while it reads or writes the message."""
 FORMAT = "safetensors"
 _TYPES: dict[torch.dtype, "np.dtype[Any]"] = {
     torch.float32: np.dtype(np.float32),
@@ -30,17 +30,17 @@ _TYPES: dict[torch.dtype, "np.dtype[Any]"] = {
 
 
 def as_tensor(value: npt.NDArray[Any]) -> torch.Tensor:
-    """A tensor on memory that may be read-only and is only read."""
+    """An array `[...]` as a tensor on its memory, which may be read-only: never write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(value)
 
 
 def pack(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> ArrayRecord:
-    """Named tensors as an ArrayRecord of bundles.
+    """Pack tensors into an ArrayRecord of bundles.
 
     Args:
-        tensors: fp32 or uint8, by names that differ.
+        tensors: distinct names and arrays, fp32 or uint8, each `[...]`.
     """
     record, bundle, size = ArrayRecord(), dict[str, torch.Tensor](), 0
 
@@ -63,13 +63,13 @@ def pack(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> ArrayRecord:
 
 
 class Views(Mapping[str, npt.NDArray[Any]]):
-    """Named tensors of an ArrayRecord, each read in place when it is asked for, read-only."""
+    """Named tensors of an ArrayRecord, as read-only views of its memory."""
 
     def __init__(self, record: ArrayRecord) -> None:
-        """Read where they are.
+        """Read the bundles' headers.
 
         Raises:
-            ProtocolError: a bundle that is broken, or a name that is there twice.
+            ProtocolError: a broken bundle, or a name that occurs twice.
         """
         self._record = record
         self._places: dict[str, tuple[str, Entry]] = {}
@@ -92,7 +92,7 @@ class Views(Mapping[str, npt.NDArray[Any]]):
             self._left[key] = len(entries)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """A tensor, on the message's own memory."""
+        """A tensor `[...]` on the message's memory."""
         key, (dtype, shape, start, end) = self._places[name]
         kind = _TYPES[dtype]
         count = (end - start) // kind.itemsize
@@ -100,25 +100,25 @@ class Views(Mapping[str, npt.NDArray[Any]]):
         return np.frombuffer(data, kind, count, start).reshape(shape)
 
     def release(self, name: str) -> None:
-        """Forget a tensor; memory is free when all of its bundle are, and no view is left."""
+        """Drop a tensor; a bundle's memory is freed with its last tensor and view."""
         key, _ = self._places.pop(name)
         self._left[key] -= 1
         if not self._left[key]:
             del self._record[key]
 
     def __iter__(self) -> Iterator[str]:
-        """Names."""
+        """Names of the tensors."""
         return iter(self._places)
 
     def __len__(self) -> int:
-        """How many tensors."""
+        """Number of tensors."""
         return len(self._places)
 
 
 _HEADER = 2**20
-"""Bytes in which a bundle's header has to end: some ten thousand tensors."""
+"""Largest header of a bundle in bytes: some ten thousand tensors."""
 
 
 def size(record: ArrayRecord) -> int:
-    """Bytes of payload."""
+    """Bytes of payload in a record."""
     return sum(len(array.data) for array in record.values())

@@ -1,14 +1,14 @@
-"""New ClientApps without a new start: a process that has imported PyTorch makes them by forking.
+"""Starts ClientApps by forking a process that has already imported PyTorch.
 
-Flower starts `flwr-clientapp` anew for every message, and each of them imports PyTorch before it
-looks at the message: seconds of a board's processor in every round. Here a device imports what a
-ClientApp needs of others once and forks a process that waits. A stand-in for `flwr-clientapp`,
-found first on PATH, hands its arguments over; the process forks again, and that child runs Flower's
-own `flwr_clientapp` with them, on the app's code as the SuperLink sends it. Every message still has
-a process of its own, which can die alone; what was imported is in memory once, for the SuperNode
-too. If the process is not there the stand-in starts Flower's command as usual.
+Flower starts a new `flwr-clientapp` for every message, and each imports PyTorch first, which takes
+seconds of a board's processor in every round. Here the device imports a ClientApp's third-party
+packages once and forks a server process. A stand-in for `flwr-clientapp`, first on PATH, sends its
+arguments to that server, which forks a child; the child runs Flower's own `flwr_clientapp` with
+them, on the app's code as sent by the SuperLink. Every message still has a process of its own,
+whose death harms no other; the imported packages are in memory once, for the SuperNode too. Without
+the server the stand-in starts Flower's command as usual.
 
-The stand-in is this file, run as a script with the standard library alone.
+The stand-in is this file, run as a script with only the standard library.
 """
 
 import array
@@ -43,7 +43,7 @@ IMPORTED = (
     "torch",
     "yaml",
 )
-"""What the project's ClientApp imports of others; a test keeps this complete."""
+"""Third-party packages that the ClientApp imports; a test keeps this complete."""
 _OWN = ("common", "partitions", "ssl_core", "fl_client", "fl_server")
 _SOCKET = "socket"
 _PR_SET_NAME = 15  # linux/prctl.h
@@ -52,13 +52,13 @@ _LARGEST_ORDER = 2**22
 
 
 def begin() -> bool:
-    """Fork the process that waits, and put the stand-in first on PATH; it ends with this process.
+    """Fork the server process, which ends with this one, and put the stand-in first on PATH.
 
-    To be called while this process has a single thread.
+    Call it while this process has a single thread.
 
     Returns:
-        False where there is no fork that is safe beside PyTorch (anything but Linux), and where
-        the stand-in cannot be written: a full disk, a `TMPDIR` too long for a socket.
+        False if forking is not safe with PyTorch (on anything but Linux), or if the stand-in cannot
+        be written: the disk is full, or `TMPDIR` is too long for a socket.
     """
     real = shutil.which(APP)
     if sys.platform != "linux" or real is None:
@@ -81,8 +81,8 @@ def begin() -> bool:
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # what a collection touches would have to be copied
-    # Who holds the other end lives; the kernel closes it however that process ends.
+    gc.freeze()  # a collection in a child would copy every page that it touches
+    # The kernel closes `kept` when this process ends, however it ends.
     alive, kept = os.pipe()
     if os.fork() == 0:
         os.close(kept)
@@ -105,16 +105,19 @@ def begin() -> bool:
 
 
 def _wait(listener: socket.socket, alive: int) -> int:
-    """Fork a ClientApp for each that asks, until `alive` is closed at its other end.
+    """Fork a ClientApp for each connection, until the other end of `alive` is closed.
 
     Raises:
         SystemExit: in the children, when their app has ended.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the SuperNode, with which it ends
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # meant for the SuperNode, with which this process ends
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children go by themselves
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child becomes a zombie
     for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
-        del sys.modules[name]  # the app brings its own
+        del sys.modules[name]  # the app has its own copy
     waiting: list[Any] = [listener, alive]
     while True:
         ready, _, _ = select.select(waiting, [], [])
@@ -129,7 +132,7 @@ def _wait(listener: socket.socket, alive: int) -> int:
 
 
 def _run_app(connection: socket.socket) -> None:
-    """Be the ClientApp that was asked for, in this process, to its end."""
+    """Run the requested ClientApp in this process, to its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -140,7 +143,7 @@ def _run_app(connection: socket.socket) -> None:
         text, extra, _, _ = connection.recvmsg(_LARGEST_ORDER, room)
         while not text.endswith(b"\n"):
             more = connection.recv(_LARGEST_ORDER)
-            if not more:  # who asked has gone
+            if not more:  # the stand-in has gone
                 raise SystemExit(code)
             text += more
         streams = array.array("i", extra[0][2])
@@ -167,7 +170,7 @@ def _run_app(connection: socket.socket) -> None:
 
 
 def _be_called(name: str) -> None:
-    """Show this name to `ps` and `top`."""
+    """Set the process name that `ps` and `top` show."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -175,7 +178,13 @@ def _be_called(name: str) -> None:
 
 
 def hand_over(path: str, real: str, arguments: list[str]) -> int:
-    """Let the process at this socket run a ClientApp; the app's exit code, when it has ended."""
+    """Let the server process run a ClientApp; returns the app's exit code when it has ended.
+
+    Args:
+        path: socket of the server process.
+        real: Flower's own command, run if there is no server.
+        arguments: of the command.
+    """
     order = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     connection = socket.socket(socket.AF_UNIX)
     try:

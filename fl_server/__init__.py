@@ -1,1 +1,1 @@
-"""Flower's ServerApp: the round loop, folding, the server's optimiser, checkpoints."""
+"""Flower's ServerApp: the round loop, folding, the server's optimizer, checkpoints."""

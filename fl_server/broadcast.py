@@ -1,8 +1,9 @@
-"""What goes down to the clients: the global weights, or what has changed of them, encoded.
+"""Encodes what is sent to the clients: the global weights, or their change since the last round.
 
-Clients train from what they can decode, which the server keeps beside the true weights. When all of
-a cohort hold the weights of the round before, only the difference is sent; what its encoding leaves
-out is still in the next one. Otherwise all get the whole weights, in 8 bits (16 with `bf16`).
+Clients train from the decoded weights, which the server keeps beside the exact ones. If the whole
+cohort holds the weights of the round before, only the difference to those is sent, so the next
+round makes up for its encoding error. Otherwise all get the whole weights, in 8 bits (16 with
+`bf16`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,32 +19,33 @@ from fl_client.encoding import Encoding
 WHOLE: Mapping[Encoding, Encoding] = {
     "fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "topk": "int8",
 }  # fmt: skip
-"""How whole weights travel, by encoding."""
+"""Encoding of whole weights, by the run's encoding."""
 PREFIX = "broadcast/"
+"""Of the names of these tensors in a checkpoint."""
 
 
 class Broadcast:
-    """The weights as clients have them, and which clients have them."""
+    """The weights as clients decode them, and which clients hold them."""
 
     def __init__(self, kind: Encoding) -> None:
-        """Begin with clients that have nothing."""
+        """Start with clients that hold nothing."""
         self.kind = kind
         self.sent: dict[str, Tensor] = {}
         self.held: dict[int, int] = {}
-        """Round whose weights a client holds, by key."""
+        """Round whose weights a client holds, by the client's key."""
 
     def pack(
         self, weights: Mapping[str, Tensor], number: int, cohort: Iterable[int]
     ) -> tuple[ArrayRecord, int]:
-        """A round's message.
+        """Encode a round's weights.
 
         Args:
-            weights: global weights.
-            number: of the round.
-            cohort: keys of the clients that get it.
+            weights: global weights by parameter name, fp32, each `[...]`.
+            number: round, from 0.
+            cohort: keys of the clients that get them.
 
         Returns:
-            The arrays, and the round whose weights they are to be added to; -1: they are whole.
+            The arrays, and the round to whose weights they are added; -1 for whole weights.
         """
         if self.kind == "fp32":
             return updates.pack((name, value.numpy()) for name, value in weights.items()), -1
@@ -65,11 +67,11 @@ class Broadcast:
         return updates.pack(packed), base
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, by name."""
+        """Tensors for a checkpoint, by name, each `[...]`."""
         return {PREFIX + name: value for name, value in self.sent.items()}
 
     def load(self, tensors: Mapping[str, Tensor], held: Mapping[str, int]) -> None:
-        """Bring back what `state` and `held` were."""
+        """Restore `state`'s tensors, each `[...]`, from a checkpoint, and `held`."""
         self.sent = {
             name.removeprefix(PREFIX): value
             for name, value in tensors.items()

@@ -1,7 +1,6 @@
-"""A lab's own certificates: an authority, the SuperLink's certificate, and a key for each node."""
+"""Writes a lab's certificates: an authority, the SuperLink's certificate, a key for each node."""
 
 import contextlib
-import datetime
 import ipaddress
 import os
 import re
@@ -10,40 +9,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from common.errors import DataError, UsageError
+from fl_server.key_pairs import Authority, KeyPair, new_authority, node_pair, now, server_pair
 
 AUTHORITY, AUTHORITY_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.pem", "server.key"
 AUTHORITY_DAYS = 3650
-EARLIER = datetime.timedelta(days=1)
-"""Certificates are valid from a day ago: the clock of a board without a battery may be late."""
 ALWAYS = ("localhost", "127.0.0.1", "::1")
+"""Hosts that every server certificate is for."""
 
 
 class File(NamedTuple):
-    """A file to be written."""
+    """A file to write."""
 
     name: str
     content: bytes
     private: bool
-
-
-class Authority(NamedTuple):
-    """What certificates are signed with."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
 
 
 def make_certificates(
@@ -52,19 +36,19 @@ def make_certificates(
     """Write an authority, a server certificate and the key pairs of nodes into a folder.
 
     Args:
-        folder: made if it is not there.
-        hosts: names and IP addresses of the SuperLink, beside `ALWAYS`.
+        folder: created if it does not exist.
+        hosts: names and IP addresses of the SuperLink, in addition to `ALWAYS`.
         days: that the server certificate is valid, at most as long as its authority.
         nodes: names of nodes; each gets an ECDSA P-384 pair in OpenSSH's formats, `NAME.key` and
             `NAME.pub`.
-        extend: keep the files that are there and sign with the authority among them.
+        extend: keep the existing files and sign with their authority.
 
     Returns:
         The files written; private ones have mode 0600.
 
     Raises:
-        UsageError: a bad host or name, or a file that is there already; nothing is written then.
-        DataError: an authority to extend that cannot be read.
+        UsageError: a bad host or name, or a file that exists already; nothing is written then.
+        DataError: the authority to extend cannot be read.
     """
     names = alternative_names(hosts)
     check_names(nodes)
@@ -84,10 +68,10 @@ def make_certificates(
     if AUTHORITY in there:
         authority = read_authority(folder)
     else:
-        authority, made = _authority(max(days, AUTHORITY_DAYS))
-        files += made
+        authority = new_authority(max(days, AUTHORITY_DAYS))
+        files += _files(AUTHORITY, AUTHORITY_KEY, authority.pair())
     if SERVER not in there:
-        files += _server(authority, names, days)
+        files += _files(SERVER, SERVER_KEY, server_pair(authority, names, days))
     elif missing := sorted(set(map(canonical, hosts)) - set(hosts_of(folder))):
         raise UsageError(
             f"{folder / SERVER} is not for {', '.join(missing)}: remove it and {SERVER_KEY} for "
@@ -95,16 +79,16 @@ def make_certificates(
         )
     for node in nodes:
         if f"{node}.key" not in there:
-            files += _node(node)
+            files += _files(f"{node}.pub", f"{node}.key", node_pair(node))
     folder.mkdir(parents=True, exist_ok=True)
     return _write(folder, files)
 
 
 def hosts_of(folder: Path) -> list[str]:
-    """The hosts that the server certificate of a folder is for, this machine last.
+    """Hosts that the server certificate in a folder is for, this machine's own names last.
 
     Raises:
-        DataError: not a certificate with names.
+        DataError: the file is not a certificate with names.
     """
     path = folder / SERVER
     try:
@@ -117,10 +101,10 @@ def hosts_of(folder: Path) -> list[str]:
 
 
 def alternative_names(hosts: Iterable[str]) -> list[x509.GeneralName]:
-    """The subjectAltName of hosts, after those of this machine.
+    """The names of a server certificate (subjectAltName): `ALWAYS`, then hosts.
 
     Raises:
-        UsageError: neither a host name nor an IP address that a device can connect to.
+        UsageError: a host is not a name or IP address that a device can connect to.
     """
     names: list[x509.GeneralName] = []
     for host in dict.fromkeys((*ALWAYS, *map(canonical, hosts))):
@@ -139,10 +123,10 @@ def alternative_names(hosts: Iterable[str]) -> list[x509.GeneralName]:
 
 
 def canonical(host: str) -> str:
-    """A host name in small letters, or an address in its one form.
+    """A host name in lower case, or an IP address in canonical form.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither a host name nor an IP address.
     """
     try:
         return str(ipaddress.ip_address(host))
@@ -160,10 +144,10 @@ def canonical(host: str) -> str:
 
 
 def node_names(given: Sequence[str]) -> list[str]:
-    """`["3"]` is node-0, node-1 and node-2; anything else is the names themselves.
+    """Names of nodes: `["3"]` gives node-0, node-1 and node-2; other names are kept.
 
     Raises:
-        UsageError: no node, or not the name of a file.
+        UsageError: no node, or a name that cannot be used.
     """
     if len(given) == 1 and re.fullmatch(r"\d+", given[0]):
         if int(given[0]) < 1:
@@ -174,10 +158,10 @@ def node_names(given: Sequence[str]) -> list[str]:
 
 
 def check_names(nodes: Sequence[str]) -> None:
-    """Check that names can be those of files beside the authority's.
+    """Check that names can be used for files beside the authority's.
 
     Raises:
-        UsageError: which cannot.
+        UsageError: a name that cannot be used.
     """
     for node in nodes:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", node):
@@ -189,10 +173,10 @@ def check_names(nodes: Sequence[str]) -> None:
 
 
 def read_authority(folder: Path) -> Authority:
-    """The authority made earlier.
+    """Read the authority in a folder.
 
     Raises:
-        DataError: not a certificate and its key, or no longer valid.
+        DataError: the files are not a certificate and its key, or it is no longer valid.
     """
     where = f"{folder / AUTHORITY} and {AUTHORITY_KEY}"
     try:
@@ -204,107 +188,17 @@ def read_authority(folder: Path) -> Authority:
         raise DataError(f"{where}: not made by this command")
     if key.public_key() != certificate.public_key():
         raise DataError(f"{where}: the key is not that of the certificate")
-    if certificate.not_valid_after_utc <= _now():
+    if certificate.not_valid_after_utc <= now():
         raise DataError(f"{where}: no longer valid; make new ones with another --output")
     return Authority(certificate, key)
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-
-
-def _key() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP384R1())
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _builder(
-    subject: str, public: ec.EllipticCurvePublicKey, end: datetime.datetime, signs: bool
-) -> x509.CertificateBuilder:
-    """A certificate of one use: to sign others, or to be signed for a server."""
-    usage = x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(subject))
-        .public_key(public)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_now() - EARLIER)
-        .not_valid_after(end)
-        .add_extension(x509.BasicConstraints(signs, 0 if signs else None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-    )
-
-
-def _authority(days: int) -> tuple[Authority, list[File]]:
-    key = _key()
-    builder = _builder("Shortwave lab", key.public_key(), _end(days), signs=True)
-    certificate = builder.issuer_name(_name("Shortwave lab")).sign(key, hashes.SHA384())
-    files = [
-        File(AUTHORITY, certificate.public_bytes(Encoding.PEM), False),
-        File(AUTHORITY_KEY, _pem(key), True),
-    ]
-    return Authority(certificate, key), files
-
-
-def _server(authority: Authority, names: list[x509.GeneralName], days: int) -> list[File]:
-    key, issuer = _key(), authority.certificate
-    end = min(_end(days), issuer.not_valid_after_utc)
-    identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    certificate = (
-        _builder("Shortwave SuperLink", key.public_key(), end, signs=False)
-        .issuer_name(issuer.subject)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
-            critical=False,
-        )
-        .sign(authority.key, hashes.SHA384())
-    )
-    return [
-        File(SERVER, certificate.public_bytes(Encoding.PEM), False),
-        File(SERVER_KEY, _pem(key), True),
-    ]
-
-
-def _end(days: int) -> datetime.datetime:
-    try:
-        return _now() + datetime.timedelta(days=days)
-    except OverflowError:
-        raise UsageError(f"--days {days} is beyond the year 9999") from None
-
-
-def _node(name: str) -> list[File]:
-    # OpenSSH's formats are the ones that flower-supernode and `flwr supernode register` read.
-    key = _key()
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    return [
-        File(f"{name}.pub", public + b" " + name.encode() + b"\n", False),
-        File(f"{name}.key", private, True),
-    ]
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _files(public: str, private: str, pair: KeyPair) -> list[File]:
+    return [File(public, pair.public, False), File(private, pair.private, True)]
 
 
 def _write(folder: Path, files: list[File]) -> list[Path]:
-    """Write new files, all or none; a private one is never readable by others, not for a moment."""
+    """Write new files, all or none; private ones are created with mode 0600."""
     written: list[Path] = []
     try:
         for file in files:

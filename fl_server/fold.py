@@ -1,8 +1,8 @@
-"""Federated averaging one reply at a time, exact and therefore independent of their order.
+"""Federated averaging one update at a time; exact, so the order of the updates does not matter.
 
 Each update is multiplied by its weight and rounded to a multiple of 2**-22 before it is added, as a
-64-bit integer. Integer addition is associative: whichever reply comes first, on one worker or
-twenty, the mean is the same to the last bit. The rounding is finer than that of fp32: with the
+64-bit integer. Integer addition is associative, so the mean has the same bits whichever update
+comes first and however many workers there are. The rounding is finer than that of fp32: with the
 80,000 samples of a 5 s crop as weight, the mean is exact to about 3e-12.
 """
 
@@ -15,21 +15,21 @@ from common.errors import ShortwaveError
 
 FRACTION_BITS = 22
 LARGEST_CHANGE = 16.0
-"""A coordinate that moves further than this in one round is not training."""
+"""Largest absolute value of an update; anything larger is not the result of training."""
 _CAPACITY = 2.0 ** (62 - FRACTION_BITS)
 _BLOCK = 2**16
-"""Values that are added at a time, so that what is in between stays in the processor's cache."""
+"""Values added at a time, so that intermediate results stay in the processor's cache."""
 
 
 class RejectedUpdate(ShortwaveError):
-    """An update that must not reach the model; the message says why."""
+    """An update that must not reach the model."""
 
 
 class Fold:
-    """A running weighted sum of updates: memory of one model (8 bytes a weight), however many."""
+    """A running weighted sum of any number of updates, in 8 bytes a weight."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Begin an empty sum over tensors of these shapes."""
+        """Start an empty sum over tensors of these shapes."""
         self.sums = {name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()}
         self.weight = 0
         self.count = 0
@@ -38,16 +38,16 @@ class Fold:
     def add(
         self, update: Mapping[str, npt.NDArray[np.float32]], weight: int, partial: bool = False
     ) -> None:
-        """Add one client's update, or nothing of it.
+        """Add one client's whole update, or reject it whole.
 
         Args:
-            update: local minus global weights, by parameter name; each is read twice.
+            update: local minus global weights by parameter name, each fp32 `[...]` and read
+                twice.
             weight: samples of audio, above zero.
-            partial: whether tensors may be left out, which are zero then.
+            partial: whether tensors may be missing; they count as zero.
 
         Raises:
-            RejectedUpdate: names or shapes that do not fit, values not finite or too large, no
-                audio.
+            RejectedUpdate: wrong names or shapes, values not finite or too large, or no audio.
         """
         if weight <= 0:
             raise RejectedUpdate("the update comes from no audio")
@@ -84,7 +84,7 @@ class Fold:
         self.count += 1
 
     def mean(self) -> Iterable[tuple[str, npt.NDArray[np.float32]]]:
-        """The weighted mean update by parameter name, one tensor at a time; empties the sum."""
+        """Yield the weighted mean update by parameter name, each `[...]`; empties the sum."""
         divisor = self.weight * 2.0**FRACTION_BITS
         for name in list(self.sums):
             yield name, np.asarray(self.sums.pop(name) / divisor, np.float32)

@@ -1,4 +1,4 @@
-"""What personal fine-tuning gave each client: numbers, their mean and spread, a figure."""
+"""Reports the scores of personal fine-tuning: each client's, their mean and spread, a figure."""
 
 import json
 from collections.abc import Mapping
@@ -9,29 +9,32 @@ from matplotlib.figure import Figure
 
 from common.atomic import write_text
 from common.figures import save_figure
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import TaskFederation
 
 REPORT, FIGURE = "personal.json", "personal.png"
 _NAMED = 60
-"""Clients whose bars have room for their numbers."""
+"""Most clients whose bars are labelled with their numbers."""
 
 
 def write_personal_report(
     folder: Path,
-    settings: FederationSettings,
+    settings: TaskFederation,
     metric: str,
     found: Mapping[int, Mapping[str, float]],
     failures: tuple[str, ...],
 ) -> list[str]:
-    """Write `personal.json` and `personal.png`; the mean and spread in words.
+    """Write `personal.json` and `personal.png`.
 
     Args:
         folder: the run directory.
         settings: of the run.
         metric: of the task.
-        found: metrics of the clients' last evaluation, by key; those without a usable test clip
-            have no score, and are counted apart.
-        failures: a line for each client that has none.
+        found: metrics of the clients' final evaluation, by key; clients without a usable test clip
+            have no score and are listed separately.
+        failures: a line for each client without metrics.
+
+    Returns:
+        Lines to print: failures, clients not scored, mean and spread.
     """
     name = "accuracy" if metric == "eer" else metric
     keys = sorted(key for key in found if found[key]["test_clips"])

@@ -1,4 +1,4 @@
-"""How the server applies a round's mean update (Adaptive Federated Optimization, Reddi 2021)."""
+"""Applies a round's mean update (Reddi et al., "Adaptive Federated Optimization", 2021)."""
 
 from collections.abc import Iterable
 
@@ -11,20 +11,32 @@ USUAL_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "fedadam": 1e-3}
 
 
 class ServerOptimizer:
-    """`fedavg` adds the mean; `fedavgm` adds its momentum; `fedadam` scales it by its variance."""
+    """`fedavg` adds the mean update, `fedavgm` its momentum, `fedadam` takes a step of Adam."""
 
     BETA2 = 0.99
     TAU = 1e-3
-    """Degree of adaptivity, added to the root of the second moment."""
+    """Degree of adaptivity, added to the square root of the second moment."""
 
     def __init__(self, kind: str, rate: float, momentum: float) -> None:
-        """Begin without moments; a rate of 0 is the usual one of its kind."""
+        """Start without state.
+
+        Args:
+            kind: `fedavg`, `fedavgm` or `fedadam`.
+            rate: the server's learning rate; 0 is the usual one of `kind`.
+            momentum: decay of the first moment.
+        """
         self.kind, self.momentum = kind, momentum
         self.rate = rate or USUAL_RATES[kind]
-        self.moments: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+        """Moments by `kind/parameter name`, for checkpoints."""
 
     def apply(self, weights: dict[str, Tensor], mean: Iterable[tuple[str, Floats]]) -> None:
-        """Change the global weights in place."""
+        """Change the global weights in place.
+
+        Args:
+            weights: by parameter name, each `[...]`.
+            mean: the mean update, shaped as the weights.
+        """
         for name, value in mean:
             delta = torch.from_numpy(value)
             if self.kind == "fedavg":
@@ -42,6 +54,6 @@ class ServerOptimizer:
 
     def _moment(self, kind: str, name: str, like: Tensor) -> Tensor:
         key = f"{kind}/{name}"
-        if key not in self.moments:
-            self.moments[key] = torch.zeros_like(like)
-        return self.moments[key]
+        if key not in self.state:
+            self.state[key] = torch.zeros_like(like)
+        return self.state[key]

@@ -1,4 +1,4 @@
-"""What a federation is doing right now: a file in the run directory, and a view of it."""
+"""The current state of a federation: a file in the run directory, and a table of it."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from common import atomic
 from common.units import format_bytes, format_length, format_seconds
-from fl_server.rounds import Client
+from fl_server.roster import Client
 from ssl_core.training.run_directory import RunDirectory
 
 STATUS = "status.json"
@@ -25,7 +25,7 @@ _KEPT = (
 
 @dataclasses.dataclass
 class Status:
-    """Written after every change, so that anyone can look on: `python -m fl_server watch DIR`."""
+    """Writes a file at every change, for `python -m fl_server watch DIR`."""
 
     path: Path
     """The run directory."""
@@ -35,12 +35,12 @@ class Status:
     """Called for every reply."""
 
     def __post_init__(self) -> None:
-        """Nothing is known before the first round."""
+        """Start without clients."""
         self.clients: dict[int, dict[str, Any]] = {}
         self.round = 0
 
     def began(self, number: int, cohort: Sequence[Client]) -> None:
-        """A round was sent to its cohort."""
+        """Round `number`, from 0, is being sent to its cohort."""
         self.round = number
         for client in cohort:
             row = self.clients.setdefault(client.key, {"replies": 0, "failures": 0})
@@ -48,7 +48,13 @@ class Status:
         self._write()
 
     def replied(self, key: int, metrics: dict[str, float] | None, error: str = "") -> None:
-        """A client's update was folded (`metrics`), or was not (`error`)."""
+        """A client has answered, or is known not to.
+
+        Args:
+            key: the client's number.
+            metrics: those of a folded update; None if there is none.
+            error: why there is none.
+        """
         row = self.clients[key]
         if metrics is None:
             row |= {"state": "failed", "error": error, "since": time.time()}
@@ -80,10 +86,14 @@ def is_done(path: Path) -> bool:
 
 
 def view(path: Path, now: float | None = None) -> Group:
-    """The federation for people.
+    """A table of a federation's clients, and its latest metrics.
+
+    Args:
+        path: the run directory.
+        now: seconds since the epoch; None is the current time.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: the directory is not a run.
     """
     run = RunDirectory.reopen(path)
     now = time.time() if now is None else now

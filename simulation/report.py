@@ -77,7 +77,7 @@ def write_report(
             f"| code perplexity, held out | {last['held_out_perplexity']:.1f} |",
         ]
     lines += [
-        f"| masked share of frames | {last['masked_share']:.3f} |",
+        f"| masked fraction of frames | {last['masked_fraction']:.3f} |",
         f"| distinct negatives of a frame | {last['distinct_negatives']:.1f} |",
         f"| audio of all clients | {format_seconds(sum(owned))} |",
         f"| audio trained on, repeats included | {format_seconds(sum(trained.values()))} |",

@@ -26,8 +26,8 @@ from common.errors import UsageError  # noqa: E402
 from common.settings import flat, parse, read_yaml, settings_parser  # noqa: E402
 from common.units import format_bytes, format_seconds  # noqa: E402
 from fl_client.federation_settings import (  # noqa: E402
-    Federation,
     PretrainingFederation,
+    RunSettings,
     TaskFederation,
     federation_kind,
 )
@@ -49,7 +49,7 @@ from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
 from ssl_core.training.run_directory import CONFIG, RunDirectory  # noqa: E402
 
 
-def parse_settings(arguments: Sequence[str] | None) -> tuple[Federation, int, str]:
+def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, str]:
     """The settings, the number of workers and the address of a Ray cluster.
 
     Options on the command line go before those of `--config`, which go before the defaults; with
@@ -160,7 +160,7 @@ def _say_what_is_shared(settings: TaskFederation, labels: int) -> int:
 
 
 def _simulate(
-    settings: Federation,
+    settings: RunSettings,
     run: RunDirectory,
     nodes: list[dict[str, Any]],
     size: int,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from common.errors import DataError
 from partitions.audio import BadAudio, read_crop
 from partitions.manifest import Manifest
+from ssl_core.planning.work import Waveforms
 from ssl_core.training.randomness import generator
 
 
@@ -20,11 +21,43 @@ class CropBatch(NamedTuple):
     waveforms: npt.NDArray[np.float32]
     """`[batch, sample]` at 16 kHz."""
     sequences: tuple[int, ...]
-    """The manifest's sequences they were cut from."""
+    """Indices of the manifest's sequences that the crops were cut from."""
     skips: dict[str, int]
-    """Sequences left out, by reason."""
+    """Sequences skipped, by reason."""
     examples: tuple[str, ...]
-    """A message for each sequence left out."""
+    """A message for each sequence skipped."""
+
+
+class _Reading:
+    """Crops read so far, and the sequences skipped on the way."""
+
+    def __init__(self, manifest: Manifest, samples: int) -> None:
+        self.manifest, self.samples = manifest, samples
+        self.waveforms: list[npt.NDArray[np.float32]] = []
+        self.used: list[int] = []
+        self.bad: set[int] = set()
+        self.skips: collections.Counter[str] = collections.Counter()
+        self.examples: list[str] = []
+
+    def add(self, index: int, start: int) -> None:
+        """Read the crop of a sequence at a sample, or count the sequence as skipped, once."""
+        if index in self.bad:
+            return
+        sequence = self.manifest.sequences[index]
+        try:
+            crop = read_crop(self.manifest.root, sequence, start, self.samples)
+        except BadAudio as error:
+            self.bad.add(index)
+            self.skips[error.reason] += 1
+            self.examples.append(str(error))
+            return
+        self.waveforms.append(crop)
+        self.used.append(index)
+
+    def batch(self) -> CropBatch:
+        """The crops read, of which there must be one."""
+        stacked = np.stack(self.waveforms)
+        return CropBatch(stacked, tuple(self.used), dict(self.skips), tuple(self.examples))
 
 
 class Crops:
@@ -42,7 +75,14 @@ class Crops:
         seed: int,
         partition: int = 0,
     ) -> None:
-        """Take the given sequences of a manifest in crops of `samples`.
+        """Take some sequences of a manifest.
+
+        Args:
+            manifest: the recut corpus.
+            indices: of the sequences; those shorter than a crop are skipped.
+            samples: in a crop.
+            seed: of the order and of where crops start.
+            partition: tells apart those who have the same seed, such as clients.
 
         Raises:
             DataError: no sequence is long enough.
@@ -66,43 +106,35 @@ class Crops:
         return sequence, int(start)
 
     def batch(self, position: int, size: int) -> CropBatch:
-        """The crops at positions `position` to `position + size`; unusable ones are passed over.
+        """The next `size` usable crops from a position on.
 
         Raises:
-            DataError: no usable crop in a whole pass over the sequences.
+            DataError: none of the sequences is usable.
         """
-        waveforms: list[npt.NDArray[np.float32]] = []
-        used: list[int] = []
-        skips: collections.Counter[str] = collections.Counter()
-        examples: list[str] = []
-        bad: set[int] = set()
-        while len(waveforms) < size:
-            sequence, start = self._entry(position)
+        reading = _Reading(self.manifest, self.samples)
+        while len(reading.waveforms) < size:
+            reading.add(*self._entry(position))
             position += 1
-            if sequence in bad:
-                continue
-            try:
-                crop = read_crop(
-                    self.manifest.root, self.manifest.sequences[sequence], start, self.samples
+            if len(reading.bad) == len(self.indices):
+                raise DataError(
+                    f"no usable audio for partition {self.partition}: all {len(reading.bad)} of "
+                    f"its sequences are bad, such as: {reading.examples[0]}"
                 )
-            except BadAudio as error:
-                bad.add(sequence)
-                skips[error.reason] += 1
-                examples.append(str(error))
-                if len(bad) == len(self.indices):
-                    raise DataError(
-                        f"no usable audio for partition {self.partition}: all {len(bad)} of its "
-                        f"sequences are bad, such as: {examples[0]}"
-                    ) from None
-                continue
-            waveforms.append(crop)
-            used.append(sequence)
-        return CropBatch(np.stack(waveforms), tuple(used), dict(skips), tuple(examples))
+        return reading.batch()
 
     def updates(
         self, numbers: Iterable[int], size: int, accumulation: int
     ) -> Iterator[tuple[int, list[CropBatch]]]:
-        """The batches of each of the given updates, `accumulation` of `size` crops, in turn."""
+        """The batches of updates.
+
+        Args:
+            numbers: of the updates, in turn.
+            size: crops in a batch.
+            accumulation: batches in an update.
+
+        Yields:
+            The number of an update and its batches.
+        """
         for number in numbers:
             first = number * accumulation
             yield (
@@ -117,24 +149,26 @@ class Crops:
             DataError: none of them is usable.
         """
         chosen = np.unique(np.linspace(0, len(self.indices) - 1, count).round().astype(int))
-        waveforms: list[npt.NDArray[np.float32]] = []
-        used: list[int] = []
-        skips: collections.Counter[str] = collections.Counter()
-        examples: list[str] = []
+        reading = _Reading(self.manifest, self.samples)
         for place in chosen:
             index = self.indices[int(place)]
-            sequence = self.manifest.sequences[index]
-            try:
-                start = (sequence.samples - self.samples) // 2
-                waveforms.append(read_crop(self.manifest.root, sequence, start, self.samples))
-            except BadAudio as error:
-                skips[error.reason] += 1
-                examples.append(str(error))
-                continue
-            used.append(index)
-        if not waveforms:
-            raise DataError(f"no usable audio to evaluate on, such as: {examples[0]}")
-        return CropBatch(np.stack(waveforms), tuple(used), dict(skips), tuple(examples))
+            reading.add(index, (self.manifest.sequences[index].samples - self.samples) // 2)
+        if not reading.waveforms:
+            raise DataError(f"no usable audio to evaluate on, such as: {reading.examples[0]}")
+        return reading.batch()
+
+
+class UpdateBatches(NamedTuple):
+    """The batches of an update by its number, `[batch, sample]` each; can be pickled."""
+
+    crops: Crops
+    batch: int
+    accumulation: int
+
+    def __call__(self, number: int) -> Iterator[Waveforms]:
+        """Read them."""
+        ((_, read),) = self.crops.updates([number], self.batch, self.accumulation)
+        return (batch.waveforms for batch in read)
 
 
 def describe(root: Path, is_demo: bool) -> str:

@@ -77,7 +77,7 @@ class StepReport:
     """Effective number of codebook entries in use, all groups together."""
     code_entropy: float
     """Of the code distribution of single frames, in nats, mean over groups."""
-    masked_share: float
+    masked_fraction: float
     distinct_negatives: float
     """Mean number of different frames among a frame's distractors."""
     gradient_norm: float
@@ -278,7 +278,7 @@ class PretrainingStep(PlannedStep):
             accuracy=sum(part.correct for part in sums) / masked,
             perplexity=float(np.mean([float(perplexity(p)) for p in probabilities])),
             code_entropy=entropy,
-            masked_share=masked / frames,
+            masked_fraction=masked / frames,
             distinct_negatives=distinct / crops,
             gradient_norm=norm,
             learning_rate=rate,

@@ -21,7 +21,7 @@ from fl_client.federation_settings import FederationSettings
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
-from ssl_core.training.pretraining_step import PretrainingStep, StepReport
+from ssl_core.training.pretraining_step import StepReport, TrainingStep
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
@@ -65,16 +65,16 @@ def weights() -> dict[str, torch.Tensor]:
     return PretrainingModel(config).state_dict()
 
 
-TASK = {
+INSTRUCTIONS = {
     "run": "secretless", "round": 1, "first_update": 2, "updates": 2, "base_round": -1,
     "encoding": "fp32", "folded_round": -1,
 }  # fmt: skip
 
 
-def task(tensors: dict[str, torch.Tensor], **asked: Any) -> RecordDict:
+def round_of(tensors: dict[str, torch.Tensor], **asked: Any) -> RecordDict:
     record = updates.pack((name, value.numpy()) for name, value in tensors.items())
-    instructions = ConfigRecord(TASK | asked)
-    return RecordDict({protocol.WEIGHTS: record, protocol.TASK: instructions})
+    instructions = ConfigRecord(INSTRUCTIONS | asked)
+    return RecordDict({protocol.WEIGHTS: record, protocol.INSTRUCTIONS: instructions})
 
 
 def wire(reply: Message) -> bytes:
@@ -93,7 +93,7 @@ def test_an_update_is_the_change_of_the_weights_and_the_agreed_metrics(
     ask: Callable[..., Message],
 ) -> None:
     start = weights()
-    reply = ask(MessageType.TRAIN, task(start))
+    reply = ask(MessageType.TRAIN, round_of(start))
     assert set(reply.content) == {protocol.METRICS, protocol.UPDATE}
     metrics = protocol.check_metrics(reply.content, protocol.TRAIN_METRICS)
     assert (metrics["updates"], metrics["applied"], metrics["crops"]) == (2, 2, 4)
@@ -106,9 +106,9 @@ def test_an_update_is_the_change_of_the_weights_and_the_agreed_metrics(
     assert 0 < max(np.abs(value).max() for value in update.values()) < 0.1
 
 
-def test_the_same_task_gives_the_same_update(ask: Callable[..., Message]) -> None:
+def test_the_same_instructions_give_the_same_update(ask: Callable[..., Message]) -> None:
     first, again, other = (
-        ask(MessageType.TRAIN, task(weights()), partition_id=part).content[protocol.UPDATE]
+        ask(MessageType.TRAIN, round_of(weights()), partition_id=part).content[protocol.UPDATE]
         for part in (1, 1, 0)
     )
     assert all(first[name].data == again[name].data for name in first)
@@ -134,11 +134,11 @@ def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
         move(model, plan.device)
         init(step, model, backbone, plan)
 
-    usual = ask(MessageType.TRAIN, task(weights())).content[protocol.UPDATE]
+    usual = ask(MessageType.TRAIN, round_of(weights())).content[protocol.UPDATE]
     monkeypatch.setattr(PretrainingModel, "to", move)
     monkeypatch.setattr(PlannedStep, "__init__", moving)
     local_training._resident_model.cache_clear()
-    again = ask(MessageType.TRAIN, task(weights())).content[protocol.UPDATE]
+    again = ask(MessageType.TRAIN, round_of(weights())).content[protocol.UPDATE]
     local_training._resident_model.cache_clear()
     assert there
     assert all(usual[name].data == again[name].data for name in usual)
@@ -156,7 +156,9 @@ def test_no_path_transcript_or_speaker_leaves_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(RUN, "encoding", encoding)
-    content = task(weights(), run="secretless", base_round=-1, encoding=encoding, folded_round=-1)
+    content = round_of(
+        weights(), run="secretless", base_round=-1, encoding=encoding, folded_round=-1
+    )
     record, _ = Broadcast(encoding).pack(weights(), 0, [])
     content[protocol.WEIGHTS] = record
     reply = ask(kind, content, state=str(tmp_path / "kept"))
@@ -182,11 +184,11 @@ def test_an_error_reveals_its_kind_only(
     ask: Callable[..., Message], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = str(tmp_path / "gone")
-    reply = ask(kind, task(weights()), data=missing)
+    reply = ask(kind, round_of(weights()), data=missing)
     assert (reply.error.code, reply.error.reason) == (protocol.CLIENT_FAILED, "DataError")
     assert b"gone" not in wire(reply)
     assert missing in caplog.text  # the device's own log says what is wrong
-    simulated = ask(kind, task(weights()), data=missing, simulated=True)
+    simulated = ask(kind, round_of(weights()), data=missing, simulated=True)
     assert simulated.error.reason.startswith(f"DataError: no such folder: {missing}")
 
 
@@ -206,7 +208,7 @@ def test_an_unexpected_error_reveals_its_kind_only(
     def fail(*values: object) -> None:
         raise PermissionError(13, "Permission denied", "/home/somebody/private.flac")
 
-    monkeypatch.setattr("fl_client.client_app.share_of", fail)
+    monkeypatch.setattr("fl_client.client_app.client_audio", fail)
     reply = ask(MessageType.QUERY)
     assert reply.error.reason == "PermissionError: Permission denied"
     assert b"private" not in wire(reply)
@@ -217,17 +219,17 @@ def test_weights_of_another_model_are_refused(ask: Callable[..., Message]) -> No
     start = weights()
     name = next(iter(start))
     del start[name]
-    reply = ask(MessageType.TRAIN, task(start), simulated=True)
+    reply = ask(MessageType.TRAIN, round_of(start), simulated=True)
     assert reply.error.reason == (
         f"ProtocolError: the weights do not fit the model: {name} and others"
     )
 
 
-def test_named_speakers_are_the_whole_share(ask: Callable[..., Message]) -> None:
+def test_named_speakers_are_all_of_a_clients_audio(ask: Callable[..., Message]) -> None:
     replies = [ask(MessageType.QUERY, speakers=name, client_key=5) for name in SPEAKERS]
-    shares = [reply.content[protocol.METRICS] for reply in replies if not reply.has_error()]
-    assert 2 <= len(shares) <= 4  # those held out are refused
-    assert all(dict(m) == {"partition": 5, "crops": 3, "seconds": 3.0} for m in shares)
+    described = [reply.content[protocol.METRICS] for reply in replies if not reply.has_error()]
+    assert 2 <= len(described) <= 4  # those held out are refused
+    assert all(dict(m) == {"partition": 5, "crops": 3, "seconds": 3.0} for m in described)
 
 
 def distance(one: Message, other: Message) -> float:
@@ -242,30 +244,30 @@ def distance(one: Message, other: Message) -> float:
 def test_a_client_plans_its_step_for_the_memory_it_is_given(
     ask: Callable[..., Message],
 ) -> None:
-    plenty = ask(MessageType.TRAIN, task(weights()), memory=4 * 2**30, simulated=True)
-    plain = ask(MessageType.TRAIN, task(weights()), simulated=True)
+    plenty = ask(MessageType.TRAIN, round_of(weights()), memory=4 * 2**30, simulated=True)
+    plain = ask(MessageType.TRAIN, round_of(weights()), simulated=True)
     assert distance(plenty, plain) < 1e-3
     metrics = plenty.content[protocol.METRICS]
     assert 0 < metrics["predicted_bytes"] < metrics["memory_bytes"] == 4 * 2**30
     assert plain.content[protocol.METRICS]["predicted_bytes"] == 0
-    little = ask(MessageType.TRAIN, task(weights()), memory=700 * 2**20, simulated=True)
+    little = ask(MessageType.TRAIN, round_of(weights()), memory=700 * 2**20, simulated=True)
     assert little.error.reason.startswith("UsageError: 2 crops of 1s: nothing fits: ")
 
 
 def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
     ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = ask(MessageType.TRAIN, task(weights()))
-    update = PretrainingStep.update
+    usual = ask(MessageType.TRAIN, round_of(weights()))
+    update = TrainingStep.update
 
-    def tight(step: PretrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
+    def tight(step: TrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
         report = update(step, batches, number, key)
         if number == 3 and step.plan.chunk > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return report
 
-    monkeypatch.setattr(PretrainingStep, "update", tight)
-    reply = ask(MessageType.TRAIN, task(weights()))
+    monkeypatch.setattr(TrainingStep, "update", tight)
+    reply = ask(MessageType.TRAIN, round_of(weights()))
     assert reply.content[protocol.METRICS]["micro_batch"] == 1
     assert reply.content[protocol.METRICS]["updates"] == 2
     assert "out of memory with 2 at once" in caplog.text
@@ -275,12 +277,12 @@ def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
 def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
     ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = ask(MessageType.TRAIN, task(weights()))
-    plenty = ask(MessageType.TRAIN, task(weights()), memory=4 * 2**30)
+    usual = ask(MessageType.TRAIN, round_of(weights()))
+    plenty = ask(MessageType.TRAIN, round_of(weights()), memory=4 * 2**30)
     little = int(plenty.content[protocol.METRICS]["predicted_bytes"]) - 15 * 2**20
     room = iter([4 * 2**30, 4 * 2**30] + [little] * 20)
     monkeypatch.setattr(ladder, "this_machine", lambda: SimpleNamespace(process_bytes=next(room)))
-    reply = ask(MessageType.TRAIN, task(weights()), device="auto")
+    reply = ask(MessageType.TRAIN, round_of(weights()), device="auto")
     metrics = reply.content[protocol.METRICS]
     assert metrics["fallbacks"] >= 1
     assert metrics["predicted_bytes"] <= little
@@ -290,24 +292,24 @@ def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
 
 
 def test_a_device_may_take_shorter_crops_but_no_longer_ones(ask: Callable[..., Message]) -> None:
-    reply = ask(MessageType.TRAIN, task(weights()), length=0.5)
+    reply = ask(MessageType.TRAIN, round_of(weights()), length=0.5)
     metrics = reply.content[protocol.METRICS]
     assert metrics["length"] == 0.5
     assert metrics["samples"] % 8000 == 0
-    longer = ask(MessageType.TRAIN, task(weights()), length=2.0, simulated=True)
+    longer = ask(MessageType.TRAIN, round_of(weights()), length=2.0, simulated=True)
     assert longer.error.reason.startswith("UsageError: --length 2s is longer than the run's 1s")
 
 
-def test_kept_moments_go_on_after_a_round_that_counted(
+def test_a_kept_optimizer_state_goes_on_after_a_round_that_counted(
     ask: Callable[..., Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(RUN, "keep-moments", True)
     state = str(tmp_path / "kept")
-    ask(MessageType.TRAIN, task(weights()), state=state)
-    again = task(weights(), round=2, first_update=4, folded_round=1)
+    ask(MessageType.TRAIN, round_of(weights()), state=state)
+    again = round_of(weights(), round=2, first_update=4, folded_round=1)
     went_on = ask(MessageType.TRAIN, again, state=state)
-    again = task(weights(), round=2, first_update=4, folded_round=0)  # round 1 did not count
+    again = round_of(weights(), round=2, first_update=4, folded_round=0)  # round 1 did not count
     anew = ask(MessageType.TRAIN, again, state=state)
     assert distance(went_on, anew) > 0.05
     files = sorted(path.name for path in (tmp_path / "kept" / "secretless" / "1").iterdir())
-    assert files == ["moments-00001.safetensors", "moments-00002.safetensors"]
+    assert files == ["optimizer-00001.safetensors", "optimizer-00002.safetensors"]

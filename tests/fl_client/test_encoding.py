@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fl_client.encoding import ENCODINGS, TOP_SHARE, Decoded, Encoding, decode, encode
+from fl_client.encoding import ENCODINGS, TOP_FRACTION, Decoded, Encoding, decode, encode
 from fl_client.protocol import ProtocolError
 from fl_client.updates import pack
 
 SHAPES = [(7,), (), (3, 5), (1, 1, 9), (4, 3, 2), (1, 6, 5), (300, 17)]
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk": 48 * TOP_SHARE}
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "topk": 48 * TOP_FRACTION}
 
 
 def values(shape: tuple[int, ...], seed: int = 0) -> Any:
@@ -39,7 +39,7 @@ def test_there_and_back(shape: tuple[int, ...], encoding: Encoding) -> None:
     elif encoding == "bf16":
         assert np.array_equal(found, torch.from_numpy(value).bfloat16().float().numpy())
     else:
-        largest = np.sort(np.abs(value).ravel())[-max(1, int(TOP_SHARE * value.size)) :]
+        largest = np.sort(np.abs(value).ravel())[-max(1, int(TOP_FRACTION * value.size)) :]
         assert np.allclose(np.sort(np.abs(found[found != 0])), largest, rtol=2**-8)
 
 

@@ -1,4 +1,4 @@
-"""A client's share: its own part, never a held-out speaker, whatever way it is chosen."""
+"""A client's audio: its own part, never a held-out speaker, whatever way it is chosen."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import DataError, UsageError
 from fl_client.federation_settings import FederationSettings
-from fl_client.local_data import held_out, load_manifest, share_of
+from fl_client.local_data import client_audio, held_out, load_manifest
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def settings(corpus: Path) -> FederationSettings:
 
 
 def speakers(node: dict[str, Any], settings: FederationSettings) -> set[str]:
-    share = share_of(node, settings)
-    return {share.manifest.sequences[i].speaker for i in share.indices}
+    audio = client_audio(node, settings)
+    return {audio.manifest.sequences[i].speaker for i in audio.indices}
 
 
 @pytest.mark.parametrize("how", ["speaker", "iid", "skewed"])
@@ -31,10 +31,10 @@ def test_parts_share_nothing_and_leave_the_held_out_out(
     assert len(excluded) >= 2
     seen: list[int] = []
     for number in range(4):
-        share = share_of({"partition-id": number, "num-partitions": 4}, settings)
-        assert share.key == number
-        assert not {manifest.sequences[i].speaker for i in share.indices} & excluded
-        seen += share.indices
+        audio = client_audio({"partition-id": number, "num-partitions": 4}, settings)
+        assert audio.key == number
+        assert not {manifest.sequences[i].speaker for i in audio.indices} & excluded
+        seen += audio.indices
     assert len(seen) == len(set(seen))
     everyone = [i for i, s in enumerate(manifest.sequences) if s.speaker not in excluded]
     assert sorted(seen) == everyone
@@ -44,7 +44,7 @@ def test_a_device_without_a_part_has_all_but_the_held_out(settings: FederationSe
     manifest = load_manifest(settings.data, (), 1.0, "")
     excluded = set(held_out(manifest, settings))
     node = {"client-key": 77, "data": settings.data}
-    assert share_of(node, settings).key == 77
+    assert client_audio(node, settings).key == 77
     assert speakers(node, settings) == set(manifest.speakers) - excluded
 
 
@@ -54,11 +54,11 @@ def test_chosen_speakers_must_be_there_and_not_held_out(settings: FederationSett
     free = sorted(set(manifest.speakers) - set(excluded))
     assert speakers({"speakers": f"{free[0]}, {free[1]}"}, settings) == set(free[:2])
     with pytest.raises(UsageError, match="not in"):
-        share_of({"speakers": "99"}, settings)
+        client_audio({"speakers": "99"}, settings)
     with pytest.raises(UsageError, match="held out"):
-        share_of({"speakers": excluded[0]}, settings)
+        client_audio({"speakers": excluded[0]}, settings)
 
 
 def test_a_device_has_its_own_corpus(settings: FederationSettings, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="elsewhere"):
-        share_of({"data": str(tmp_path / "elsewhere")}, settings)
+        client_audio({"data": str(tmp_path / "elsewhere")}, settings)

@@ -13,12 +13,12 @@ from tone_words import SPEAKERS, WORDS, write_words
 from common.errors import DataError, UsageError
 from fl_client.federation_settings import FederationSettings
 from fl_client.task_data import (
+    ClientClips,
     Pool,
-    TaskShare,
+    client_clips,
     divide_pool,
     load_pool,
     own_split,
-    task_share_of,
 )
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip, TaskData
@@ -55,7 +55,7 @@ def test_a_pool_holds_every_clip_of_every_split_once(pool: Pool, corpus: Path) -
     assert pool.skips == ()
 
 
-def test_clips_that_nobody_trains_on_are_left_out_of_the_pool(
+def test_clips_that_nobody_trains_on_are_not_in_the_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trials of verification name speakers of their own, whom no head knows."""
@@ -122,10 +122,10 @@ def test_iid_parts_are_as_large_as_each_other_and_skewed_ones_are_not(pool: Pool
 
 def test_with_labels_clients_say_different_words(pool: Pool) -> None:
     def widest(how: str) -> float:
-        """Largest difference between two clients' shares of a word."""
+        """Largest difference between two clients' fractions of a word."""
         counts = [Counter(c.label for c in part) for part in divide_pool(pool, 4, how, 1, False)]
-        shares = [[count[word] / count.total() for word in WORDS] for count in counts]
-        return max(max(column) - min(column) for column in zip(*shares, strict=True))
+        fractions = [[count[word] / count.total() for word in WORDS] for count in counts]
+        return max(max(column) - min(column) for column in zip(*fractions, strict=True))
 
     assert widest("speaker") == 0
     assert widest("labels") > 0.5
@@ -172,9 +172,9 @@ def test_an_own_split_has_every_label_with_two_clips_on_both_sides() -> None:
     assert own_split(clips, 0.25, 1) != (train, test)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.5, 5), (0.99, 9)])
-def test_the_share_of_clips_to_be_tested_on(share: float, count: int) -> None:
-    train, test = own_split(clips_of({"a": 10}), share, 0)
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.5, 5), (0.99, 9)])
+def test_the_fraction_of_clips_to_test_on(fraction: float, count: int) -> None:
+    train, test = own_split(clips_of({"a": 10}), fraction, 0)
     assert (len(test), len(train)) == (count, 10 - count)
 
 
@@ -190,41 +190,41 @@ def test_a_single_clip_is_too_few(counts: dict[str, int]) -> None:
         own_split(clips_of(counts), 0.25, 0)
 
 
-def names(share: TaskShare) -> set[str]:
-    return {clip.name for clip in (*share.train, *share.test)}
+def names(clips: ClientClips) -> set[str]:
+    return {clip.name for clip in (*clips.train, *clips.test)}
 
 
 def test_a_node_has_its_part_its_speakers_or_all(corpus: Path, pool: Pool) -> None:
     run = settings(corpus, own_test=0.5)
-    parts = [task_share_of({"partition-id": n, "num-partitions": 3}, run) for n in range(3)]
+    parts = [client_clips({"partition-id": n, "num-partitions": 3}, run) for n in range(3)]
     assert [part.key for part in parts] == [0, 1, 2]
     assert [names(part) for part in parts] == [
         {clip.name for clip in part} for part in divide_pool(pool, 3, "speaker", 0, False)
     ]
-    mine = task_share_of({"speakers": " aa00c1e7, ff55b6dc ", "client-key": 9}, run)
+    mine = client_clips({"speakers": " aa00c1e7, ff55b6dc ", "client-key": 9}, run)
     assert (mine.key, {clip.speaker for clip in mine.train}) == (9, {"aa00c1e7", "ff55b6dc"})
     assert len(mine.train) == len(mine.test) == 8
-    assert names(task_share_of({"client-key": 4}, run)) == {clip.name for clip in pool.clips}
+    assert names(client_clips({"client-key": 4}, run)) == {clip.name for clip in pool.clips}
 
 
 def test_a_device_has_data_of_its_own(corpus: Path, tmp_path: Path) -> None:
     own = write_words(tmp_path / "own", speakers=("gg66", "hh77", "ii88"), times=1)
-    share = task_share_of({"data": str(own)}, settings(corpus))
-    assert share.root == own
-    assert {clip.speaker for clip in share.train} == {"gg66", "hh77", "ii88"}
+    clips = client_clips({"data": str(own)}, settings(corpus))
+    assert clips.root == own
+    assert {clip.speaker for clip in clips.train} == {"gg66", "hh77", "ii88"}
 
 
 def test_what_a_node_cannot_have_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--speakers: not in .*: gg66, hh77"):
-        task_share_of({"speakers": "hh77,aa00c1e7,gg66"}, settings(corpus))
+        client_clips({"speakers": "hh77,aa00c1e7,gg66"}, settings(corpus))
     with pytest.raises(UsageError, match="data: give the corpus of kws35"):
-        task_share_of({}, settings(""))
+        client_clips({}, settings(""))
     with pytest.raises(DataError, match=r"no such folder: .*gone"):
-        task_share_of({"data": str(tmp_path / "gone")}, settings(corpus))
+        client_clips({"data": str(tmp_path / "gone")}, settings(corpus))
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.wav").write_bytes(b"x")
     with pytest.raises(DataError, match=r"not in the layout of Speech Commands v2"):
-        task_share_of({"data": str(tmp_path / "flat")}, settings(corpus))
+        client_clips({"data": str(tmp_path / "flat")}, settings(corpus))
 
 
 def test_transcripts_are_divided_by_speaker_and_split_as_one_label(
@@ -234,13 +234,13 @@ def test_transcripts_are_divided_by_speaker_and_split_as_one_label(
         for number in range(4):
             write("train-own", speaker, 1, number, samples=4800, words="SECRET WORDS")
     run = settings(root, task="asr", subset="train-own")
-    shares = [task_share_of({"partition-id": n, "num-partitions": 3}, run) for n in range(3)]
-    for share in shares:
-        assert (len(share.train), len(share.test)) == (3, 1)
-        assert len({clip.speaker for clip in (*share.train, *share.test)}) == 1
-    assert {clip.text for clip in shares[0].train} == {"SECRET WORDS"}
+    parts = [client_clips({"partition-id": n, "num-partitions": 3}, run) for n in range(3)]
+    for part in parts:
+        assert (len(part.train), len(part.test)) == (3, 1)
+        assert len({clip.speaker for clip in (*part.train, *part.test)}) == 1
+    assert {clip.text for clip in parts[0].train} == {"SECRET WORDS"}
     with pytest.raises(UsageError, match="partition labels is for tasks with classes"):
-        task_share_of(
+        client_clips(
             {"partition-id": 0, "num-partitions": 3}, dataclasses.replace(run, partition="labels")
         )
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from common.errors import DataError
 from fl_client import protocol, task_training, updates
 from fl_client.client_app import app
+from fl_client.client_round import RoundResult
 from fl_client.encoding import Decoded
 from fl_client.federation_settings import FederationSettings
-from fl_client.local_training import RoundResult
-from fl_client.task_data import TaskShare, task_share_of
+from fl_client.task_data import ClientClips, client_clips
 from fl_client.task_training import Resident, train_task_round
 from fl_server.broadcast import WHOLE, Broadcast
 from ssl_core.downstream.task_model import TaskModel
@@ -72,16 +72,16 @@ class Lab:
     def server(self, settings: FederationSettings) -> Resident:
         return Resident(settings, len(WORDS))
 
-    def task(self, settings: FederationSettings, number: int, **asked: Any) -> ConfigRecord:
+    def instructions(self, settings: FederationSettings, number: int, **asked: Any) -> ConfigRecord:
         values = {
             "run": "secretless", "round": number, "first_update": 3 * number, "updates": 3,
             "base_round": -1, "encoding": WHOLE[settings.encoding], "folded_round": number - 1,
             "backbone": self.server(settings).backbone,
         }  # fmt: skip
-        return protocol.task(**{**values, **asked})
+        return protocol.instructions(**{**values, **asked})
 
-    def share(self, settings: FederationSettings, client: int = 0, clients: int = 3) -> TaskShare:
-        return task_share_of({"partition-id": client, "num-partitions": clients}, settings)
+    def clips(self, settings: FederationSettings, client: int = 0, clients: int = 3) -> ClientClips:
+        return client_clips({"partition-id": client, "num-partitions": clients}, settings)
 
     def round(
         self,
@@ -90,7 +90,7 @@ class Lab:
         client: int = 0,
         weights: Mapping[str, Tensor] | None = None,
         evaluate_only: bool = False,
-        share: TaskShare | None = None,
+        clips: ClientClips | None = None,
         **asked: Any,
     ) -> RoundResult:
         """From the weights that the server begins with, where there are no others."""
@@ -98,8 +98,8 @@ class Lab:
         record, _ = Broadcast(settings.encoding).pack(weights, number, [client])
         return train_task_round(
             record,
-            self.task(settings, number, **asked),
-            share or self.share(settings, client),
+            self.instructions(settings, number, **asked),
+            clips or self.clips(settings, client),
             settings,
             state=self.state,
             evaluate_only=evaluate_only,
@@ -202,18 +202,18 @@ def test_a_client_whose_test_clips_are_broken_trains_and_is_not_scored(
     lab: Lab, tmp_path: Path
 ) -> None:
     settings = lab.settings()
-    share = lab.share(settings)
+    clips = lab.clips(settings)
     broken = dataclasses.replace(
-        share.test[0], piece=dataclasses.replace(share.test[0].piece, path="gone.wav")
+        clips.test[0], piece=dataclasses.replace(clips.test[0].piece, path="gone.wav")
     )
     whole = lab.round(settings)
-    result = lab.round(settings, share=share._replace(test=(broken,)))
+    result = lab.round(settings, clips=clips._replace(test=(broken,)))
     assert same(result, whole)
     metrics = result.metrics
     assert [metrics[name] for name in ("test_clips", "test_before", "test_after")] == [0, 0, 0]
     assert sum(metrics[name] for name in metrics if name.startswith("skipped_")) == 1
-    some = lab.round(settings, share=share._replace(test=(broken, *share.test[1:])))
-    assert some.metrics["test_clips"] == len(share.test) - 1
+    some = lab.round(settings, clips=clips._replace(test=(broken, *clips.test[1:])))
+    assert some.metrics["test_clips"] == len(clips.test) - 1
 
 
 def test_a_personal_head_is_kept_and_taken_up_in_the_next_round(lab: Lab) -> None:
@@ -310,7 +310,7 @@ def test_an_evaluation_changes_nothing_on_disk(lab: Lab, method: str) -> None:
 
 def test_an_evaluation_fits_the_head_of_fedrep_to_the_weights(lab: Lab) -> None:
     settings = lab.settings(method="fedrep", rounds=2, head_updates=60)
-    result = lab.round(settings, 2, evaluate_only=True, share=task_share_of({}, settings))
+    result = lab.round(settings, 2, evaluate_only=True, clips=client_clips({}, settings))
     assert result.metrics["updates"] == 60
     assert result.metrics["test_after"] > result.metrics["test_before"]
 
@@ -395,7 +395,7 @@ def test_the_shared_part_travels_in_fewer_bits(lab: Lab, encoding: str) -> None:
     assert found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted) > 0.3
     folder = lab.state / "secretless" / "0"
     residual = TensorFile(folder / "residual-00000.safetensors")
-    assert set(residual) == set(sent)  # what was left out of them, and of no head
+    assert set(residual) == set(sent)  # their encoding errors, and of no head
 
 
 @pytest.mark.parametrize("encoding", ["int8", "topk"])
@@ -409,8 +409,8 @@ def test_a_difference_to_the_weights_before_is_added_to_those_on_disk(
         record, base = broadcast.pack(weights, number, [0])
         assert base == number - 1
         how = settings.encoding if base >= 0 else WHOLE[settings.encoding]
-        asked = lab.task(settings, number, base_round=base, encoding=how)
-        train_task_round(record, asked, lab.share(settings), settings, state=lab.state)
+        asked = lab.instructions(settings, number, base_round=base, encoding=how)
+        train_task_round(record, asked, lab.clips(settings), settings, state=lab.state)
         broadcast.held[0] = number
         held = TensorFile(lab.state / "secretless" / "0" / f"weights-{number:05d}.safetensors")
         assert set(held) == set(weights)
@@ -419,23 +419,23 @@ def test_a_difference_to_the_weights_before_is_added_to_those_on_disk(
             value += 0.01
 
 
-def with_bad_clips(lab: Lab, tmp_path: Path, client: int = 0) -> tuple[Lab, TaskShare]:
+def with_bad_clips(lab: Lab, tmp_path: Path, client: int = 0) -> tuple[Lab, ClientClips]:
     """A corpus of its own in which the client has a clip cut short and a test clip of silence."""
     own = Lab(write_words(tmp_path / "broken"), lab.backbone, lab.state)
-    share = own.share(own.settings(), client)
-    path = share.root / share.train[0].piece.path
+    clips = own.clips(own.settings(), client)
+    path = clips.root / clips.train[0].piece.path
     path.write_bytes(path.read_bytes()[: SAMPLES // 2])
-    path = share.root / share.test[0].piece.path
+    path = clips.root / clips.test[0].piece.path
     data = path.read_bytes()
     path.write_bytes(data[:44] + bytes(len(data) - 44))
-    return own, share
+    return own, clips
 
 
 @pytest.mark.parametrize("method", ["fedper", "fedrep"])
 def test_a_clip_that_cannot_be_used_is_counted_once(lab: Lab, tmp_path: Path, method: str) -> None:
-    own, share = with_bad_clips(lab, tmp_path)
+    own, clips = with_bad_clips(lab, tmp_path)
     settings = own.settings(method=method, share="layers", local_updates=6)
-    metrics = own.round(settings, share=share).metrics
+    metrics = own.round(settings, clips=clips).metrics
     counted = {n: v for n, v in metrics.items() if n.startswith("skipped_") and v}
     assert counted == {"skipped_truncated": 1, "skipped_silent": 1}
     times = 2 if method == "fedrep" else 1
@@ -446,11 +446,11 @@ def test_a_clip_that_cannot_be_used_is_counted_once(lab: Lab, tmp_path: Path, me
 
 def test_a_client_without_a_clip_that_can_be_used_says_so(lab: Lab, tmp_path: Path) -> None:
     own = Lab(write_words(tmp_path / "gone"), lab.backbone, lab.state)
-    share = own.share(own.settings())
-    for clip in share.train:
-        (share.root / clip.piece.path).unlink()
+    clips = own.clips(own.settings())
+    for clip in clips.train:
+        (clips.root / clip.piece.path).unlink()
     with pytest.raises(DataError, match=r"none of the clips to train on can be used, such as: "):
-        own.round(own.settings(), share=share)
+        own.round(own.settings(), clips=clips)
     assert own.files() == {}
 
 
@@ -507,7 +507,7 @@ def ask(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Message]:
             weights = lab.server(settings).state_dict()
             record, _ = Broadcast(settings.encoding).pack(weights, 0, [])
             content[protocol.WEIGHTS] = record
-            content[protocol.TASK] = lab.task(settings, 0)
+            content[protocol.INSTRUCTIONS] = lab.instructions(settings, 0)
         config = {
             "data": str(lab.data), "state": str(lab.state), "partition-id": 1, "num-partitions": 3,
         }  # fmt: skip
@@ -571,7 +571,10 @@ def test_no_audio_path_label_or_speaker_leaves_the_device(
 @pytest.mark.usefixtures("ask")
 def test_pretraining_is_not_evaluated_on_a_client() -> None:
     content = RecordDict(
-        {protocol.WEIGHTS: ArrayRecord(), protocol.TASK: protocol.task(run="secretless", round=0)}
+        {
+            protocol.WEIGHTS: ArrayRecord(),
+            protocol.INSTRUCTIONS: protocol.instructions(run="secretless", round=0),
+        }
     )
     context = Context(7, 8, {"simulated": True}, RecordDict(), {"model": "tiny"})
     reply = app(Message(content, 8, MessageType.EVALUATE, group_id="1"), context)

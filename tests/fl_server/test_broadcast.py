@@ -58,8 +58,8 @@ def test_clients_follow_the_weights_and_the_server_their_updates(
         sizes.append(updates.size(record))
         for key in KEYS:
             model = Model()
-            task = asked(number, base, kind, number - 1)
-            exchange = exchange_of(model, copy(record), task, state(tmp_path, key), kind)
+            instructions = asked(number, base, kind, number - 1)
+            exchange = exchange_of(model, copy(record), instructions, state(tmp_path, key), kind)
             exchange.load()
             start = {name: value.clone() for name, value in model.state_dict().items()}
             assert worst(start, broadcast.sent) == 0

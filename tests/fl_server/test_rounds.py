@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 
 from fl_client import protocol, updates
 from fl_client.federation_settings import FederationSettings
-from fl_server.rounds import (
-    Client,
-    Federation,
-    Roster,
-    RoundFailed,
-    RoundResult,
-    choose_cohort,
-)
+from fl_server.roster import Client, Roster, RoundFailed, choose_cohort
+from fl_server.rounds import Federation, RoundResult
 from fl_server.server_optimizer import ServerOptimizer
 
 Reply = Callable[[Message], Message]
@@ -95,7 +89,7 @@ def update(
     arrays: dict[str, Any] = {name: np.array(values, dtype), "b": np.zeros((), dtype)}
 
     def answer(message: Message) -> Message:
-        asked = message.content.config_records[protocol.TASK]["round"]
+        asked = message.content.config_records[protocol.INSTRUCTIONS]["round"]
         numbers.update({"round": asked} if "round" not in (metrics or {}) else {})
         content = RecordDict(
             {
@@ -287,9 +281,9 @@ def test_every_client_of_a_round_gets_the_weights_and_the_global_update_number()
     assert len(grid.sent) == 2
     for message in grid.sent:
         assert message.metadata.message_type == "train"
-        assert set(message.content) == {protocol.WEIGHTS, protocol.TASK}
-        task = message.content.config_records[protocol.TASK]
-        assert dict(task) == {
+        assert set(message.content) == {protocol.WEIGHTS, protocol.INSTRUCTIONS}
+        instructions = message.content.config_records[protocol.INSTRUCTIONS]
+        assert dict(instructions) == {
             "run": "run", "round": 4, "first_update": 12, "updates": 3, "base_round": -1,
             "encoding": "fp32", "folded_round": -1,
         }  # fmt: skip
@@ -322,7 +316,7 @@ def test_clients_are_found_and_ordered_by_their_number() -> None:
     assert clients[0].seconds == 4.0
 
 
-def test_a_client_that_cannot_take_part_is_named_and_left_out() -> None:
+def test_a_client_that_cannot_take_part_is_named_and_skipped() -> None:
     said: list[str] = []
     answers: dict[int, list[Reply]] = {
         11: [description(0)],
@@ -365,7 +359,7 @@ def test_an_update_of_another_round_is_refused() -> None:
 
 
 @pytest.mark.parametrize("limit", ["deadline", "patience"])
-def test_who_does_not_answer_in_time_is_left_out(limit: str) -> None:
+def test_a_client_that_does_not_answer_in_time_is_skipped(limit: str) -> None:
     grid = FakeGrid({1: [update([1.0, 2.0], 5)], 2: [update([9.0, 9.0], 5)]})
     grid.silent = {2}
     settings = dataclasses.replace(SETTINGS, **{limit: 1.5})  # type: ignore[arg-type]

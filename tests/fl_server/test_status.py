@@ -8,7 +8,7 @@ from rich.console import Console
 from common.errors import UsageError
 from fl_client import protocol
 from fl_server.__main__ import main
-from fl_server.rounds import Client
+from fl_server.roster import Client
 from fl_server.status import Status, is_done, view
 from ssl_core.training.run_directory import RunDirectory
 

@@ -21,10 +21,11 @@ from fl_client.client_app import app
 from fl_client.federation_settings import FederationSettings
 from fl_client.task_training import Resident
 from fl_client.updates import Views
-from fl_server.jobs import FineTuning, describe_round, job_of
+from fl_server.fine_tuning_job import FineTuning
+from fl_server.job import describe_round
 from fl_server.personal_report import write_personal_report
 from fl_server.rounds import Federation, RoundResult
-from fl_server.server_app import serve
+from fl_server.server_app import job_of, serve
 from fl_server.status import view
 from ssl_core.downstream.lora import SCALE
 
@@ -218,8 +219,8 @@ def test_every_client_scores_the_last_weights(lab: Lab) -> None:
     for row in rows_of(run):
         folded |= {client["key"]: row["step"] - 1 for client in row["clients"]}
     for key, message in enumerate(asked):
-        task = dict(message.content.config_records[protocol.TASK])
-        assert task == {
+        instructions = dict(message.content.config_records[protocol.INSTRUCTIONS])
+        assert instructions == {
             "run": (run / "identity").read_text().strip(), "round": 2, "first_update": 4,
             "updates": 0, "base_round": -1, "encoding": "fp32", "folded_round": folded[key],
             "backbone": Resident(lab.settings(), 4).backbone,
@@ -247,8 +248,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(lab: Lab, changes: dict[st
 
     def stop(message: Message, key: int) -> Message | None:
         """At the last client's answer of round 2, as at a Ctrl-C."""
-        task = message.content.config_records[protocol.TASK]
-        if message.metadata.message_type == MessageType.TRAIN and (task["round"], key) == (1, 2):
+        instructions = message.content.config_records[protocol.INSTRUCTIONS]
+        if message.metadata.message_type == MessageType.TRAIN and (instructions["round"], key) == (
+            1,
+            2,
+        ):
             raise KeyboardInterrupt
         return None
 

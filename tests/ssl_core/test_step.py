@@ -244,7 +244,7 @@ def test_the_step_reports_what_it_did() -> None:
     assert report.applied
     assert report.crops == 4
     assert report.seconds == 4.0
-    assert report.masked_share == pytest.approx(19 / 49)
+    assert report.masked_fraction == pytest.approx(19 / 49)
     assert 12 < report.distinct_negatives <= 18
     assert 4.0 < report.contrastive < 5.5
     assert 2 < report.perplexity <= 128
