@@ -110,7 +110,7 @@ class Trial:
         return self.flwr is None or self.flwr.poll() is not None
 
     def round_begins(self, number: int, delay: float = 0.0) -> bool:
-        """Wait for the victim's message of a round, then up to `delay` seconds; False at the end."""
+        """Wait for the victim's message of a round, then up to `delay` seconds; False if ended."""
         log = self.lab.node_log(self.victim)
         self.wait(
             lambda: self.ended() or read_log(log).count(TRAIN) > number, f"round {number + 1}"

@@ -25,7 +25,7 @@ class Proxy:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def cut_after(self, sent: int, away: float) -> None:
-        """Cut all connections after `sent` more bytes of upload, and stay away for `away` seconds."""
+        """Cut all connections after `sent` more bytes of upload, for `away` seconds."""
         with self._lock:
             self._left, self._away = sent, away
 
