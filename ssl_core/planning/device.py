@@ -40,7 +40,7 @@ class DeviceProfile:
     precisions: tuple[Precision, ...]
     """Precisions in which the device computes matrix products natively."""
     timed_as: str = ""
-    """Device of the paper's Table 2 whose step times serve to estimate this one's; empty for none."""
+    """Device of the paper's Table 2 from which step times are estimated; empty for none."""
     times_faster: float = 1.0
     """Speed relative to the device `timed_as`."""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,11 +1,11 @@
-"""The training step: crops, a plan and the global update number in, named loss parts out.
+"""The pretraining step: crops, a plan and the global update number in, named loss parts out.
 
-An update takes `accumulation` batches. The loss of a batch is divided by all masked frames of the
-update, once. When a batch does not fit in memory at once it is taken in two stages: first the
-features and code probabilities of all its crops without a graph, then, a micro-batch at a time,
-the context network's gradient down to the features and the extractor's gradient by running it
-again. The diversity term needs the mean code probabilities of the whole batch; they are known after
-the first stage, so the gradient is that of the whole batch, to rounding.
+An update takes `accumulation` batches. The loss is divided once by all masked frames of the update.
+A batch that does not fit in memory is computed in two stages: first the features and code
+probabilities of all crops without a graph; then, for each micro-batch, the context network's
+gradient down to the features, and the extractor's gradient with the features recomputed. The
+diversity loss needs the mean code probabilities of the whole batch, which the first stage gives, so
+the gradient is that of the whole batch, to rounding.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class _Continue(torch.autograd.Function):
-    """A zero that goes backward with a given gradient.
+    """Returns a zero whose backward pass continues with a given gradient.
 
-    `Tensor.backward(gradient)` does so too, but to compare two shapes torch imports sympy, 25 MiB.
+    `Tensor.backward(gradient)` does the same, but imports sympy (25 MiB) to compare two shapes.
     """
 
     @staticmethod
@@ -61,30 +61,30 @@ class _Continue(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What an update did. Losses are means over masked frames, in nats."""
+    """Results of an update. Losses are means over masked frames, in nats."""
 
     update: int
     loss: float
-    """Contrastive loss + weighted diversity loss, penalty and code entropy."""
+    """Contrastive loss plus weighted diversity loss, penalty and code entropy."""
     contrastive: float
     diversity: float
-    """Unused share of the codebook, in [0, 1]."""
+    """Unused fraction of the codebook."""
     penalty: float
     """Mean square of the extractor's output."""
     accuracy: float
-    """Share of masked frames whose code was found among the distractors."""
+    """Fraction of masked frames whose code was more similar than all negatives."""
     perplexity: float
-    """Effective number of codebook entries in use, all groups together."""
+    """Effective number of codebook entries in use, over all groups."""
     code_entropy: float
-    """Of the code distribution of single frames, in nats, mean over groups."""
+    """Entropy of a frame's code distribution in nats, mean over frames and groups."""
     masked_fraction: float
     distinct_negatives: float
-    """Mean number of different frames among a frame's distractors."""
+    """Mean number of distinct frames among a frame's negatives."""
     gradient_norm: float
     learning_rate: float
     temperature: float
     applied: bool
-    """False when the gradient was not finite and the update was left out."""
+    """False if the gradient was not finite and the update was skipped."""
     crops: int
     seconds: float
     """Seconds of audio in the update."""
@@ -95,7 +95,7 @@ class StepReport:
 
 
 class BatchSums(NamedTuple):
-    """Sums over one batch, without a graph."""
+    """Sums over the masked frames of one batch, detached; `probabilities`: `[group, entry]`."""
 
     contrastive: float
     penalty: float
@@ -106,7 +106,7 @@ class BatchSums(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How the parts of the loss are weighed at an update, and the Gumbel temperature then."""
+    """Weights of the loss parts and the Gumbel temperature at an update."""
 
     diversity: float
     penalty: float
@@ -115,7 +115,16 @@ class Weights(NamedTuple):
 
 
 def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
-    """The loss of a whole batch, summed over its masked frames (fairseq's weighting)."""
+    """Combine the loss parts of a whole batch, as in fairseq.
+
+    Args:
+        parts: sums over the masked frames of the batch.
+        weights: of the parts.
+        masked: number of masked frames.
+
+    Returns:
+        The loss summed over masked frames, `[]`.
+    """
     diversity = diversity_loss(parts.probabilities / masked) * masked
     return (
         parts.contrastive
@@ -126,25 +135,33 @@ def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
 
 
 class PretrainingStep(PlannedStep):
-    """Takes updates of pretraining by a plan, for everyone who pretrains here."""
+    """Takes pretraining updates by a plan; shared by central runs, clients and simulations."""
 
     model: PretrainingModel
 
     def __init__(
         self, model: PretrainingModel, recipe: Recipe, plan: Plan, *, seed: int, total_updates: int
     ) -> None:
-        """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
+        """Set up the model and its optimizer.
+
+        Args:
+            model: to pretrain.
+            recipe: hyperparameters.
+            plan: how a step is taken.
+            seed: of masks, negatives, noise and dropout.
+            total_updates: length of the learning-rate schedule.
+        """
         recipe.validate()
         recipe.validate_plan(model.config, plan)
         self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
         super().__init__(model, model.wav2vec2, plan)
 
     def validate(self, plan: Plan) -> None:
-        """Check that a plan fits the model and recipe; raises `UsageError`."""
+        """Check a plan against model and recipe; raises `UsageError`."""
         self.recipe.validate_plan(self.model.config, plan)
 
     def make_optimizers(self) -> dict[str, AdamW]:
-        """One for all parameters."""
+        """Create one optimizer for all parameters."""
         state = self.plan.optimizer_state
         return {"model": AdamW(self.model.named_parameters(), self.recipe, state)}
 
@@ -163,7 +180,7 @@ class PretrainingStep(PlannedStep):
 
         Args:
             waveforms: `[batch, sample]`.
-            draws: chance for this batch.
+            draws: random draws of this batch.
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
         """
@@ -220,10 +237,10 @@ class PretrainingStep(PlannedStep):
         Args:
             batches: `accumulation` batches, each `[batch, sample]`.
             update: global update number, from 0.
-            key: tells apart those who take the same update, such as clients.
+            key: distinguishes clients that take the same update.
 
         Returns:
-            What happened; when the gradient is not finite the weights stay as they were.
+            The report; if the gradient is not finite the update is skipped.
         """
         config, plan = self.model.config, self.plan
         rate = schedule.learning_rate(self.recipe, update, self.total_updates)
