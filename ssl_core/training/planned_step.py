@@ -104,8 +104,7 @@ class PlannedStep:
     def optimizer_state(self) -> dict[str, Tensor]:
         """Optimizer state for a checkpoint, by `kind/parameter name`.
 
-        Each tensor has its parameter's shape `[...]` or is a scalar `[]`; with an `int8` state there
-        is also a scale for each block, `[block]`. `loss_scale` is `[]`.
+        Shapes are those of `AdamW.state`; `loss_scale` is `[]`.
         """
         states: dict[str, Tensor] = {}
         for optimizer in self.optimizers.values():

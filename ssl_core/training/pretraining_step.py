@@ -11,7 +11,7 @@ the gradient is that of the whole batch, to rounding.
 import contextlib
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training import randomness, schedule
 from ssl_core.training.adamw import AdamW
+from ssl_core.training.gradient_functions import continue_backward, scale_gradient
 from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
@@ -29,34 +30,6 @@ from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 from ssl_core.wav2vec2.recompute import recomputed
 
 Waveforms = npt.NDArray[np.float32]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-class _Continue(torch.autograd.Function):
-    """Returns a zero whose backward pass continues with a given gradient.
-
-    `Tensor.backward(gradient)` does the same, but imports sympy (25 MiB) to compare two shapes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +45,7 @@ class StepReport:
     penalty: float
     """Mean square of the extractor's output."""
     accuracy: float
-    """Fraction of masked frames whose code was more similar than all negatives."""
+    """Fraction of masked frames whose code was identified among the negatives."""
     perplexity: float
     """Effective number of codebook entries in use, over all groups."""
     code_entropy: float
@@ -170,8 +143,7 @@ class PretrainingStep(PlannedStep):
             features = recomputed(self.model.features, waveforms)
         else:
             features = self.model.features(waveforms)
-        scaled: Tensor = _ScaleGradient.apply(features, self.recipe.feature_grad_scale)
-        return scaled
+        return scale_gradient(features, self.recipe.feature_grad_scale)
 
     def accumulate(
         self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
@@ -227,7 +199,8 @@ class PretrainingStep(PlannedStep):
             done.append(LossParts(*(part.detach() for part in parts)))
             with autocast(self.device, self.plan.precision):
                 features = self._features(rows, recompute=False)
-            _Continue.apply(features, leaf.grad).backward()
+            assert leaf.grad is not None
+            continue_backward(features, leaf.grad)
             del leaf, features
         return _sums(done, masked)
 
