@@ -79,8 +79,8 @@ class DeviceProfile:
             raise UsageError(f"{where}: give one of system and tensor_fraction")
         if self.tensor_fraction is not None and not (self.shared and 0 < self.tensor_fraction < 1):
             raise UsageError(
-                f"{where}: tensor_fraction needs shared: true and must be between 0 and 1, not "
-                f"{self.tensor_fraction}"
+                f"{where}: tensor_fraction, of a memory that a GPU shares (shared: true), must be "
+                f"between 0 and 1, not {self.tensor_fraction}"
             )
         if self.shared and self.accelerator == "cpu":
             raise UsageError(f"{where}: shared is for a GPU; leave it out for accelerator cpu")
