@@ -18,7 +18,8 @@ from benchmarks.exchange_lab import Lab
 from benchmarks.flower_processes import ROOT
 from common import command
 from common.errors import ShortwaveError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Size
 from ssl_core.planning.memory_cgroup import capped
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from common import command
 from common.atomic import write_text
 from common.errors import ShortwaveError, UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.downstream.tasks import asr
 
 ROOT = Path(__file__).parents[1]

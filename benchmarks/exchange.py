@@ -28,7 +28,8 @@ from benchmarks.exchange_lab import Lab
 from benchmarks.flower_processes import ROOT, write_tones
 from common import command
 from common.errors import ShortwaveError, UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import format_bytes
 from ssl_core.training import checkpoint
 from ssl_core.training.pretraining_recipe import RECIPES

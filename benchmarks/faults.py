@@ -25,7 +25,8 @@ from benchmarks.small_disk import can_mount
 from common import command
 from common.errors import UsageError
 from common.progress import bar_of
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Names
 
 

@@ -31,7 +31,8 @@ from benchmarks.finetune_worker import OURS, PEER, TASK, Job
 from common import command
 from common.errors import ShortwaveError, UsageError
 from common.process_environment import tuned
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.training import hf_checkpoint as hf
 from ssl_core.training import randomness

@@ -16,7 +16,8 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from common import command
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.training.curves import plot_curves
 from ssl_core.training.run_directory import RunDirectory
 from ssl_core.wav2vec2.config import preset

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from common import command
 from common.figures import save_figure
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,8 @@ from benchmarks.speech_batches import SpeechBatches
 from common import command
 from common.errors import ShortwaveError, UsageError
 from common.progress import track
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.downstream.task_work import task_work
 from ssl_core.paper import table2_report as paper_report
 from ssl_core.paper.planned_cell import agreement

@@ -32,7 +32,8 @@ from benchmarks.contest import (
 from benchmarks.step_grid import run_grid
 from benchmarks.workers import OURS, ROOT, Job, PlanName
 from common import command
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Seconds
 
 FIGURE = ROOT / "benchmarks" / "figures" / "step-grid.png"

@@ -32,7 +32,8 @@ from small_models import save_backbone
 from common import command
 from common.errors import DataError, Interrupted, UsageError
 from common.process_environment import tuned
-from common.settings import from_mapping, parse, settings_parser
+from common.options import settings_parser
+from common.settings import from_mapping, parse
 from common.stop import Stop
 from partitions.manifest import Piece
 from ssl_core import finetune
