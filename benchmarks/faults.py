@@ -24,8 +24,8 @@ from benchmarks.flower_processes import write_tones
 from benchmarks.small_disk import can_mount
 from common import command
 from common.errors import UsageError
-from common.progress import bar_of
 from common.options import settings_parser
+from common.progress import bar_of
 from common.settings import parse
 from common.units import Names
 

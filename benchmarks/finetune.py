@@ -30,8 +30,8 @@ from rich.console import Console
 from benchmarks.finetune_worker import OURS, PEER, TASK, Job
 from common import command
 from common.errors import ShortwaveError, UsageError
-from common.process_environment import tuned
 from common.options import settings_parser
+from common.process_environment import tuned
 from common.settings import parse
 from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.training import hf_checkpoint as hf

@@ -28,8 +28,8 @@ from benchmarks.planner_report import Row, plot, print_caps, print_peaks
 from benchmarks.speech_batches import SpeechBatches
 from common import command
 from common.errors import ShortwaveError, UsageError
-from common.progress import track
 from common.options import settings_parser
+from common.progress import track
 from common.settings import parse
 from ssl_core.downstream.task_work import task_work
 from ssl_core.paper import table2_report as paper_report

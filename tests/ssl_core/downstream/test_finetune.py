@@ -31,8 +31,8 @@ from small_models import save_backbone
 
 from common import command
 from common.errors import DataError, Interrupted, UsageError
-from common.process_environment import tuned
 from common.options import settings_parser
+from common.process_environment import tuned
 from common.settings import from_mapping, parse
 from common.stop import Stop
 from partitions.manifest import Piece
