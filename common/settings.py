@@ -183,8 +183,15 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
     )
     parser.add_argument("--config", action="config", help="YAML file of any of the options below")
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
+
+
+def _add_fields(parser: Parser, kind: type[Any]) -> None:
+    parser.add_class_arguments(kind, as_group=False)
+    for action in parser._actions:
+        if "." in action.dest:  # nested settings have defaults, also of fields without
+            action.required = False
 
 
 def parse(
@@ -227,15 +234,15 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
     """
     silent: Any = _silent_parser
     parser, given = silent(kind), _underscored(dict(values))
-    for name, full in getattr(kind, "SHORT", {}).items():
-        if name in given:
-            section, _, inner = full.partition(".")
-            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
     for field in _fields(kind):
         if dataclasses.is_dataclass(field.default) and not isinstance(
             given.get(field.name, {}), dict
         ):
             raise UsageError(f"{where}: {field.name} must be a mapping of settings")
+    for name, full in getattr(kind, "SHORT", {}).items():
+        if name in given:
+            section, _, inner = full.partition(".")
+            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
     try:
         known = _nested(parser.parse_object(given, defaults=False))
         defaults = dict(_flat(_defaults(kind, known)))
@@ -266,7 +273,7 @@ def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 @functools.cache
 def _silent_parser(kind: Any) -> Parser:
     parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
 
 
