@@ -1,202 +1,32 @@
-"""Settings as frozen dataclasses, from a command line, YAML or a mapping, by jsonargparse.
+"""Settings as frozen dataclasses, from a command line, YAML or a mapping.
 
 A settings class documents each field in a docstring below it, which `--help` shows. It may have
 
 - `defaults(given)`, a class method: defaults that depend on what was given, such as a preset's;
 - `validate()`, which raises `UsageError` where values do not fit together;
 - `SHORT`, names of nested settings that need no prefix: `{"batch": "recipe.batch"}`.
-
-Names are written with dashes, nested ones with dots: `--recipe.learning-rate 1e-3`.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
-import re
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import jsonargparse
 import yaml
-from jsonargparse.typing import register_type
 
-from common.command import nearest
 from common.errors import UsageError
+from common.options import Parser, dashed, short_names, types_by_name, underscored
 from common.units import Names, Seconds, Size
 
 Settings = TypeVar("Settings")
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-for _kind in (Seconds, Size, Names):
-    register_type(_kind, str, _kind.parse, deserializer_exceptions=UsageError)
-
-
-def _underscored(values: Any) -> Any:
-    """A mapping with `_` for every `-` in its keys, nested ones too."""
-    if not isinstance(values, dict):
-        return values
-    return {str(key).replace("-", "_"): _underscored(value) for key, value in values.items()}
-
-
-_load_yaml: Callable[[str], Any] = jsonargparse.get_loader("yaml")
-jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)))
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """A parser that takes dashes in names, no abbreviations, and names the nearest option."""
-
-    def __init__(
-        self,
-        *,
-        short: Mapping[str, str] | None = None,
-        hints: Mapping[str, Any] | None = None,
-        **settings: Any,
-    ) -> None:
-        """Make a parser.
-
-        Args:
-            short: options that stand for others, such as `{"--frozen": "--backbone=frozen"}`.
-            hints: types by dotted name: a `bool` needs no value, a tuple takes several words.
-            settings: of `argparse.ArgumentParser`.
-        """
-        settings.setdefault("allow_abbrev", False)
-        settings.setdefault("usage", "%(prog)s [options]")
-        super().__init__(**settings)
-        self.short, self.hints = dict(short or {}), dict(hints or {})
-
-    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """See `jsonargparse.ArgumentParser`; options are written as a person writes them."""
-        words = sys.argv[1:] if args is None else args
-        return super().parse_args(self._canonical(list(words)), *others, **options)
-
-    def _canonical(self, words: list[str]) -> list[str]:
-        """The words as jsonargparse knows them."""
-        result = []
-        while words:
-            word = words.pop(0)
-            if not word.startswith("--"):
-                result.append(word)
-                continue
-            name, equals, value = word.partition("=")
-            name, *preset = self.short.get(name, name).split("=", 1)
-            full, hint = "--" + name[2:].replace("-", "_"), self.hints.get(_field(name))
-            if preset:
-                equals, value = "=", preset[0]
-            elif hint is bool and not equals and (not words or words[0].startswith("--")):
-                equals, value = "=", "true"
-            elif _takes_several(hint) and not equals:
-                several = list(itertools.takewhile(lambda each: not each.startswith("--"), words))
-                del words[: len(several)]
-                if several:
-                    equals, value = "=", ",".join(several)
-            if _takes_several(hint) and hint is not Names and not value.startswith("["):
-                value = f"[{value}]"
-            result.append(full + equals + value)
-        return result
-
-    def options(self) -> list[str]:
-        """All options as a person writes them."""
-        known = {text for action in self._actions for text in action.option_strings}
-        return sorted({_dashed(text) for text in known} | self.short.keys())
-
-    def format_help(self, formatter: Any = None) -> str:
-        """The help text, options with dashes."""
-        text = super().format_help(formatter)
-        return re.sub(r"--[a-z][a-z0-9_.]*", lambda match: _dashed(match[0]), text)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line that says what and where, and exit with 2."""
-        if not self.exit_on_error:
-            raise argparse.ArgumentError(None, message) from ex
-        text = _explained(message, self.options())
-        self.exit(2, f"{self.prog}: error: {text} (see {self.prog} --help)\n")
-
-
-def _field(option: str) -> str:
-    """The dotted name of a field, from its option."""
-    return option[2:].replace("-", "_")
-
-
-def _takes_several(hint: Any) -> bool:
-    return hint is Names or typing.get_origin(hint) is tuple
-
-
-def _hints(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Types of all fields by dotted name, nested ones too."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + name, hint
-
-
-def _dashed(option: str) -> str:
-    return option if option == "--print_config" else option.replace("_", "-")
-
-
-def _explained(message: str, known: Sequence[str]) -> str:
-    """An error of jsonargparse in one line, with the nearest known name."""
-    text = " ".join(message.split())
-    found = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
-    if found is not None:
-        reason = re.sub(r"^Not of type \w+: ", "", found[2])
-        wrong = re.fullmatch(r"Expected an? (.*)\. Got value: (.*)", reason)
-        if wrong is not None:
-            reason = f"'{wrong[2]}' is not {_readable(wrong[1], wrong[2])}"
-        reason = re.sub(
-            r"(\S+) does not conform to restriction v>0", r"\1 is not above zero", reason
-        )
-        return f"{_dashed('--' + found[1])}: {reason}"
-    unknown = re.match(r"unrecognized arguments: ([^\s=]+)", text)
-    if unknown is not None:
-        return f"unrecognized arguments: {_dashed(unknown[1])}{nearest(_dashed(unknown[1]), known)}"
-    group = re.fullmatch(r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.]+)'.*", text)
-    if group is not None:
-        name = _dashed(".".join(filter(None, [group[1], group[2]])))
-        return f"unknown setting '{name}'{nearest(name, [each[2:] for each in known])}"
-    return text
-
-
-def _readable(kind: str, value: str) -> str:
-    """A type in words, for `'x' is not ...`."""
-    choices = re.findall(r"'([^']*)'", kind) if "Literal" in kind else []
-    if choices:
-        return f"one of {', '.join(choices)}{nearest(value, choices)}"
-    name = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", kind).rpartition(".")[2]
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return words.get(name, f"of type {name}")
-
-
-def settings_parser(kind: type[Any], **options: Any) -> Parser:
-    """A parser of a settings class, with `--config FILE` and `--print_config`.
-
-    Args:
-        kind: dataclass of the settings.
-        options: of `Parser`.
-    """
-    short = {f"--{name}": f"--{full}" for name, full in getattr(kind, "SHORT", {}).items()}
-    parser = Parser(
-        **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
-    )
-    parser.add_argument("--config", action="config", help="YAML file of any of the options below")
-    _add_fields(parser, kind)
-    return parser
-
-
-def _add_fields(parser: Parser, kind: type[Any]) -> None:
-    parser.add_class_arguments(kind, as_group=False)
-    for action in parser._actions:
-        if "." in action.dest:  # nested settings have defaults, also of fields without
-            action.required = False
-
 
 def parse(
     kind: type[Settings], parser: Parser, arguments: Sequence[str] | None
-) -> tuple[Settings, argparse.Namespace]:
+) -> tuple[Settings, dict[str, Any]]:
     """Read settings from a command line, before that `--config`, before that the defaults.
 
     Args:
@@ -205,19 +35,21 @@ def parse(
         arguments: words of the command line; None takes the process's own.
 
     Returns:
-        The settings, validated, and the values of the further options.
+        The settings, validated, and those of the further options that were given, by name.
 
     Raises:
         UsageError: values that do not fit together.
     """
-    given = _nested(parser.parse_args(arguments, defaults=False))
-    parser.set_defaults(dict(_flat(_defaults(kind, given))))
-    values = parser.instantiate(parser.parse_args(arguments))
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    settings = kind(**{name: getattr(values, name) for name in names})
-    _validate(settings)
-    others = {name: value for name, value in vars(values).items() if name not in names}
-    return settings, argparse.Namespace(**others)
+    given = parser.parse_args(arguments, defaults=False).as_dict()
+    given.pop("config", None)
+    shown = given.pop("print_config", False)
+    names = {field.name for field in _fields(kind)}
+    others = {name: given.pop(name) for name in given.keys() - names}
+    settings = _complete(kind, given)
+    if shown:
+        print(to_yaml(settings), end="")
+        raise SystemExit(0)
+    return settings, others
 
 
 def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
@@ -232,119 +64,98 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
         UsageError: an unknown name (the nearest is named), a value of the wrong type, or values
             that do not fit together.
     """
-    silent: Any = _silent_parser
-    parser, given = silent(kind), _underscored(dict(values))
+    parser, given = _silent_parser(typing.cast(Any, kind)), underscored(dict(values))
     for field in _fields(kind):
-        if dataclasses.is_dataclass(field.default) and not isinstance(
-            given.get(field.name, {}), dict
-        ):
+        nested = dataclasses.is_dataclass(field.default)
+        if nested and not isinstance(given.get(field.name, {}), dict):
             raise UsageError(f"{where}: {field.name} must be a mapping of settings")
-    for name, full in getattr(kind, "SHORT", {}).items():
-        if name in given:
-            section, _, inner = full.partition(".")
-            given[section] = {inner: given.pop(name)} | dict(given.get(section) or {})
+    for name in short_names(kind).keys() & given.keys():
+        section, _, inner = short_names(kind)[name].partition(".")
+        given[section] = {inner: given.pop(name)} | given.get(section, {})
     try:
-        known = _nested(parser.parse_object(given, defaults=False))
-        defaults = dict(_flat(_defaults(kind, known)))
-        chosen = parser.instantiate(parser.parse_object(defaults_under(defaults, known)))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        text = error.message if isinstance(error, argparse.ArgumentError) else str(error)
-        raise UsageError(f"{where}: {_explained(text, parser.options())}") from None
-    settings = kind(**{field.name: getattr(chosen, field.name) for field in _fields(kind)})
-    try:
-        _validate(settings)
+        return _complete(kind, parser.parse_object(given, defaults=False).as_dict())
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{where}: {parser.explain(error.message)}") from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def _complete(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """Settings from the values given, and defaults that depend on them."""
+    parser, find = _silent_parser(typing.cast(Any, kind)), getattr(kind, "defaults", None)
+    defaults = find(given) if find is not None else {}
+    merged = _nested([*_flat(defaults), *_flat(given)])
+    values = parser.instantiate(parser.parse_object(merged))
+    settings = kind(**{field.name: getattr(values, field.name) for field in _fields(kind)})
+    found, hints = dict(_flat(vars(settings))), dict(types_by_name(kind))
+    for name, value in found.items():
+        if value is None and type(None) not in typing.get_args(hints[name]):
+            raise UsageError(f"{dashed(name)}: a value is missing")
+    validate = getattr(settings, "validate", None)
+    if validate is not None:
+        validate()
     return settings
-
-
-def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values given, and below them defaults by dotted name, as one nested mapping."""
-    merged: dict[str, Any] = {}
-    for name, value in (*defaults.items(), *_flat(given)):
-        *sections, last = name.split(".")
-        place = merged
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return merged
 
 
 @functools.cache
 def _silent_parser(kind: Any) -> Parser:
-    parser = Parser(exit_on_error=False)
-    _add_fields(parser, kind)
-    return parser
+    """A parser that raises rather than exits."""
+    return Parser(kind, exit_on_error=False)
 
 
 def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(kind)
 
 
-def _defaults(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    found = getattr(kind, "defaults", None)
-    return dict(found(given)) if found is not None else {}
-
-
-def _validate(settings: Any) -> None:
-    validate = getattr(settings, "validate", None)
-    if validate is not None:
-        validate()
-
-
-def _nested(namespace: Any) -> dict[str, Any]:
-    values: dict[str, Any] = namespace.as_dict()
-    return {name: value for name, value in values.items() if name != "config"}
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values by dotted name; of nested settings each of their own."""
     for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif name != "__path__":
+        nested = vars(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(nested, dict):
+            yield from _flat(nested, f"{prefix}{name}.")
+        elif name != "__path__":  # where jsonargparse read a file
             yield prefix + name, value
 
 
-def plain(settings: Any) -> dict[str, Any]:
-    """Settings as nested mappings of scalars and lists, names with dashes, for YAML and JSON."""
-    return {
-        field.name.replace("_", "-"): _plain(getattr(settings, field.name))
-        for field in _fields(settings)
-    }
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return plain(value)
-    if isinstance(value, Seconds | Size | Names | Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+def _nested(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The nested mapping of values by dotted name, of which later ones win."""
+    result: dict[str, Any] = {}
+    for name, value in values:
+        *sections, last = name.split(".")
+        functools.reduce(lambda place, each: place.setdefault(each, {}), sections, result)[last] = (
+            value
+        )
+    return result
 
 
 def flat(settings: Any) -> dict[str, str | int | float | bool]:
     """Settings as scalars by dotted name with dashes, as Flower's run config holds them.
 
-    What is not set (None) is an empty text.
+    A tuple is a text of its values, None an empty text.
     """
-    found = _flat(plain(settings))
-    return {
-        name: "" if value is None else str(value) if isinstance(value, list) else value
-        for name, value in found
-    }
+    return {dashed(name): _scalar(value) for name, value in _flat(vars(settings))}
+
+
+def _scalar(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, tuple) and not isinstance(value, Names):
+        return str(list(value))
+    return str(value) if isinstance(value, Seconds | Size | Names | Path) else value
 
 
 def unflat(values: Mapping[str, Any]) -> dict[str, Any]:
     """The nested mapping of `flat`'s scalars; an empty text is a setting that was not given."""
-    given = {name: value for name, value in values.items() if value != ""}
-    return defaults_under({}, given)
+    return _nested((name, value) for name, value in values.items() if value != "")
 
 
 def to_yaml(settings: Any) -> str:
     """The YAML of settings, names as on the command line."""
-    return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    values = (
+        (name, None if value is None else list(value) if type(value) is tuple else _scalar(value))
+        for name, value in ((dashed(name), value) for name, value in _flat(vars(settings)))
+    )
+    return yaml.safe_dump(_nested(values), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -359,10 +170,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UsageError(
-            f"{path}: settings must be 'name: value' lines, not a {type(loaded).__name__}"
-        )
-    return loaded
+    if not isinstance(loaded or {}, dict):
+        kind = type(loaded).__name__
+        raise UsageError(f"{path}: settings must be 'name: value' lines, not a {kind}")
+    return loaded or {}

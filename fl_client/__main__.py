@@ -22,7 +22,8 @@ from jsonargparse.typing import PositiveInt
 
 from common import command
 from common.errors import UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Names, Seconds, Size
 from fl_client import warm_start
 from fl_client.environment import be_lean, be_quiet

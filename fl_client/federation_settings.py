@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.errors import UsageError
+from common.options import short_names
 from common.settings import flat, from_mapping, unflat
 from common.units import Names, Seconds
 from fl_client.encoding import Encoding
@@ -202,4 +203,4 @@ def _from_items(items: tuple[tuple[str, Any], ...]) -> RunSettings:
 
 def _names(kind: type[RunSettings]) -> set[str]:
     """Names in the run config, nested ones too."""
-    return {*flat(kind()), *getattr(kind, "SHORT", {})}
+    return {*flat(kind()), *short_names(kind)}

@@ -14,7 +14,8 @@ from rich.live import Live
 
 from common import command
 from common.errors import UsageError
-from common.settings import Parser, parse, settings_parser
+from common.options import Parser, settings_parser
+from common.settings import parse
 from common.units import Names
 from fl_server.certificates import (
     ALWAYS,
@@ -72,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _watch(arguments: Sequence[str] | None) -> None:
     description = "Show what a federation does, from its run directory, until it is done."
-    parser = Parser(prog=f"{PROG} watch", description=description, hints={"once": bool})
+    parser = Parser(prog=f"{PROG} watch", description=description)
     parser.add_argument("directory", type=Path, help="run directory")
-    parser.add_argument("--once", type=bool, default=False, help="print it once")
+    parser.add_argument("--once", action="store_true", help="print it once")
     options = parser.parse_args(arguments)
     console = Console()
     if options.once:

@@ -221,7 +221,7 @@ class Federation:
         observer: Observer | None,
     ) -> list[str]:
         """Send a round's messages and fold the replies; a line for each client that failed."""
-        settings, failures = self.settings, list[str]()
+        failures: list[str] = []
 
         def take(client: Client, reply: Message) -> None:
             metrics = received.add(client.key, reply)
@@ -236,7 +236,7 @@ class Federation:
                 observer.replied(key, None, reason)
 
         silent = self._collect(grid, messages, cohort, take, refuse)
-        limited = settings.deadline or settings.patience
+        limited = self.settings.deadline or self.settings.patience
         why = "no answer in time" if limited else "the message could not be sent"
         for key in silent:
             refuse(key, why)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from common import atomic, command
 from common.figures import save_figure
-from common.settings import Parser, parse, settings_parser
+from common.options import Parser, settings_parser
+from common.settings import parse
 from common.units import Names, Seconds, format_length, format_seconds
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
 from partitions.librispeech import find_utterances

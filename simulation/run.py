@@ -23,7 +23,8 @@ from jsonargparse.typing import PositiveInt  # noqa: E402
 
 from common import command  # noqa: E402
 from common.errors import UsageError  # noqa: E402
-from common.settings import flat, parse, read_yaml, settings_parser  # noqa: E402
+from common.options import settings_parser  # noqa: E402
+from common.settings import flat, parse, read_yaml  # noqa: E402
 from common.units import format_bytes, format_seconds  # noqa: E402
 from fl_client.federation_settings import (  # noqa: E402
     PretrainingFederation,
@@ -70,8 +71,8 @@ def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, s
     )
     parser.add_argument("--address", type=str, default="", help="Ray cluster to join")
     settings, others = parse(kind, parser, words)
-    cores = os.cpu_count() or 1
-    return settings, others.workers or min(cores, settings.clients_per_round), others.address
+    workers = others.get("workers") or min(os.cpu_count() or 1, settings.clients_per_round)
+    return settings, workers, others.get("address", "")
 
 
 def _task(words: Sequence[str]) -> str:

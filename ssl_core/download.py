@@ -10,7 +10,8 @@ from pathlib import Path
 
 from common import command
 from common.errors import ShortwaveError, UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 
 SUBSETS = {
     "dev-clean": 0.34,

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from common import command
 from common.errors import Interrupted
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.stop import Stop
 from ssl_core.downstream import results
 from ssl_core.downstream.clip_loader import check

@@ -16,7 +16,8 @@ from rich.table import Table
 from common import command
 from common.atomic import write_text
 from common.errors import UsageError
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import Seconds, format_bytes
 from ssl_core.downstream.task_work import task_work
 from ssl_core.paper import planned_cell, table2_report, table3_report

@@ -21,8 +21,9 @@ from common import command
 from common.atomic import write_text
 from common.errors import ShortwaveError
 from common.figures import save_figure
+from common.options import settings_parser
 from common.progress import track
-from common.settings import parse, settings_parser
+from common.settings import parse
 from common.units import Seconds, format_bytes, format_length
 from ssl_core.planning.decision import Decision
 from ssl_core.planning.estimate import estimate

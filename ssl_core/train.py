@@ -10,7 +10,8 @@ if __name__ == "__main__":
 import torch
 
 from common import command
-from common.settings import parse, settings_parser
+from common.options import settings_parser
+from common.settings import parse
 from common.units import format_seconds
 from partitions.demo_corpus import demo_corpus
 from partitions.prepared import prepare

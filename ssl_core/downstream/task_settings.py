@@ -38,7 +38,9 @@ class TaskSettings(ComputeSettings):
         """
         if given.get("resume"):
             return vars(stored_settings(cls, Path(given["resume"])))
-        return {"recipe": recipe_of(str(given["task"]))} if given.get("task") else {}
+        if not given.get("task"):
+            raise UsageError("--task: say which, such as --task kws12")
+        return {"recipe": recipe_of(str(given["task"]))}
 
     def validate(self) -> None:
         """Check values and that they fit together.

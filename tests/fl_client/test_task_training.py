@@ -398,7 +398,7 @@ def test_the_shared_part_travels_in_fewer_bits(lab: Lab, encoding: str) -> None:
     assert found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted) > 0.3
     folder = lab.state / "secretless" / "0"
     residual = TensorFile(folder / "residual-00000.safetensors")
-    assert set(residual) == set(sent)  # what the encoding lost of them, and of no head
+    assert set(residual) == set(sent)  # their encoding errors, and of no head
 
 
 @pytest.mark.parametrize("encoding", ["int8", "topk"])
