@@ -31,8 +31,8 @@ Stage = Literal["waveform", "extracted", "frames", "mean"]
 over frames."""
 
 Inputs = Sequence[Tensor] | Tensor
-"""A batch: waveforms `[sample]`; extractor output `[clip, frame, channel]`, packed (see `packing`) where
-lengths differ; or padded frames or means, `[clip, frame, feature]`."""
+"""A batch: waveforms `[sample]`; extractor output `[clip, frame, channel]`, packed (see
+`packing`) where lengths differ; or padded frames or means, `[clip, frame, feature]`."""
 
 
 class LogMel(nn.Module):
