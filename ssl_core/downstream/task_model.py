@@ -31,7 +31,7 @@ Stage = Literal["waveform", "extracted", "frames", "mean"]
 over frames."""
 
 Inputs = Sequence[Tensor] | Tensor
-"""A batch: waveforms `[sample]`; extractor output `[clip, frame, channel]`, packed (see `packing`) if
+"""A batch: waveforms `[sample]`; extractor output `[clip, frame, channel]`, packed (`packing`) if
 lengths differ; or padded frames or means, `[clip, frame, feature]`."""
 
 
