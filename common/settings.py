@@ -1,12 +1,12 @@
-"""Settings as frozen dataclasses, from a command line, YAML or a mapping, by jsonargparse.
+"""Reads settings (frozen dataclasses) from a command line, YAML or a mapping, by jsonargparse.
 
-A settings class documents each field in a docstring below it, which `--help` shows. It may have
+The docstring below each field of a settings class is its `--help`. A class may have
 
-- `defaults(given)`, a class method: defaults that depend on what was given, such as a preset's;
-- `validate()`, which raises `UsageError` where values do not fit together;
-- `SHORT`, names of nested settings that need no prefix: `{"batch": "recipe.batch"}`.
+- `defaults(given)`, a class method: defaults that depend on given values, such as a preset's;
+- `validate()`, which raises `UsageError` if values do not fit together;
+- `SHORT`, short names of nested settings: `{"batch": "recipe.batch"}`.
 
-Names are written with dashes, nested ones with dots: `--recipe.learning-rate 1e-3`.
+Users write names with dashes and nested names with dots: `--recipe.learning-rate 1e-3`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ for _kind in (Seconds, Size, Names):
 
 
 def _underscored(values: Any) -> Any:
-    """A mapping with `_` for every `-` in its keys, nested ones too."""
+    """Replace `-` by `_` in the keys of a nested mapping."""
     if not isinstance(values, dict):
         return values
     return {str(key).replace("-", "_"): _underscored(value) for key, value in values.items()}
@@ -47,7 +47,7 @@ jsonargparse.set_loader("yaml", lambda text: _underscored(_load_yaml(text)))
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser that takes dashes in names, no abbreviations, and names the nearest option."""
+    """A parser with dashes in names and no abbreviations; errors name the nearest option."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class Parser(jsonargparse.ArgumentParser):
         hints: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """Make a parser.
+        """Create a parser.
 
         Args:
-            short: options that stand for others, such as `{"--frozen": "--backbone=frozen"}`.
+            short: short forms of options, such as `{"--frozen": "--backbone=frozen"}`.
             hints: types by dotted name: a `bool` needs no value, a tuple takes several words.
-            settings: of `argparse.ArgumentParser`.
+            settings: arguments of `argparse.ArgumentParser`.
         """
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("usage", "%(prog)s [options]")
@@ -69,12 +69,12 @@ class Parser(jsonargparse.ArgumentParser):
         self.short, self.hints = dict(short or {}), dict(hints or {})
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        """See `jsonargparse.ArgumentParser`; options are written as a person writes them."""
+        """See `jsonargparse.ArgumentParser`; takes options as users write them."""
         words = sys.argv[1:] if args is None else args
         return super().parse_args(self._canonical(list(words)), *others, **options)
 
     def _canonical(self, words: list[str]) -> list[str]:
-        """The words as jsonargparse knows them."""
+        """Translate options from users' notation to jsonargparse's."""
         result = []
         while words:
             word = words.pop(0)
@@ -99,17 +99,17 @@ class Parser(jsonargparse.ArgumentParser):
         return result
 
     def options(self) -> list[str]:
-        """All options as a person writes them."""
+        """All options as users write them."""
         known = {text for action in self._actions for text in action.option_strings}
         return sorted({_dashed(text) for text in known} | self.short.keys())
 
     def format_help(self, formatter: Any = None) -> str:
-        """The help text, options with dashes."""
+        """The help text, with dashes in options."""
         text = super().format_help(formatter)
         return re.sub(r"--[a-z][a-z0-9_.]*", lambda match: _dashed(match[0]), text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line that says what and where, and exit with 2."""
+        """Print an error in one line and exit with 2."""
         if not self.exit_on_error:
             raise argparse.ArgumentError(None, message) from ex
         text = _explained(message, self.options())
@@ -117,7 +117,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _field(option: str) -> str:
-    """The dotted name of a field, from its option."""
+    """The dotted field name of an option."""
     return option[2:].replace("-", "_")
 
 
@@ -126,7 +126,7 @@ def _takes_several(hint: Any) -> bool:
 
 
 def _hints(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Types of all fields by dotted name, nested ones too."""
+    """Yield the types of all fields, including nested ones, by dotted name."""
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             yield from _hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def _dashed(option: str) -> str:
 
 
 def _explained(message: str, known: Sequence[str]) -> str:
-    """An error of jsonargparse in one line, with the nearest known name."""
+    """Reword an error of jsonargparse in one line, with the nearest known name."""
     text = " ".join(message.split())
     found = re.match(r"Parser key \"([\w.]+)\": (.*)", text)
     if found is not None:
@@ -162,7 +162,7 @@ def _explained(message: str, known: Sequence[str]) -> str:
 
 
 def _readable(kind: str, value: str) -> str:
-    """A type in words, for `'x' is not ...`."""
+    """Describe a type in words, to follow `'x' is not`."""
     choices = re.findall(r"'([^']*)'", kind) if "Literal" in kind else []
     if choices:
         return f"one of {', '.join(choices)}{nearest(value, choices)}"
@@ -172,11 +172,11 @@ def _readable(kind: str, value: str) -> str:
 
 
 def settings_parser(kind: type[Any], **options: Any) -> Parser:
-    """A parser of a settings class, with `--config FILE` and `--print_config`.
+    """Create a parser for a settings class, with `--config FILE` and `--print_config`.
 
     Args:
         kind: dataclass of the settings.
-        options: of `Parser`.
+        options: arguments of `Parser`.
     """
     short = {f"--{name}": f"--{full}" for name, full in getattr(kind, "SHORT", {}).items()}
     parser = Parser(
@@ -190,15 +190,15 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
 def parse(
     kind: type[Settings], parser: Parser, arguments: Sequence[str] | None
 ) -> tuple[Settings, argparse.Namespace]:
-    """Read settings from a command line, before that `--config`, before that the defaults.
+    """Read settings from a command line; it overrides `--config`, which overrides the defaults.
 
     Args:
         kind: dataclass of the settings.
-        parser: from `settings_parser`, with further options if wanted.
-        arguments: words of the command line; None takes the process's own.
+        parser: from `settings_parser`, optionally with further options.
+        arguments: words of the command line; None for `sys.argv`.
 
     Returns:
-        The settings, validated, and the values of the further options.
+        The validated settings, and the values of the further options.
 
     Raises:
         UsageError: values that do not fit together.
@@ -214,16 +214,15 @@ def parse(
 
 
 def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Build settings from a mapping such as YAML's; keys may be written with `-` or `_`.
+    """Build settings from a mapping such as YAML's; keys may contain `-` or `_`.
 
     Args:
         kind: dataclass of the settings.
-        values: by name, nested ones as mappings.
+        values: by name; nested settings are mappings.
         where: source of the values, for errors.
 
     Raises:
-        UsageError: an unknown name (the nearest is named), a value of the wrong type, or values
-            that do not fit together.
+        UsageError: an unknown name, a value of the wrong type, or values that do not fit together.
     """
     silent: Any = _silent_parser
     parser, given = silent(kind), _underscored(dict(values))
@@ -252,7 +251,7 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
 
 
 def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values given, and below them defaults by dotted name, as one nested mapping."""
+    """Merge defaults (by dotted name) and given values, which win, into a nested mapping."""
     merged: dict[str, Any] = {}
     for name, value in (*defaults.items(), *_flat(given)):
         *sections, last = name.split(".")
@@ -291,7 +290,7 @@ def _nested(namespace: Any) -> dict[str, Any]:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted name; of nested settings each of their own."""
+    """Yield values by dotted name, including those of nested settings."""
     for name, value in values.items():
         if dataclasses.is_dataclass(value):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -302,7 +301,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Settings as nested mappings of scalars and lists, names with dashes, for YAML and JSON."""
+    """Convert settings to nested mappings of scalars and lists, with dashes in names."""
     return {
         field.name.replace("_", "-"): _plain(getattr(settings, field.name))
         for field in _fields(settings)
@@ -318,9 +317,9 @@ def _plain(value: Any) -> Any:
 
 
 def flat(settings: Any) -> dict[str, str | int | float | bool]:
-    """Settings as scalars by dotted name with dashes, as Flower's run config holds them.
+    """Convert settings to scalars by dotted name with dashes, as in Flower's run config.
 
-    What is not set (None) is an empty text.
+    None becomes an empty text.
     """
     found = _flat(plain(settings))
     return {
@@ -330,21 +329,21 @@ def flat(settings: Any) -> dict[str, str | int | float | bool]:
 
 
 def unflat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mapping of `flat`'s scalars; an empty text is a setting that was not given."""
+    """Convert scalars of `flat` to a nested mapping; an empty text means not given."""
     given = {name: value for name, value in values.items() if value != ""}
     return defaults_under({}, given)
 
 
 def to_yaml(settings: Any) -> str:
-    """The YAML of settings, names as on the command line."""
+    """Convert settings to YAML, with names as on the command line."""
     return yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        UsageError: missing, not YAML, or not a mapping at the top level.
+        UsageError: the file is missing, not YAML, or not a mapping at the top level.
     """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
