@@ -15,7 +15,8 @@ from partitions.speakers import seconds_of
 from simulation.fleet import Fleet
 from simulation.fleet import table as fleet_table
 from ssl_core.training.checkpoint import latest
-from ssl_core.training.run_directory import CONFIG, METRICS, RunDirectory
+from ssl_core.training.run_directory import METRICS, RunDirectory
+from ssl_core.training.stored_settings import CONFIG
 
 
 def write_report(

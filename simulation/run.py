@@ -47,7 +47,8 @@ from simulation.report import write_report  # noqa: E402
 from ssl_core.training.checkpoint import latest  # noqa: E402
 from ssl_core.training.crops import describe  # noqa: E402
 from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
-from ssl_core.training.run_directory import CONFIG, RunDirectory  # noqa: E402
+from ssl_core.training.run_directory import RunDirectory  # noqa: E402
+from ssl_core.training.stored_settings import CONFIG  # noqa: E402
 
 
 def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, str]:
