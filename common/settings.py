@@ -86,6 +86,8 @@ class Parser(jsonargparse.ArgumentParser):
             full, hint = "--" + name[2:].replace("-", "_"), self.hints.get(_field(name))
             if preset:
                 equals, value = "=", preset[0]
+            elif _is_optional(hint) and not equals and words[:1] == [""]:
+                equals, value = "=", words.pop(0) or "null"  # not the path "."
             elif hint is bool and not equals and (not words or words[0].startswith("--")):
                 equals, value = "=", "true"
             elif _takes_several(hint) and not equals:
@@ -119,6 +121,10 @@ class Parser(jsonargparse.ArgumentParser):
 def _field(option: str) -> str:
     """The dotted name of a field, from its option."""
     return option[2:].replace("-", "_")
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _takes_several(hint: Any) -> bool:
@@ -183,8 +189,15 @@ def settings_parser(kind: type[Any], **options: Any) -> Parser:
         **options | {"short": short | options.get("short", {}), "hints": dict(_hints(kind))}
     )
     parser.add_argument("--config", action="config", help="YAML file of any of the options below")
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
+
+
+def _add_fields(parser: Parser, kind: type[Any]) -> None:
+    parser.add_class_arguments(kind, as_group=False)
+    for action in parser._actions:
+        if "." in action.dest:  # nested settings have defaults, also of fields without
+            action.required = False
 
 
 def parse(
@@ -266,7 +279,7 @@ def defaults_under(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 @functools.cache
 def _silent_parser(kind: Any) -> Parser:
     parser = Parser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
+    _add_fields(parser, kind)
     return parser
 
 
