@@ -39,9 +39,9 @@ from common import command
 from common.errors import ShortwaveError, UsageError
 from common.progress import bar_of
 from fl_client.environment import QUIET
-from fl_client.federation_settings import PretrainingFederation
+from fl_server.server_app import stored_settings
 from ssl_core.training import checkpoint
-from ssl_core.training.run_directory import RunDirectory, stored_settings
+from ssl_core.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 NODES = 3
@@ -67,10 +67,10 @@ right = ClientApp.__call__
 
 def wrong(app, message, context):
     reply = right(app, message, context)
-    asked = message.content.config_records.get("instructions", {})
-    if "round" not in asked or reply.has_error():
+    task = message.content.config_records.get("task", {})
+    if "round" not in task or reply.has_error():
         return reply
-    number, kept = int(asked["round"]), Path(FOLDER, "reply")
+    number, kept = int(task["round"]), Path(FOLDER, "reply")
     if FAULT == "replayed":
         if number not in ROUNDS:
             kept.write_bytes(pickle.dumps(reply.content))
@@ -597,7 +597,7 @@ class Trial:
     def problems(self, rows: list[dict[str, Any]]) -> list[str]:
         """Why the run directory cannot be gone on with; empty when it can."""
         try:
-            stored_settings(PretrainingFederation, self.output)
+            stored_settings(self.output)
             last = checkpoint.latest(self.output / "checkpoints")
             if last is None:
                 return ["rounds are logged and no checkpoint is there"] if len(rows) > 1 else []
