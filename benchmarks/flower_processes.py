@@ -1,4 +1,4 @@
-"""Flower's processes for tests and benchmarks: own ports, own FLWR_HOME, ended one by one."""
+"""Flower's processes for tests and benchmarks, with free ports and a FLWR_HOME of their own."""
 
 import contextlib
 import os
@@ -20,17 +20,22 @@ ROOT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A port of loopback on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class FlowerProcesses:
-    """Starts commands as a user with an activated environment does, in the repository's root."""
+    """Starts commands in the repository's root, as a user with an activated environment does."""
 
     def __init__(self, home: Path, **environment: str) -> None:
-        """`home`: FLWR_HOME, which also tells the processes apart that Flower starts itself."""
+        """Make the folder `home`.
+
+        Args:
+            home: FLWR_HOME; it also marks the processes that Flower starts itself.
+            environment: further environment variables.
+        """
         self.home = home
         home.mkdir(parents=True)
         binaries = str(Path(sys.executable).parent)
@@ -45,7 +50,7 @@ class FlowerProcesses:
         self.log = home / "processes.log"
 
     def start(self, *command: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start a command that goes on, in a process group of its own."""
+        """Start a command in the background, in a session of its own; output goes to `log`."""
         with (log or self.log).open("ab") as stream:
             return subprocess.Popen(
                 command, cwd=ROOT, env=self.environment, stdout=stream, stderr=stream,
@@ -53,14 +58,14 @@ class FlowerProcesses:
             )  # fmt: skip
 
     def run(self, *command: str, timeout: float = 500) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end; stderr goes with stdout."""
+        """Run a command to its end, at most `timeout` seconds; stderr is part of stdout."""
         return subprocess.run(
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
     def mine(self) -> list[psutil.Process]:
-        """Every process that carries this FLWR_HOME."""
+        """Every process with this FLWR_HOME."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -69,7 +74,7 @@ class FlowerProcesses:
         return found
 
     def end(self) -> None:
-        """End every process that carries this FLWR_HOME."""
+        """End every process with this FLWR_HOME."""
         for process in self.mine():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGTERM)
@@ -80,7 +85,7 @@ class FlowerProcesses:
 
 
 def wait_until(happens: Callable[[], bool], what: str) -> None:
-    """Wait for something that the test cannot go on without."""
+    """Wait until a condition holds; fails after 90 s with its description `what`."""
     end = time.monotonic() + 90
     while not happens():
         assert time.monotonic() < end, f"not within 90 s: {what}"
@@ -94,7 +99,7 @@ def write_tones(root: Path) -> Path:
         folder = root / "train-small" / str(speaker) / "1"
         folder.mkdir(parents=True)
         for number in range(4):
-            pitches = np.repeat(rng.uniform(80, 4_000, 60), 1_600)  # a tone each tenth of a second
+            pitches = np.repeat(rng.uniform(80, 4_000, 60), 1_600)  # a new tone every 0.1 s
             sound = 0.2 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000)
             soundfile.write(folder / f"{speaker}-1-{number:04d}.flac", sound, 16_000)
     return root

@@ -1,9 +1,10 @@
-"""Federated and central pretraining of `tiny` on the same recordings, for the same updates.
+"""Federated and centralised pretraining of `tiny`: same recordings, same number of updates.
 
-`python -m benchmarks.learning --data LibriSpeech` runs both, one after the other, draws their
-curves and prints one JSON object as its last line.
+`python -m benchmarks.learning --data LibriSpeech` runs one after the other and draws their curves.
+The last line is one JSON object.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
+
 from common import command
+from common.options import settings_parser
+from common.settings import parse
 from ssl_core.training.curves import plot_curves
 from ssl_core.training.run_directory import RunDirectory
 from ssl_core.wav2vec2.config import preset
@@ -21,39 +26,54 @@ ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "benchmarks" / "figures" / "learning.png"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningSettings:
+    """What to pretrain on, and for how long."""
+
+    data: Path
+    """LibriSpeech."""
+    rounds: PositiveInt = PositiveInt(50)
+    """Rounds of the federation."""
+    clients_per_round: PositiveInt = PositiveInt(8)
+    """Size of the cohort."""
+    local_updates: PositiveInt = PositiveInt(4)
+    """Updates a client takes in a round."""
+    batch: PositiveInt = PositiveInt(4)
+    """Crops in a client's batch."""
+    output: Path | None = None
+    """Folder for the two run directories; a temporary one without it."""
+    figure: Path = FIGURE
+    """PNG to draw."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run both and compare; returns the exit code."""
-    parser = command.Parser(prog="python -m benchmarks.learning", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="LibriSpeech")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds of the federation")
-    parser.add_argument("--clients-per-round", type=int, default=8, help="size of the cohort")
-    parser.add_argument("--local-updates", type=int, default=4, help="updates of a client a round")
-    parser.add_argument("--batch", type=int, default=4, help="crops of a client's batch")
-    parser.add_argument("--output", type=Path, help="where to keep the two run directories")
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="PNG to draw")
-    options = parser.parse_args(arguments)
-    output = options.output or Path(tempfile.mkdtemp(prefix="learning-"))
+    parser = settings_parser(
+        LearningSettings, prog="python -m benchmarks.learning", description=__doc__
+    )
+    settings, _ = parse(LearningSettings, parser, arguments)
+    output = settings.output or Path(tempfile.mkdtemp(prefix="learning-"))
     shared = [
-        "--data", str(options.data), "--model", "tiny", "--length", "5s", "--precision", "auto",
+        "--data", str(settings.data), "--model", "tiny", "--length", "5s", "--precision", "auto",
         "--eval-crops", "48",
     ]  # fmt: skip
     federated = [
         str(ROOT / "simulation" / "run.py"), *shared, "--clients", "100",
-        "--rounds", str(options.rounds), "--clients-per-round", str(options.clients_per_round),
-        "--local-updates", str(options.local_updates), "--batch", str(options.batch),
+        "--rounds", str(settings.rounds), "--clients-per-round", str(settings.clients_per_round),
+        "--local-updates", str(settings.local_updates), "--batch", str(settings.batch),
         "--output", str(output / "federated"),
     ]  # fmt: skip
     central = [
         "-m", "ssl_core.train", *shared,
-        "--updates", str(options.rounds * options.local_updates),
-        "--batch", str(options.clients_per_round * options.batch), "--eval-every", "10",
+        "--updates", str(settings.rounds * settings.local_updates),
+        "--batch", str(settings.clients_per_round * settings.batch), "--eval-every", "10",
         "--output", str(output / "central"),
     ]  # fmt: skip
     for program in (federated, central):
         subprocess.run([sys.executable, *program], cwd=ROOT, check=True)
     runs = {name: RunDirectory(output / name).metrics() for name in ("federated", "central")}
     negatives = preset("tiny").num_negatives
-    plot_curves(runs, options.figure, negatives=negatives, unit="global update")
+    plot_curves(runs, settings.figure, negatives=negatives, unit="global update")
     print(json.dumps(_summary(runs, 1 / (negatives + 1))))
     return 0
 

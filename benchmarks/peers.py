@@ -1,5 +1,5 @@
-"""What the benchmarks and tests compare with: the pretraining steps of transformers and SpeechBrain
-as their users take them, and transformers' gradients when chance is given.
+"""Pretraining steps of transformers and SpeechBrain, and transformers' gradients for given masks,
+negatives and noise, for benchmarks and tests to compare with.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Draws, PretrainingModel
 
 Step = Callable[[npt.NDArray[np.float32]], None]
-"""Takes one optimiser step on `[batch, sample]`."""
+"""Takes one optimizer step on waveforms `[batch, sample]`."""
 Builder = Callable[[Path, str], Step]
-"""Makes a step from a folder with `config.json` and a precision, `fp32` or `bf16`."""
+"""Builds a step from a folder with `config.json` and a precision, `fp32` or `bf16`."""
 
 NO_CHANCE = {
     "hidden_dropout": 0.0,
@@ -34,18 +34,18 @@ NO_CHANCE = {
     "feat_quantizer_dropout": 0.0,
     "layerdrop": 0.0,
 }
-"""Rates under which a gradient follows from masks, negatives and Gumbel noise alone."""
+"""Rates at which a gradient depends only on masks, negatives and Gumbel noise."""
 
 RATE = 1e-5
-"""Learning rate of the peers' steps, as during warm-up; no timing depends on it."""
+"""Learning rate of the peers' steps, as in warm-up; times do not depend on it."""
 
 
 def transformers_step(folder: Path, precision: str) -> Step:
     """The step of transformers' `run_wav2vec2_pretraining_no_trainer.py`, without its Accelerate.
 
-    Masks and negatives are drawn as by its collator. The example multiplies every gradient by 1 /
-    masked frames after the backward pass and takes its norm for the log; here the loss is divided,
-    which is the same and costs nothing. AdamW is fused, which the example's is not.
+    Its collator's functions draw masks and negatives. After the backward pass, the example divides
+    every gradient by the number of masked frames and logs its norm; here the loss is divided, which
+    is equivalent and costs nothing. AdamW is fused, unlike the example's.
     """
     config = Wav2Vec2Config.from_pretrained(folder)
     model = Wav2Vec2ForPreTraining(config).train()
@@ -69,7 +69,7 @@ def transformers_step(folder: Path, precision: str) -> Step:
 
 
 def import_speechbrain() -> Builder:
-    """Import SpeechBrain, and return what builds its step.
+    """Import SpeechBrain and return the function that builds its step.
 
     Raises:
         ImportError: it is not installed.
@@ -81,19 +81,19 @@ def import_speechbrain() -> Builder:
         """As in `recipes/CommonVoice/self-supervised-learning/wav2vec2/train_hf_wav2vec2.py`."""
 
         def compute_forward(self, batch: tuple[Tensor, Tensor], stage: Stage) -> Tensor:
-            """The loss, summed over masked frames."""
+            """The loss, a scalar summed over masked frames, of waveforms `[batch, sample]`."""
             outputs, _ = self.modules.wav2vec2(*batch)
             return outputs.loss
 
         def compute_objectives(self, predictions: Tensor, batch: Any, stage: Stage) -> Tensor:
-            """The loss is transformers' own."""
+            """The loss as transformers computed it, a scalar."""
             return predictions
 
     def build(folder: Path, precision: str) -> Step:
-        # SpeechBrain's other wav2vec 2.0 recipe has an encoder of its own with 8 heads and layer
-        # norms, which is not base; this wrapper runs base, in transformers' model. It calls that
-        # with an attention mask, although nothing is padded, asks for all hidden states, and takes
-        # negatives from all frames.
+        # This wrapper runs transformers' model of base; the encoder of SpeechBrain's other wav2vec
+        # 2.0 recipe, with 8 heads and layer norms, is not base. The wrapper passes an attention
+        # mask although nothing is padded, asks for all hidden states, and draws negatives from all
+        # frames.
         brain = Pretraining(
             modules={"wav2vec2": Wav2Vec2Pretrain(str(folder), str(folder / "speechbrain"))},
             opt_class=lambda parameters: torch.optim.AdamW(
@@ -113,16 +113,21 @@ def import_speechbrain() -> Builder:
 
 
 def hf_config(config: ModelConfig, **changes: object) -> Wav2Vec2Config:
-    """The architecture as transformers has it."""
+    """The architecture as a config of transformers, with `changes`."""
     values = {key: value for key, value in config.to_hf().items() if key != "torch_dtype"}
     return Wav2Vec2Config(**{**values, **changes})
 
 
 def plain_flops(config: ModelConfig, batch: int, samples: int) -> int:
-    """Floating point operations in matrix products and convolutions of a plain step.
+    """Floating-point operations in matrix products and convolutions of a plain step.
 
-    Counted on transformers' model with fake tensors, forward and backward. Its loss and its masking
-    look at values, which fake tensors have not, and are left out; neither has such an operation.
+    Counted on transformers' model with fake tensors, forward and backward. Loss and masking are
+    skipped: they need values, which fake tensors do not have, and contain no such operation.
+
+    Args:
+        config: architecture.
+        batch: crops.
+        samples: in each crop.
     """
     counter = FlopCounterMode(display=False)
     with FakeTensorMode():
@@ -135,7 +140,13 @@ def plain_flops(config: ModelConfig, batch: int, samples: int) -> int:
 
 
 def drawn_negatives(draws: Draws, frames: int, negatives: int) -> Tensor:
-    """Multiplicities as indices into all frames of the batch, as transformers wants them.
+    """Negatives as indices into all frames of the batch, as transformers takes them.
+
+    Args:
+        draws: with masked frames `[batch, masked]` and how often each is a negative of each other,
+            `[batch, masked, masked]`.
+        frames: in a crop.
+        negatives: for each masked frame.
 
     Returns:
         `[batch, frame, negative]` int64; zeros at frames that are not masked.
@@ -152,7 +163,7 @@ def drawn_negatives(draws: Draws, frames: int, negatives: int) -> Tensor:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The gradient of every parameter by name, in fp64; every one must be there."""
+    """The gradient of every parameter by name, each `[...]` in fp64; none may be missing."""
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -161,7 +172,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference, by the norm of `theirs`."""
+    """Norm of the difference of two tensors `[...]`, divided by the norm of `theirs`."""
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
@@ -184,11 +195,11 @@ def transformers_backward(
     """Losses and gradients of transformers' model with our weights, masks, negatives and noise.
 
     Args:
-        ours: the model whose weights to take; its config has no dropout.
+        ours: the model whose weights to use, without dropout.
         waveforms: `[batch, sample]`.
-        draws: chance for these crops, their negatives from the same utterance.
+        draws: masks, noise and negatives of these crops; negatives come from the same utterance.
         temperature: of the Gumbel softmax.
-        dtype: in which to compute, throughout.
+        dtype: of all computations.
     """
     config, batch = ours.config, len(waveforms)
     model = Wav2Vec2ForPreTraining(hf_config(config)).train()

@@ -1,68 +1,113 @@
-"""Personal fine-tuning: personal heads beside one global head, and beside training alone.
+"""Personal fine-tuning: personal heads beside one global head and beside training alone.
 
-`python -m benchmarks.personal --data SPEECH-COMMANDS --checkpoint DIR` runs the same federation by
-each method, from the same backbone and for the same updates, and prints one JSON object as its last
-line. Every client is tested on clips of its own that it never trained on.
+`python -m benchmarks.personal --data SPEECH-COMMANDS --checkpoint DIR` runs the same federation
+with each method, from the same backbone and for the same number of updates. Every client is tested
+on clips of its own that it never trained on. The last line is one JSON object.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
 from common import command
 from common.figures import save_figure
+from common.options import settings_parser
+from common.settings import parse
+from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "benchmarks" / "figures" / "personal.png"
+BATCH = 8
+"""Clips in a client's batch unless given."""
 METHODS = {"global": "fedavg", "fedper": "fedper", "fedrep": "fedrep", "local": "local"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PersonalSettings:
+    """The task, the federation, and how often it is run."""
+
+    data: Path
+    """The task's corpus."""
+    checkpoint: str
+    """Directory of a backbone, or random."""
+    task: str = "kws35"
+    """Downstream task."""
+    partition: Literal["speaker", "labels", "iid"] = "labels"
+    """How clips are divided among clients."""
+    share: Literal["backbone", "layers", "lora"] = "layers"
+    """Part of the backbone that is trained and shared."""
+    clients: PositiveInt = PositiveInt(12)
+    """Clients, all of them in every round."""
+    rounds: PositiveInt = PositiveInt(20)
+    """Rounds of a run."""
+    local_updates: PositiveInt = PositiveInt(8)
+    """Updates a client takes in a round."""
+    recipe: TaskRecipe = recipe_of("kws35")
+    """The task's recipe unless given, with batches of 8."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each method runs once with each."""
+    output: Path | None = None
+    """Folder for the run directories; a temporary one without it."""
+    figure: Path = FIGURE
+    """PNG to draw."""
+
+    SHORT: ClassVar[dict[str, str]] = {"batch": "recipe.batch"}
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The task's recipe; raises `UsageError` where there is no such task."""
+        recipe = recipe_of(str(given.get("task", cls.task)))
+        return {"recipe": dataclasses.replace(recipe, batch=BATCH)}
+
+    def recipe_options(self) -> list[str]:
+        """Options of the simulation for everything that differs from the task's recipe."""
+        own = recipe_of(self.task)
+        return [
+            word
+            for name, value in vars(self.recipe).items()
+            if name == "batch" or value != getattr(own, name)
+            for word in (f"--recipe.{name.replace('_', '-')}", str(value).lower())
+        ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all methods; returns the exit code."""
-    parser = command.Parser(prog="python -m benchmarks.personal", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the task's corpus")
-    parser.add_argument("--checkpoint", required=True, help="a backbone, or random")
-    parser.add_argument("--task", default="kws35")
-    parser.add_argument("--partition", default="labels", choices=("speaker", "labels", "iid"))
-    parser.add_argument("--share", default="layers", choices=("backbone", "layers", "lora"))
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--local-updates", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--recipe", default="", help="changes of the task's recipe")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
-    parser.add_argument("--output", type=Path, help="where to keep the run directories")
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="PNG to draw")
-    options = parser.parse_args(arguments)
-    output = options.output or Path(tempfile.mkdtemp(prefix="personal-"))
+    parser = settings_parser(
+        PersonalSettings, prog="python -m benchmarks.personal", description=__doc__
+    )
+    settings, _ = parse(PersonalSettings, parser, arguments)
+    output = settings.output or Path(tempfile.mkdtemp(prefix="personal-"))
     scores: dict[str, list[float]] = {}
     for name, method in METHODS.items():
         scores[name] = []
-        for seed in options.seeds:
+        for seed in settings.seeds:
             folder = output / f"{name}-{seed}"
-            # FedRep divides its updates between head and shared part.
-            updates = options.local_updates // 2 if method == "fedrep" else options.local_updates
+            # FedRep takes as many updates of the head as of the shared part.
+            updates = settings.local_updates // 2 if method == "fedrep" else settings.local_updates
             subprocess.run(
                 [
-                    sys.executable, str(ROOT / "simulation" / "run.py"), "--task", options.task,
-                    "--data", str(options.data.resolve()), "--checkpoint", options.checkpoint,
-                    "--model", "tiny", "--method", method, "--share", options.share,
-                    "--partition", options.partition, "--clients", str(options.clients),
-                    "--clients-per-round", str(options.clients), "--rounds", str(options.rounds),
-                    "--local-updates", str(updates), "--batch", str(options.batch),
-                    "--seed", str(seed), "--recipe", options.recipe, "--output", str(folder),
+                    sys.executable, str(ROOT / "simulation" / "run.py"), "--task", settings.task,
+                    "--data", str(settings.data.resolve()), "--checkpoint", settings.checkpoint,
+                    "--model", "tiny", "--method", method, "--share", settings.share,
+                    "--partition", settings.partition, "--clients", str(settings.clients),
+                    "--clients-per-round", str(settings.clients), "--rounds", str(settings.rounds),
+                    "--local-updates", str(updates), *settings.recipe_options(),
+                    "--seed", str(seed), "--output", str(folder),
                 ],
                 cwd=ROOT, check=True,
             )  # fmt: skip
             found = json.loads((folder / "personal.json").read_text(encoding="utf-8"))
             scores[name] += [client["score"] for client in found["by_client"].values()]
-    _draw(scores, options.figure)
+    _draw(scores, settings.figure)
     result: dict[str, float] = {}
     for name, values in scores.items():
         result[f"{name}_mean"] = float(np.mean(values))

@@ -1,6 +1,6 @@
-"""A small tree in Timers and Such's layout, spoken by the demo voices.
+"""Speaks a small corpus in Timers and Such's layout with the demo voices.
 
-`python -m benchmarks.spoken_commands FOLDER [TIMES]` makes it, with so many times as many voices.
+`python -m benchmarks.spoken_commands FOLDER [TIMES]`; TIMES multiplies the number of voices.
 """
 
 import csv
@@ -22,13 +22,13 @@ NUMBERS = {
 }  # fmt: skip
 UNITS = ("minutes", "hours", "seconds")
 PARTS = {"train-real": 3, "train-synth": 3, "dev-real": 1, "test-real": 1}
-"""Voices of each part, of which nobody speaks in two."""
+"""Voices of each part; no voice speaks in two parts."""
 COMMANDS = 6
-"""Of a voice."""
+"""Commands of each voice."""
 
 
 def command_of(random: Random) -> tuple[str, dict[str, object]]:
-    """A command and its semantics."""
+    """A random command and its semantics."""
     if random.random() < 0.5:
         number, unit = random.choice(list(NUMBERS)), random.choice(UNITS)
         text = f"set a timer for {NUMBERS[number]} {unit}"
@@ -40,7 +40,7 @@ def command_of(random: Random) -> tuple[str, dict[str, object]]:
 
 
 def main(folder: Path, times: int = 1) -> None:
-    """Speak all commands and write the tables."""
+    """Speak all commands into `folder` and write its tables, with `times` as many voices."""
     parts = {part: times * count for part, count in PARTS.items()}
     voices = iter(voices_of(sum(parts.values())))
     with Espeak() as espeak:

@@ -1,4 +1,4 @@
-"""What every command here shares: subcommands, errors and exit codes."""
+"""Runs commands: subcommands, errors and exit codes."""
 
 import difflib
 import errno
@@ -11,13 +11,13 @@ from common.errors import ShortwaveError
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or nothing."""
+    """Return `; did you mean 'x'?` for the known word closest to `word`, or an empty text."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
 Main = Callable[[Sequence[str] | None], int | None]
-"""A command: words of the command line in (None: the process's own), exit code out."""
+"""A command: takes the words of the command line (None for `sys.argv`), returns the exit code."""
 
 
 def subcommand(
@@ -27,9 +27,9 @@ def subcommand(
 
     Args:
         prog: name of the command.
-        description: of the command.
-        commands: help and function of each subcommand by name.
-        words: of the command line.
+        description: of the command, for its help.
+        commands: help and function of each subcommand, by name.
+        words: words of the command line.
     """
     name = words[0] if words else ""
     if name in ("-h", "--help"):
@@ -45,7 +45,7 @@ def subcommand(
 
 
 def describe_os_error(error: OSError) -> str:
-    """One line for a full disk, a missing permission and the like, with the path."""
+    """Describe an error such as a full disk or a missing permission in one line, with the path."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno == errno.ENOSPC:
         return f"no space left on the disk{where}; free some space, then resume the run"
@@ -53,9 +53,9 @@ def describe_os_error(error: OSError) -> str:
 
 
 def run(main: Main) -> NoReturn:
-    """Run a command and leave with its exit code: 0 done, 1 failed, 2 bad arguments, 130 stopped.
+    """Run a command and exit with its code: 0 done, 1 failed, 2 bad arguments, 130 stopped.
 
-    Set `SHORTWAVE_TRACEBACK=1` to see the traceback of an error that is otherwise one line.
+    `SHORTWAVE_TRACEBACK=1` shows the traceback of an error instead of one line.
     """
     code = 1
     try:

@@ -50,7 +50,11 @@ class Parser(jsonargparse.ArgumentParser):
             short: options that stand for others, such as `{"--frozen": "--backbone=frozen"}`.
             options: of `argparse.ArgumentParser`.
         """
-        usage = {"allow_abbrev": False, "usage": "%(prog)s [options]", "print_config": None}
+        usage: dict[str, Any] = {
+            "allow_abbrev": False,
+            "usage": "%(prog)s [options]",
+            "print_config": None,
+        }
         super().__init__(**usage | options)
         self.short = dict(short or {})
         self.hints: dict[str, Any] = {"print_config": bool}

@@ -70,7 +70,9 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], where: str) ->
     try:
         return _complete(kind, given)
     except argparse.ArgumentError as error:
-        raise UsageError(f"{where}: {_silent_parser(kind).explain(error.message)}") from None
+        raise UsageError(
+            f"{where}: {_silent_parser(typing.cast(Any, kind)).explain(error.message)}"
+        ) from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
 
@@ -94,7 +96,7 @@ def _checked(kind: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _complete(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
     """Settings from the values given, and defaults that depend on them."""
-    parser, find = _silent_parser(kind), getattr(kind, "defaults", None)
+    parser, find = _silent_parser(typing.cast(Any, kind)), getattr(kind, "defaults", None)
     defaults = find(given) if find is not None else {}
     merged = _nested([*_flat(defaults), *_flat(given)])
     values = parser.instantiate(parser.parse_object(merged))

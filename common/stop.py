@@ -1,14 +1,14 @@
-"""Ctrl-C as a wish to stop after the work at hand; a second one stops at once."""
+"""Handles Ctrl-C as a request to stop after the current step; a second one stops at once."""
 
 import signal
 from typing import Any
 
 
 class Stop:
-    """Whether the user wants to stop; a context manager that looks out for Ctrl-C."""
+    """A context manager that catches Ctrl-C; call it to see whether the user asked to stop."""
 
     def __enter__(self) -> "Stop":
-        """Begin to look out."""
+        """Catch Ctrl-C from now on."""
         self.asked = False
         self._before = signal.signal(signal.SIGINT, self._ask)
         return self
@@ -19,9 +19,9 @@ class Stop:
         self.asked = True
 
     def __exit__(self, *_: object) -> None:
-        """Handle Ctrl-C as before."""
+        """Restore the previous handling of Ctrl-C."""
         signal.signal(signal.SIGINT, self._before)
 
     def __call__(self) -> bool:
-        """Whether the user wants to stop."""
+        """Whether the user asked to stop."""
         return self.asked

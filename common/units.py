@@ -1,4 +1,4 @@
-"""Lengths, sizes and lists of names as a person writes them (`5s`, `8GB`, `a,b`), and back."""
+"""Parses and formats lengths, sizes and lists of names (`5s`, `8GB`, `a,b`)."""
 
 import math
 import re
@@ -12,18 +12,18 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class Seconds(float):
-    """A length or duration in seconds that is written as a person writes it: `5s`."""
+    """A length or duration in seconds, written as `5s`."""
 
     def __str__(self) -> str:
-        """The shortest way to write it."""
+        """The shortest notation, as in `5s`."""
         return format_length(self)
 
     @classmethod
     def parse(cls, text: str | float) -> "Seconds":
-        """Seconds from `5s`, `500ms`, `1.5min`, or a plain number of seconds.
+        """Parse `5s`, `500ms`, `1.5min`, or a plain number of seconds.
 
         Raises:
-            UsageError: not a length, or not above zero.
+            UsageError: the text is not a length, or not above zero.
         """
         match = _LENGTH.fullmatch(format_length(text) if isinstance(text, float) else str(text))
         if match is None:
@@ -37,10 +37,10 @@ class Seconds(float):
 
 
 class Size(int):
-    """A size in bytes that is written as a person writes it: `8GB`, `512MiB`, `0`."""
+    """A size in bytes, written as `8GB`, `512MiB` or `0`."""
 
     def __str__(self) -> str:
-        """In the largest binary unit that divides it."""
+        """The size in the largest binary unit that divides it."""
         for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
             if self and self % 1024**power == 0:
                 return f"{self // 1024**power}{unit}"
@@ -48,12 +48,12 @@ class Size(int):
 
     @classmethod
     def parse(cls, text: str | int) -> "Size":
-        """Bytes from `8GB`, `512MiB`, `1.5G` or a plain number of bytes; `0` is none.
+        """Parse `8GB`, `512MiB`, `1.5G`, or a plain number of bytes.
 
         `GB` is 10**9 bytes and `GiB` (or `G`) is 2**30, as vendors and tools write them.
 
         Raises:
-            UsageError: not a size, or one that rounds to nothing.
+            UsageError: the text is not a size, or rounds to zero bytes without being `0`.
         """
         match = _SIZE.fullmatch(str(int(text)) if isinstance(text, int) else str(text))
         if match is None:
@@ -67,28 +67,28 @@ class Size(int):
 
 
 class Names(tuple[str, ...]):
-    """Names that a person separates by commas: `train-clean-100,dev-clean`."""
+    """Names separated by commas: `train-clean-100,dev-clean`."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Separated by commas."""
+        """The names separated by commas."""
         return ",".join(self)
 
     @classmethod
     def parse(cls, text: "str | list[str] | tuple[str, ...]") -> "Names":
-        """Names from a text that separates them by commas, or from a list of them."""
+        """Parse names separated by commas, or a list of names."""
         names = text.split(",") if isinstance(text, str) else text
         return cls(str(name).strip() for name in names if str(name).strip())
 
 
 def format_length(seconds: float) -> str:
-    """The shortest way to write a length: `5s`, `15.8s`."""
+    """Format a length in the shortest notation: `5s`, `15.8s`."""
     return f"{float(seconds):g}s"
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: `48 s`, `12.5 min`, `1.63 h`."""
+    """Format a duration: `48 s`, `12.5 min`, `1.63 h`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     if seconds < 3600:
@@ -97,7 +97,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """A size for people, in powers of 1024: `362 MiB`, `1.5 GiB`."""
+    """Format a size in powers of 1024: `362 MiB`, `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:
             return f"{size:.3g} {unit}"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.errors import UsageError
-from common.settings import from_mapping, unflat
+from common.options import short_names
+from common.settings import flat, from_mapping, unflat
 from common.units import Names, Seconds
 from fl_client.encoding import Encoding
 from partitions.speakers import How
@@ -191,15 +192,15 @@ def _from_items(items: tuple[tuple[str, Any], ...]) -> RunSettings:
     given = unflat(dict(items))
     resume = given.pop("resume", None)  # a path of the server, whose settings all are given here
     kind = federation_kind(given.get("task"))
-    unused = set(_flat_names(federation_kind(not given.get("task")))) - set(_flat_names(kind))
-    for name in unused & {name.replace("-", "_") for name in given}:
-        raise UsageError(
-            f"run config: {name.replace('_', '-')} is for "
-            + ("pretraining" if kind is TaskFederation else "a task")
-        )
+    unused = _names(federation_kind(not given.get("task"))) - _names(kind)
+    for name, value in items:
+        if value != "" and name.replace("_", "-") in unused:
+            other = "pretraining" if kind is TaskFederation else "a task"
+            raise UsageError(f"run config: {name} is for {other}")
     settings = from_mapping(kind, given, "run config")
     return dataclasses.replace(settings, resume=Path(resume) if resume else None)
 
 
-def _flat_names(kind: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
+def _names(kind: type[RunSettings]) -> set[str]:
+    """Names in the run config, nested ones too."""
+    return {*flat(kind()), *short_names(kind)}

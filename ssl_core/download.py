@@ -1,6 +1,6 @@
 """Download and verify a LibriSpeech subset: `python -m ssl_core.download --output DIR`.
 
-The download, its checksum and the unpacking are torchaudio's `LIBRISPEECH`.
+torchaudio's `LIBRISPEECH` downloads, checks and unpacks the archive.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ SUBSETS = {
     "train-clean-360": 23.0,
     "train-other-500": 30.0,
 }
-"""Sizes in GB of the archives (openslr.org/12)."""
+"""Sizes of the archives in GB (openslr.org/12)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DownloadSettings:
-    """What to download, and where to."""
+    """What to download, and where to unpack it."""
 
     subset: str = "train-clean-100"
     """One of dev-clean, dev-other, test-clean, test-other, train-clean-100, train-clean-360 and
     train-other-500."""
     output: Path | None = None
-    """Folder to unpack into; needed."""
+    """Folder to unpack into (required)."""
 
     def validate(self) -> None:
         """Check values; raises `UsageError`."""
@@ -41,8 +41,8 @@ class DownloadSettings:
             raise UsageError("--output: give the folder to unpack into")
         if self.subset not in SUBSETS:
             raise UsageError(
-                f"no subset '{self.subset}'{command.nearest(self.subset, list(SUBSETS))} "
-                f"Choose from {', '.join(SUBSETS)}"
+                f"no subset '{self.subset}': choose from {', '.join(SUBSETS)}"
+                f"{command.nearest(self.subset, list(SUBSETS))}"
             )
 
 

@@ -1,6 +1,6 @@
-"""What fits a device: `python -m ssl_core.plan --device rpi4 --length 15s --batch 12`.
+"""Plan training for a device: `python -m ssl_core.plan --device rpi4 --length 15s --batch 12`.
 
-Nothing is allocated: figures follow from shapes.
+Estimates follow from shapes; no tensor is allocated.
 """
 
 import dataclasses
@@ -36,60 +36,60 @@ SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What to show; of a device, what is fixed, and the rest is chosen."""
+    """What to show. For a device, settings that are not given are chosen."""
 
     device: str = ""
-    """Plan for this device, such as rpi4; auto: this machine."""
+    """Plan for this device, such as rpi4; auto for this machine."""
     list: bool = False
-    """Show devices and their memory."""
+    """List devices and their memory."""
     table2: bool = False
-    """Show the paper's Table 2, a plain step and a planned one (the first time, some minutes)."""
+    """Show the paper's Table 2 beside a plain and a planned step (minutes at the first time)."""
     figure2: bool = False
     """Show memory and operations by length, as in the paper's Figure 2."""
     table3: bool = False
-    """Show the paper's Table 3, fine-tuning tasks (the first time, some minutes)."""
+    """Show the paper's Table 3, fine-tuning of tasks (minutes at the first time)."""
     figure3: bool = False
     """Show memory over ten epochs of two tasks, as in the paper's Figure 3."""
     model: str = "base"
     """Preset of architecture and recipe: base or tiny."""
     architecture: ModelConfig = ModelConfig()
-    """Architecture; the preset's unless given."""
+    """Architecture; by default the preset's."""
     recipe: Recipe = Recipe()
-    """Recipe of pretraining; the preset's unless given."""
+    """Pretraining recipe; by default the preset's."""
     length: Seconds | None = None
-    """Length of crops, as in 5s."""
+    """Length of crops or clips, as in 5s."""
     batch: PositiveInt | None = None
-    """Crops in an update."""
+    """Crops or clips in a batch."""
     task: str = ""
-    """Choose the length that matches this downstream task; with --frozen or --unfrozen, plan its
-    fine-tuning."""
+    """Downstream task to pretrain for, which limits the length; with --frozen or --unfrozen, the
+    task to fine-tune."""
     backbone: Literal["", "frozen", "unfrozen"] = ""
     """Fine-tune --task with a frozen or unfrozen backbone (also as --frozen, --unfrozen)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of products; auto: 16 bits where the device multiplies in them."""
+    """Precision of matrix products; auto: 16 bits if the device supports them."""
     optimizer_state: Literal["auto", "fp32", "bf16", "int8"] = "fp32"
-    """Precision of Adam's state; auto: fewer bits (not exact) where fp32 does not fit."""
+    """Precision of the optimizer state; auto: fewer bits (not exact) if fp32 does not fit."""
     time_limit: Seconds | None = None
     """Longest time of an update on the device, as in 60s or 5min."""
     alone: bool = False
-    """Not in a federation: no room for Flower's messages."""
+    """Train without a federation: leave no memory for Flower's messages."""
     measure: bool = False
-    """With --figure3: fine-tune base here as well, some minutes for each line."""
+    """With --figure3: also measure on this machine, with base; minutes for each line."""
     devices: Path | None = None
-    """YAML file with devices of your own."""
+    """YAML file with your own device profiles."""
     output: Path | None = None
-    """Folder for the figure and its JSON."""
+    """Folder for the JSON and the figure."""
     json: bool = False
     """Print JSON only."""
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture and recipe of the preset; raises `UsageError` where there is none."""
+        """Architecture and recipe of the preset; raises `UsageError` for an unknown one."""
         name = str(given.get("model", cls.model))
         return {"architecture": preset(name), "recipe": RECIPES[name]}
 
     def validate(self) -> None:
-        """Check that one thing is asked for; raises `UsageError`."""
+        """Check that exactly one thing is to be shown; raises `UsageError`."""
         kinds = (self.device, self.list, self.table2, self.figure2, self.table3, self.figure3)
         if sum(map(bool, kinds)) != 1:
             raise UsageError(
@@ -98,11 +98,11 @@ class PlanSettings:
         if self.measure and not self.figure3:
             raise UsageError("--measure goes with --figure3")
         if self.backbone and not self.task:
-            raise UsageError(f"--{self.backbone} is of fine-tuning: say which --task")
+            raise UsageError(f"--{self.backbone} is for fine-tuning: say which --task")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was asked for; returns the exit code."""
+    """Plan for a device or show figures; returns the exit code."""
     parser = settings_parser(
         PlanSettings, prog="python -m ssl_core.plan", description=__doc__, short=SHORT
     )
@@ -154,7 +154,7 @@ def show_figures(settings: PlanSettings) -> int:
 
 
 def request_of(settings: PlanSettings) -> Request:
-    """What to advise on.
+    """Build the request for advice.
 
     Raises:
         UsageError: no such task.
@@ -189,11 +189,9 @@ def request_of(settings: PlanSettings) -> Request:
 
 
 def plan_device(settings: PlanSettings) -> int:
-    """Choose for a device and print why; 1 when nothing fits."""
+    """Choose a plan for a device and print it; returns 1 if nothing fits."""
     profile, request = find_profile(settings.device, settings.devices), request_of(settings)
-    with Console(stderr=True).status(
-        "estimating, from the step itself on tensors without contents"
-    ):
+    with Console(stderr=True).status("estimating memory by running the step on fake tensors"):
         advice = advise(profile, request)
     result = advice_result(advice) | {
         "model": settings.model,
@@ -214,7 +212,7 @@ def plan_device(settings: PlanSettings) -> int:
 
 
 def describe(profile: DeviceProfile) -> dict[str, Any]:
-    """A profile's figures; sizes in bytes."""
+    """The figures of a profile for JSON; sizes in bytes."""
     return {
         "name": profile.name,
         "description": profile.description,
@@ -232,7 +230,7 @@ def describe(profile: DeviceProfile) -> dict[str, Any]:
 
 
 def device_table(profiles: Sequence[DeviceProfile]) -> Table:
-    """Devices for people."""
+    """A table of devices and their memory."""
     table = Table()
     heads = ("device", "computes on", "memory", "system", "SuperNode", "ClientApp", "for training")
     for head in (*heads, "cores", "precisions"):

@@ -1,7 +1,7 @@
 """Measure what the planner predicts: `python -m ssl_core.profile --lengths 1s 5s --batches 1 4`.
 
-Every cell is two updates on noise in a process of its own: its peak resident memory beside the
-estimate, seconds, and operations counted by torch's flop counter.
+For each combination, a separate process takes two updates on noise. The table compares its peak
+resident memory with the estimate, and gives seconds and operations (torch's flop counter).
 """
 
 import dataclasses
@@ -45,19 +45,19 @@ class ProfileSettings:
     model: str = "base"
     """Preset of architecture and recipe: base or tiny."""
     architecture: ModelConfig = ModelConfig()
-    """Architecture; the preset's unless given."""
+    """Architecture; by default the preset's."""
     recipe: Recipe = Recipe()
-    """Recipe of pretraining; the preset's unless given."""
+    """Pretraining recipe; by default the preset's."""
     lengths: tuple[Seconds, ...] = (Seconds(1), Seconds(5), Seconds(10), Seconds(15))
     """Lengths of crops."""
     batches: tuple[PositiveInt, ...] = (PositiveInt(1), PositiveInt(2), PositiveInt(4))
-    """Crops in a batch."""
+    """Batch sizes in crops."""
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)
-    """Precisions of products."""
+    """Precisions of matrix products."""
     plans: tuple[PlanName, ...] = ("leanest",)
-    """Ways to take a step: as --plan says, or one end of the planner's ladder."""
+    """Plans: that of the options --plan, or the fastest or leanest of the planner's ladder."""
     plan: StepOptions = StepOptions()
-    """How a step trades time for memory; given values replace the ladder's."""
+    """How a step trades time for memory; values given here override the ladder's."""
     threads: PositiveInt = PositiveInt(1)
     """CPU threads."""
     output: Path | None = None
@@ -67,16 +67,16 @@ class ProfileSettings:
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture and recipe of the preset; raises `UsageError` where there is none."""
+        """Architecture and recipe of the preset; raises `UsageError` for an unknown one."""
         name = str(given.get("model", cls.model))
         return {"architecture": preset(name), "recipe": RECIPES[name]}
 
 
 def as_planned(name: PlanName, work: Work, plan: Plan) -> Plan:
-    """The plan as it is, or one end of the planner's ladder for it.
+    """Return a plan unchanged, or the fastest or leanest of the planner's ladder for it.
 
     Args:
-        name: which.
+        name: which plan.
         work: what is trained.
         plan: length, batch, precision and threads.
     """
@@ -127,12 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def profile(work: Work, name: str, plan: Plan) -> dict[str, Any]:
-    """Measure one cell and compare; memory in bytes, `measured` None where the process failed.
+    """Measure a plan and compare with its estimate.
 
     Args:
         work: what is trained.
-        name: of the plan.
+        name: name of the plan.
         plan: how a step is taken.
+
+    Returns:
+        A row of results; memory in bytes, `measured` None if the process failed.
     """
     row: dict[str, Any] = {
         "plan": name,
@@ -156,7 +159,7 @@ def profile(work: Work, name: str, plan: Plan) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The comparison for people."""
+    """The rows as a table."""
     result = Table()
     for head in ("plan", "length", "batch", "precision", "predicted", "measured", "over"):
         result.add_column(head, justify="right")
@@ -179,7 +182,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Predicted against measured peak, a point for each cell."""
+    """Plot predicted against measured peaks, a point for each row."""
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     points = [(r["measured"] / 2**30, r["predicted"] / 2**30) for r in rows if r["measured"]]

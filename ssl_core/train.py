@@ -22,7 +22,7 @@ from ssl_core.training.run_directory import open_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code."""
+    """Pretrain; returns the exit code."""
     parser = settings_parser(CentralSettings, prog="python -m ssl_core.train", description=__doc__)
     settings, _ = parse(CentralSettings, parser, arguments)
     plan = settings.step_plan()

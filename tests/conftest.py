@@ -1,5 +1,6 @@
 """Small corpora in LibriSpeech's layout, made by the tests themselves, and a cache of their own."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 import soundfile
 
 Writer = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C, and so do commands that tests start, when a shell started pytest with `&`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Batches of labelled clips, from audio or from what a frozen part of the model made of it once."""
+"""Batches of labelled clips, as waveforms or as cached features of the frozen part of a model."""
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +21,16 @@ from ssl_core.downstream.task_step import Batch
 from ssl_core.training import randomness
 
 SILENT_LABEL = "silence"
-"""The one class whose clips may be silent."""
+"""The only class whose clips may be silent."""
 TOGETHER = 40 * SAMPLE_RATE
-"""Samples that a frozen part of the model works on at a time, at least one clip."""
+"""Samples per batch of the frozen part; a longer clip is a batch of its own."""
 
 
 def check(data: TaskData, recipe: TaskRecipe) -> None:
-    """Check that every clip has a text, or a label that the training set has.
+    """Check that every clip has a text, or a label of the training set.
 
     Raises:
-        DataError: no clips, a class that the training set does not have, or no text.
+        DataError: no clips, a class that is not in the training set, or an empty text.
     """
     for name in ("train", "valid", "test"):
         clips: tuple[Clip, ...] = getattr(data, name)
@@ -50,7 +50,16 @@ def check(data: TaskData, recipe: TaskRecipe) -> None:
 
 
 def targets_of(clips: Sequence[Clip], labels: Sequence[str], recipe: TaskRecipe) -> torch.Tensor:
-    """`[clip]` classes, or `[clip, symbol]` padded with the blank; unknown symbols are skipped."""
+    """Targets of clips; symbols that are not in `labels` are skipped.
+
+    Args:
+        clips: with labels or texts.
+        labels: classes, or symbols without the blank.
+        recipe: says whether the task transcribes.
+
+    Returns:
+        Classes `[clip]`, or symbols `[clip, symbol]` padded with the blank.
+    """
     places = {label: number for number, label in enumerate(labels)}
     if not recipe.transcribes:
         return torch.tensor([places.get(clip.label, 0) for clip in clips])
@@ -60,7 +69,7 @@ def targets_of(clips: Sequence[Clip], labels: Sequence[str], recipe: TaskRecipe)
 
 
 class ClipLoader:
-    """Makes batches of clips at the stage that a step trains from; unusable clips are skipped."""
+    """Makes batches of clips at the stage that a step trains from; skips unusable clips."""
 
     def __init__(
         self,
@@ -73,28 +82,28 @@ class ClipLoader:
         """Open the cache of features.
 
         Args:
-            root: paths of clips are relative to it.
-            labels: of the training set.
+            root: corpus root, to which paths of clips are relative.
+            labels: classes or symbols of the training set.
             recipe: of the task.
-            frozen: computes the features that the cache does not hold.
-            limit: bytes of the cache; 0 keeps none.
+            frozen: computes features that are not in the cache.
+            limit: maximum bytes of the cache; 0 switches it off.
         """
         self.root, self.labels, self.recipe, self.frozen = root, labels, recipe, frozen
         limit = limit if frozen.makes_features else 0
         self.cache = FeatureCache(frozen.identity(), frozen.width, limit)
         self.bad: dict[str, str] = {}
-        """Clips that cannot be used, by name, and why."""
+        """Reason for each unusable clip, by name."""
         self.examples: list[str] = []
-        """A message for each of the first few of them."""
+        """Messages of the first ten unusable clips."""
         self._keys: dict[Clip, bytes] = {}
 
     @property
     def skips(self) -> collections.Counter[str]:
-        """Clips skipped, by reason."""
+        """Number of skipped clips by reason."""
         return collections.Counter(self.bad.values())
 
     def waveform(self, clip: Clip) -> npt.NDArray[np.float32] | None:
-        """The clip's samples `[sample]` as the model takes them; None when it cannot be used."""
+        """The clip's model input `[sample]`, normalised if the model wants it; None if unusable."""
         if clip.name in self.bad:
             return None
         try:
@@ -112,7 +121,7 @@ class ClipLoader:
         return self.frozen.normalised(audio)
 
     def key(self, clip: Clip) -> bytes:
-        """Of the clip in the cache."""
+        """The clip's key in the cache."""
         if clip not in self._keys:
             self._keys[clip] = clip_key(self.root, clip.piece)
         return self._keys[clip]
@@ -123,18 +132,18 @@ class ClipLoader:
         show: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Compute the features that the cache lacks, the longest clips first.
+        """Compute missing features of the cache, longest clips first.
 
         Args:
-            clips: all that will be needed.
+            clips: all clips of the run.
             show: whether to show progress.
             stopped: whether the user wants to stop.
 
         Returns:
-            How many clips were computed.
+            Number of clips computed.
 
         Raises:
-            Interrupted: stopped; what was computed is kept.
+            Interrupted: the user stopped; computed features stay in the cache.
         """
         if not self.frozen.makes_features or self.cache.problem:
             return 0
@@ -152,7 +161,7 @@ class ClipLoader:
         return computed
 
     def _features(self, clips: Sequence[Clip]) -> dict[Clip, torch.Tensor]:
-        """Features of the clips that can be used, kept in the cache too."""
+        """Compute features of the usable clips and put them into the cache."""
         read = [(clip, self.waveform(clip)) for clip in clips]
         usable = {clip: audio for clip, audio in read if audio is not None}
         result: dict[Clip, torch.Tensor] = {}
@@ -163,7 +172,10 @@ class ClipLoader:
         return result
 
     def batch(self, clips: Sequence[Clip]) -> tuple[Batch, list[Clip]] | None:
-        """A batch of those of the clips that can be used, and which these are; None for none."""
+        """A batch of the usable clips, and these clips; None if none is usable.
+
+        Inputs of the batch are `[sample]` or `[frame, feature]`, by the stage.
+        """
         found: dict[Clip, torch.Tensor] = {}
         stage = self.frozen.stage
         if stage == "waveform":
@@ -186,17 +198,34 @@ class ClipLoader:
 
     @staticmethod
     def order(clips: Sequence[Clip], seed: int, key: int, epoch: int) -> list[Clip]:
-        """The clips in an epoch's order; `key` tells apart those who train on their own."""
+        """Shuffle clips for an epoch.
+
+        Args:
+            clips: to shuffle.
+            seed: of the run.
+            key: of the client; 0 for a central run.
+            epoch: counted from 0.
+        """
         order = randomness.generator(seed, "clips", key, epoch).permutation(len(clips))
         return [clips[int(row)] for row in order]
 
     def epoch(
         self, clips: Sequence[Clip], size: int, seed: int, epoch: int, first: int = 0
     ) -> Iterator[tuple[int, Batch]]:
-        """The batches of an epoch from number `first` on, in an order of its own.
+        """Batches of an epoch in its own order; those without a usable clip are skipped.
+
+        Args:
+            clips: all clips of the epoch.
+            size: clips per batch.
+            seed: of the run.
+            epoch: counted from 0.
+            first: number of the first batch to make.
+
+        Yields:
+            The batch's number and the batch.
 
         Raises:
-            DataError: none of the clips can be used.
+            DataError: no clip is usable.
         """
         order = self.order(clips, seed, 0, epoch)
         usable = bool(first)
@@ -209,13 +238,13 @@ class ClipLoader:
             raise DataError(f"none of the clips can be used, such as: {self.examples[0]}")
 
     def describe_skips(self) -> list[str]:
-        """One line for each reason clips were skipped, then the first few of them."""
+        """One line per reason for skipping, then the first few messages."""
         lines = [f"skipped, {reason}: {count}" for reason, count in self.skips.items()]
         return lines + [f"  {example}" for example in self.examples[:3]]
 
 
 def _groups(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
-    """Neighbouring clips that are worked on together."""
+    """Split into runs of clips that make at most `TOGETHER` padded samples."""
     group: list[Clip] = []
     for clip in clips:
         longest = max([clip.piece.samples, *(other.piece.samples for other in group)])

@@ -1,4 +1,4 @@
-"""A centralised run of fine-tuning: train, test the best epoch, write results and model."""
+"""A central run of fine-tuning: train, test the best epoch, write results and model."""
 
 import functools
 import time
@@ -35,21 +35,21 @@ def finetune(
     decode: Decoder,
     stop: Stop,
 ) -> dict[str, Any]:
-    """Train, test the best epoch, and write everything into the run directory.
+    """Train, test the best epoch, and write the results into the run directory.
 
     Args:
         settings: of the run.
         model: backbone and head.
         data: clips to train, validate and test on.
         run: directory of the run, or of one fold of it.
-        decode: how logits become text.
+        decode: from logits to texts.
         stop: whether the user wants to stop.
 
     Returns:
-        The scores by name, as in `result.json`.
+        Scores by name, as in `result.json`.
 
     Raises:
-        Interrupted: stopped by the user; the run can be resumed.
+        Interrupted: the user stopped; the run can be resumed.
     """
     recipe, unfrozen = settings.recipe, settings.backbone == "unfrozen"
     step = TaskStep(model, settings.step_plan(), unfrozen=unfrozen, seed=settings.seed)
@@ -85,7 +85,7 @@ def finetune(
 def _compute_features(
     settings: FinetuneSettings, loader: ClipLoader, data: TaskData, stop: Stop
 ) -> None:
-    """Compute what the cache lacks, and say what was done and what is missing."""
+    """Compute missing features of the cache; print how many, and whether the cache has room."""
     start = time.monotonic()
     computed = loader.prepare((*data.train, *data.valid, *data.test), stopped=stop)
     if computed:
@@ -157,12 +157,12 @@ def _result(
 
 
 def _name(recipe: TaskRecipe) -> str:
-    """Of the score of clips; trials are not scored by clips."""
+    """Name of the metric of single clips; accuracy for `eer`, which needs trials."""
     return "accuracy" if recipe.metric == "eer" else recipe.metric
 
 
 def over_folds(found: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """Mean, deviation and each fold's score of a metric."""
+    """Mean and standard deviation of a metric over folds, and its value in each fold."""
     values = torch.tensor([result[metric] for result in found], dtype=torch.float64)
     return {
         "folds": len(found),

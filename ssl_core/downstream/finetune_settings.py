@@ -16,41 +16,41 @@ from ssl_core.downstream.tasks.speaker import Split
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TaskSettings):
-    """Settings of a centralised run."""
+    """Settings of a central run."""
 
     checkpoint: str = ""
-    """Directory of a backbone, this project's or transformers'; `random`, one with initial weights;
-    `logmel`, none."""
+    """Directory of a backbone of this project or of transformers; `random` for initial weights;
+    `logmel` for log-mel frames instead of a backbone."""
     model: str = "base"
     """Preset of `--checkpoint random`."""
     backbone: Literal["frozen", "unfrozen"] = "frozen"
-    """Whether the backbone is trained too (also as `--frozen`, `--unfrozen`)."""
+    """Whether to train the backbone (also as `--frozen`, `--unfrozen`)."""
     fold: str = "1"
-    """Of emotion: which speakers are the test set, from 1; `all` takes every fold in turn."""
+    """For emotion: fold whose speakers are the test set, from 1; `all` runs every fold in turn."""
     split: Split = "paper"
-    """Of speaker: the paper's (1211 speakers, validated on a tenth) or `iden_split.txt`."""
+    """For speaker: the paper's (1211 speakers, validation on a tenth) or `iden_split.txt`."""
     train: Names = Names(task_corpus.TRAIN)
-    """Of asr: subsets to train on, separated by commas."""
+    """For asr: subsets to train on, separated by commas."""
     valid: Names = Names(task_corpus.VALID)
-    """Of asr: subsets to validate on; none keeps a twentieth of the training utterances."""
+    """For asr: subsets to validate on; if empty, a twentieth of the training utterances."""
     test: Names = Names(task_corpus.TEST)
-    """Of asr: subsets to test on."""
+    """For asr: subsets to test on."""
     cache: Size = Size(32 * 2**30)
-    """Disk that features of frozen backbones may take, in the user's cache; 0 keeps none."""
+    """Maximum size of the feature cache on disk; 0 switches it off."""
     beam: int = 0
-    """Hypotheses of a beam search over the test set's texts; 0 decodes greedily."""
+    """Beam size when decoding the test set; 0 decodes greedily."""
     words: Path | None = None
-    """File with a word a line that a beam search chooses from."""
+    """Lexicon of the beam search: a file with one word per line."""
     ngram: Path | None = None
-    """N-gram model of words that a beam search weighs, as KenLM reads it."""
+    """Word n-gram model of the beam search, in a format of KenLM."""
     score_train: bool = False
-    """Whether the training clips are scored at the end too: how far they were memorised."""
+    """Whether to score the training clips too at the end, to see how far they were memorised."""
     keep: int = 2
-    """Checkpoints to keep, beside the best epoch's weights."""
+    """Number of checkpoints to keep, besides the weights of the best epoch."""
     output: Path | None = None
-    """Run directory; without it one is made under `runs/`."""
+    """Run directory; default: a new one in `runs/`."""
     resume: Path | None = None
-    """Run directory to go on with (its own settings are used)."""
+    """Run directory to resume, with its own settings."""
 
     SHORT: ClassVar[dict[str, str]] = {"batch": "recipe.batch", "epochs": "recipe.epochs"}
 
@@ -68,16 +68,18 @@ class FinetuneSettings(TaskSettings):
         self.require_at_least(0, "beam")
         self.require_at_least(1, "keep")
         if (self.beam or self.words or self.ngram) and not self.recipe.transcribes:
-            raise UsageError(f"--beam, --words and --ngram are for texts; {self.task} has classes")
+            raise UsageError(
+                f"--beam, --words and --ngram are for transcription; {self.task} has classes"
+            )
         if (self.words or self.ngram) and not self.beam:
             raise UsageError("--words and --ngram need a beam search, such as --beam 50")
         if self.task != "emotion" and self.fold != "1":
             raise UsageError("--fold is for emotion")
         if self.fold != task_corpus.ALL_FOLDS and not self.fold.isdigit():
-            raise UsageError(f"--fold: '{self.fold}' is not a number, nor `all`")
+            raise UsageError(f"--fold: '{self.fold}' is neither a number nor `all`")
 
     def read_data(self, fold: int) -> TaskData:
-        """The clips of the task's corpus; raises as `read_task`."""
+        """Read the clips of the task's corpus; raises as `read_task`."""
         return task_corpus.read_task(
             self.task,
             self.corpus(),
@@ -91,7 +93,7 @@ class FinetuneSettings(TaskSettings):
         )
 
     def folds(self) -> tuple[int, ...]:
-        """The folds to take in turn; raises `DataError` where there is no such corpus."""
+        """Folds to run in turn; raises `DataError` if the corpus is missing."""
         if self.fold == task_corpus.ALL_FOLDS and self.task == "emotion":
             return tuple(range(1, emotion.count_folds(self.corpus()) + 1))
         return (1 if self.fold == task_corpus.ALL_FOLDS else int(self.fold),)

@@ -1,4 +1,4 @@
-"""Fine-tuning a head, and a backbone if wanted, epoch by epoch; a run can be resumed."""
+"""Fine-tuning, epoch by epoch: a head and, if unfrozen, a backbone; a run can be resumed."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ BEST, WEIGHTS = "best", checkpoint.PART
 
 
 class FineTuning:
-    """A run: a task's step on its clips, scored after every epoch, the best epoch kept."""
+    """A run of fine-tuning: scores every epoch and keeps the weights of the best."""
 
     def __init__(
         self,
@@ -39,7 +39,16 @@ class FineTuning:
         seed: int,
         keep: int,
     ) -> None:
-        """Begin, or go on from the run's newest checkpoint."""
+        """Begin, or resume from the run's newest checkpoint.
+
+        Args:
+            step: trains the model.
+            data: clips to train and validate on.
+            loader: makes batches of the clips.
+            run: directory of the run.
+            seed: of the order of clips.
+            keep: number of checkpoints to keep.
+        """
         self.step, self.data, self.loader, self.directory = step, data, loader, run
         self.recipe, self.seed, self.keep = step.model.recipe, seed, keep
         self.rates = Rates(self.recipe)
@@ -51,14 +60,14 @@ class FineTuning:
         saved = checkpoint.latest(run.checkpoints)
         if saved is not None:
             self._load(saved)
-            # The rows of whole epochs stay; one in the middle is logged when it is whole.
+            # Metrics of complete epochs stay; an interrupted epoch is logged when it completes.
             run.rewind(self.first // self.batches * self.batches + 1)
             self.console.print(f"going on at update {self.first + 1}", highlight=False)
-        elif run.metrics():  # ended before its first checkpoint was whole
+        elif run.metrics():  # stopped before the first checkpoint was complete
             run.rewind(1)
 
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that are trained, by name."""
+        """Trained parameters by name, `[*parameter shape]` each."""
         return {n: p.detach() for n, p in self.step.model.named_parameters() if p.requires_grad}
 
     def _save(self, next_update: int) -> None:
@@ -66,7 +75,7 @@ class FineTuning:
             "next_update": next_update,
             "rates": self.rates.state(),
             "best": self.best,
-            "sums": dataclasses.asdict(self.sums),
+            "sums": self.sums.state(),
         }
         path = self.directory.checkpoints / f"update-{next_update:07d}"
         checkpoint.save_tensors(
@@ -75,13 +84,13 @@ class FineTuning:
         checkpoint.prune(self.directory.checkpoints, self.keep)
 
     def _load(self, path: Path) -> None:
-        state, weights, moments = checkpoint.load_tensors(path)
+        state, weights, optimizer_state = checkpoint.load_tensors(path)
         self._take(weights, path)
-        self.step.load_optimizer_state(moments)
+        self.step.load_optimizer_state(optimizer_state)
         try:
             self.first, self.best = int(state["next_update"]), state["best"]
             self.rates.load(state["rates"])
-            self.sums = _Sums(**state["sums"])
+            self.sums = _Sums.from_state(state["sums"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"checkpoint {path} is broken: {error}") from None
 
@@ -94,19 +103,19 @@ class FineTuning:
             value.copy_(stored[name])
 
     def load_best(self) -> None:
-        """Take the weights of the best epoch."""
+        """Load the weights of the best epoch."""
         path = self.directory.path / BEST / WEIGHTS
         if path.exists():
             self._take(TensorFile(path), path)
 
     def run(self, stopped: Callable[[], bool]) -> None:
-        """Train all epochs that are left.
+        """Train the remaining epochs.
 
         Args:
             stopped: whether the user wants to stop.
 
         Raises:
-            Interrupted: stopped, after a checkpoint.
+            Interrupted: the user stopped; a checkpoint was saved.
         """
         data, recipe, size = self.data, self.recipe, self.recipe.batch
         total = recipe.epochs * self.batches
@@ -132,7 +141,7 @@ class FineTuning:
                     raise Interrupted(f"interrupted after epoch {epoch + 1}")
 
     def _end(self, epoch: int, rates: Mapping[str, float], seconds: float) -> None:
-        """Score an epoch, log it and save."""
+        """Score an epoch, log it and save a checkpoint."""
         recipe, sums = self.recipe, self.sums
         start = time.monotonic()
         scored = score_clips(self.step, self.loader, self.data.valid, recipe.batch)
@@ -148,8 +157,8 @@ class FineTuning:
             "head_rate": rates[HEAD],
             "train_seconds": seconds,
             "score_seconds": time.monotonic() - start,
-            "updates_left_out": sums.left_out,
-            "clips_passed_over": sum(self.loader.skips.values()),
+            "updates_skipped": sums.skipped,
+            "clips_skipped": sum(self.loader.skips.values()),
         }
         if not recipe.transcribes:
             row["accuracy"] = sums.correct / max(1, sums.clips)
@@ -167,7 +176,7 @@ class FineTuning:
         self.console.print(
             f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  | validation: loss "
             f"{scored.loss:.3f}  {name} {100 * value:.2f} %  | {seconds:.2f} s to train"
-            + (f", {sums.left_out} updates left out" if sums.left_out else ""),
+            + (f", {sums.skipped} updates skipped" if sums.skipped else ""),
             highlight=False,
             soft_wrap=True,
         )
@@ -175,18 +184,29 @@ class FineTuning:
 
 @dataclasses.dataclass
 class _Sums:
-    """Of the updates of an epoch so far."""
+    """Totals over the updates of the current epoch."""
 
     loss: float = 0.0
     correct: int = 0
     clips: int = 0
-    left_out: int = 0
+    skipped: int = 0
     seconds: float = 0.0
 
     def add(self, loss: float, correct: int, clips: int, applied: bool) -> None:
         if not applied:
-            self.left_out += 1
+            self.skipped += 1
             return
         self.loss += loss * clips
         self.correct += correct
         self.clips += clips
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint, where `skipped` is called `left_out` as in version 0.1."""
+        state = dataclasses.asdict(self)
+        return state | {"left_out": state.pop("skipped")}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "_Sums":
+        """Restore what `state` returned."""
+        values = dict(state)
+        return cls(skipped=values.pop("left_out"), **values)

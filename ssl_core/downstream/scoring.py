@@ -1,4 +1,4 @@
-"""Runs a model on clips without dropout, and scores what it predicts."""
+"""Predictions of a model on clips, without dropout, and their scores."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ssl_core.wav2vec2.precision import autocast
 
 
 class NoUsableClips(DataError):
-    """None of the clips can be used."""
+    """No clip is usable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Scored:
     expected: tuple[str, ...]
     predicted: tuple[str, ...]
     loss: float
-    """Mean over clips, as in training."""
+    """Mean over clips, in nats; nats per symbol for CTC."""
     embeddings: Tensor | None
-    """`[clip, embedding]`, of heads that have one."""
+    """`[clip, embedding]`, or None for heads without embedding."""
 
     def score(self, metric: str) -> float:
-        """Accuracy, `wer` or `cer`; of `eer` the accuracy, as there are no trials here."""
+        """`accuracy`, `wer` or `cer`; accuracy for `eer`, since single clips are not trials."""
         if metric == "wer":
             return metrics.word_error_rate(self.expected, self.predicted)
         if metric == "cer":
@@ -51,14 +51,14 @@ def score_clips(
     """Run a step's model on clips, without dropout.
 
     Args:
-        step: whose model, plan and device are used.
+        step: has the model, plan and device.
         loader: makes batches of the clips.
-        clips: what to run it on; those that cannot be used are skipped.
-        size: clips at a time.
-        decode: how logits become text; None is greedily.
+        clips: to score; unusable ones are skipped.
+        size: clips per batch.
+        decode: from logits to texts; None decodes greedily.
 
     Raises:
-        NoUsableClips: none of the clips can be used.
+        NoUsableClips: no clip is usable.
     """
     model, recipe = step.model, step.model.recipe
     decode = decode or greedy(loader.labels)
@@ -77,7 +77,7 @@ def score_clips(
             with torch.no_grad(), autocast(step.device, step.plan.precision):
                 stage: Stage = "mean" if batch.stage == "mean" else "frames"
                 x = model.advance(batch.on(step.device), batch.samples, batch.stage, stage)
-                # As in training, a head on a frozen backbone takes its products in fp32.
+                # As in training, a head on a frozen backbone computes in fp32.
                 with autocast(step.device, step.plan.precision if step.unfrozen else "fp32"):
                     prediction = model.predict(x, batch.samples, stage)
             losses = model.head.losses(prediction, lengths, batch.targets.to(step.device))
@@ -105,10 +105,10 @@ def score_clips(
 
 
 def verify(scored: Scored, trials: Sequence[Trial]) -> tuple[float, float, list[float]]:
-    """The equal error rate of trials, its threshold, and the cosine of each trial.
+    """Equal error rate of trials, its threshold, and the cosine of each trial.
 
     Raises:
-        DataError: a trial's clip could not be used.
+        DataError: a trial's clip was skipped.
     """
     assert scored.embeddings is not None
     unit = torch.nn.functional.normalize(scored.embeddings, dim=1)

@@ -1,4 +1,4 @@
-"""Reads the clips of a downstream task from its corpus."""
+"""Reading the clips of a downstream task from its corpus."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from ssl_core.downstream.tasks import asr, emotion, kws, slots, speaker
 
 ALL_FOLDS = "all"
 TRAIN, VALID, TEST = ("train-clean-100",), ("dev-clean",), ("test-clean",)
-"""Subsets of LibriSpeech that `asr` is trained, validated and tested on unless told otherwise."""
+"""Default subsets of LibriSpeech for `asr`."""
 
 
 def read_task(
@@ -25,23 +25,23 @@ def read_task(
     test: Sequence[str] = TEST,
     progress: bool = True,
 ) -> TaskData:
-    """The clips of a task's corpus, as distributed.
+    """Read the clips of a task's corpus, as distributed.
 
     Args:
-        task: by name.
-        root: of the corpus.
-        recipe: of the task; says how long training clips are.
-        seed: of what a split draws.
-        fold: of emotion, which speakers are tested on, from 1.
-        split: of speaker, the paper's or the official one.
-        train: of asr, subsets to train on.
-        valid: of asr, subsets to validate on; none keeps a twentieth of the training utterances.
-        test: of asr, subsets to test on.
-        progress: show a progress bar on stderr where that is a terminal.
+        task: name of the task.
+        root: folder of the corpus.
+        recipe: of the task; gives the length of training clips.
+        seed: of random splits.
+        fold: for emotion, fold whose speakers are the test set, from 1.
+        split: for speaker, the paper's or the official one.
+        train: for asr, subsets to train on.
+        valid: for asr, subsets to validate on; if empty, a twentieth of the training utterances.
+        test: for asr, subsets to test on.
+        progress: whether to show a progress bar on stderr if it is a terminal.
 
     Raises:
-        UsageError: a subset or fold that is not there.
-        DataError: another corpus, or one that is not whole.
+        UsageError: no such subset or fold.
+        DataError: another corpus, or an incomplete one.
     """
     if task in ("kws12", "kws35"):
         return kws.read(root, int(task[3:]), seed, progress)

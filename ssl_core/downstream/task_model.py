@@ -1,4 +1,4 @@
-"""A backbone, or log-mel frames as a floor, with a task's head on it."""
+"""A task's head on a backbone, or on log-mel frames as a baseline."""
 
 import hashlib
 import json
@@ -21,73 +21,72 @@ from ssl_core.wav2vec2.model import Backbone, PretrainingModel, Undrawn
 from ssl_core.wav2vec2.precision import at_least_fp32
 
 RANDOM, LOGMEL = "random", "logmel"
-"""Names given in place of a checkpoint: a backbone as it is initialised, and no backbone."""
+"""Instead of a checkpoint: a backbone with initial weights, and log-mel frames."""
 
 EXTRACTOR = "wav2vec2.feature_extractor."
-"""How the names of the convolutions' parameters begin."""
+"""Prefix of the convolutions' parameter names."""
 
 Stage = Literal["waveform", "extracted", "frames", "mean"]
-"""How far a clip has come: its waveform, the extractor's output, the last hidden states, their mean
+"""How far a clip has been processed: waveform, extractor output, last hidden states, or their mean
 over frames."""
 
-
 Inputs = Sequence[Tensor] | Tensor
-"""A batch: waveforms, `[sample]` each; the extractor's output, `[clip, frame, channel]` or packed
-(`packing`); frames or their means, `[clip, frame, feature]`, padded."""
+"""A batch: waveforms `[sample]`; extractor output `[clip, frame, channel]`, packed (see
+`packing`) where lengths differ; or padded frames or means, `[clip, frame, feature]`."""
 
 
 class LogMel(nn.Module):
-    """80 log-mel filters every 20 ms, about as spread out as hidden states: a floor for features.
+    """80 log-mel filters every 20 ms, as a baseline for features of a backbone.
 
-    They are shifted and scaled by constants: of frames with the mean of their clip taken away, a
-    head that pools would see nothing.
+    Constants scale them to about the spread of hidden states. Normalising each clip instead would
+    leave nothing for a head that pools.
     """
 
     WIDTH, WINDOW, HOP = 80, 400, 320
 
     def __init__(self) -> None:
         super().__init__()
-        import torchaudio  # takes memory and time that nothing else here asks for
+        import torchaudio  # imported late: takes memory and time, and is only needed here
 
         self.filters = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, n_fft=self.WINDOW, hop_length=self.HOP, n_mels=self.WIDTH, center=False
         )
-        # Mean and deviation of LibriSpeech and Speech Commands, rounded.
+        # Rounded mean and standard deviation over LibriSpeech and Speech Commands.
         self.register_buffer("usual", torch.tensor([-5.0, 4.0]))
 
     def frames(self, samples: int) -> int:
-        """Frames of a clip."""
+        """Frames in a clip of `samples` samples."""
         return max(0, (samples - self.WINDOW) // self.HOP + 1)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """`[clip, sample]` to `[clip, frame, filter]`; no frame reaches beyond its clip."""
+        """`[clip, sample]` to `[clip, frame, filter]`, without padding at the ends."""
         logs = (self.filters(waveforms) + 1e-6).log().transpose(1, 2)
         mean, deviation = self.get_buffer("usual")
         return (logs - mean) / deviation
 
 
 class Upstream(NamedTuple):
-    """What turns waveforms into frames, and where it comes from."""
+    """A network from waveforms to frames, and its source."""
 
     network: Backbone | LogMel
     name: str
-    """As the user gave it."""
+    """Checkpoint as given by the user."""
     normalise: bool
-    """Whether waveforms are brought to mean 0 and variance 1, as the checkpoint was trained."""
+    """Whether waveforms are normalised to mean 0 and variance 1, as in pretraining."""
 
     @property
     def width(self) -> int:
-        """Numbers in a frame."""
+        """Features per frame."""
         network = self.network
         return network.config.hidden_size if isinstance(network, Backbone) else network.WIDTH
 
     def frames(self, samples: int) -> int:
-        """Frames of a clip of so many samples."""
+        """Frames in a clip of `samples` samples."""
         network = self.network
         return (network.config if isinstance(network, Backbone) else network).frames(samples)
 
     def digest(self, stage: Stage) -> str:
-        """Of everything that decides what a waveform gives at a stage."""
+        """Digest of the weights and settings that determine the output at a stage."""
         digest = hashlib.sha256(json.dumps([self.normalise, type(self.network).__name__]).encode())
         if isinstance(self.network, Backbone):
             digest.update(json.dumps(self.network.config.to_hf(), sort_keys=True).encode())
@@ -101,16 +100,16 @@ class Upstream(NamedTuple):
 
 
 def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
-    """A backbone by its checkpoint directory, or a floor.
+    """Load a backbone from a checkpoint, or make a baseline.
 
     Args:
-        checkpoint: a directory of this project or of any wav2vec 2.0 of transformers; `random`, a
-            backbone as it is initialised; `logmel`, no backbone.
-        model: the preset of `random`.
-        seed: of its weights.
+        checkpoint: a directory of this project, or of a wav2vec 2.0 of transformers; `random` for
+            a backbone with initial weights; `logmel` for log-mel frames.
+        model: preset for `random`.
+        seed: of the weights for `random`.
 
     Raises:
-        DataError: no checkpoint there, or one of another model.
+        DataError: missing, or a checkpoint of another model.
         UsageError: no such preset.
     """
     if checkpoint == LOGMEL:
@@ -127,13 +126,17 @@ def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> None:
-    """Copy a backbone's weights by name out of those of any model that has one.
+    """Load a backbone's weights from those of any model that contains it.
 
-    Heads and the quantiser are left aside. The mask's embedding, which fine-tuning does without,
-    may be missing.
+    Heads and quantiser are ignored. The mask embedding may be missing; fine-tuning does not use it.
+
+    Args:
+        backbone: to load into.
+        weights: by parameter name, `[*parameter shape]` each.
+        where: source of the weights, for errors.
 
     Raises:
-        DataError: a missing, unexpected or wrongly shaped tensor; `where` names the source.
+        DataError: a missing, unexpected or wrongly shaped tensor.
     """
     prefix = "wav2vec2."
     if any(name.startswith(prefix) for name in weights):
@@ -158,7 +161,13 @@ class TaskModel(nn.Module):
     """Upstream and head; parameter names begin with `wav2vec2.` and `head.`."""
 
     def __init__(self, upstream: Upstream, head: TaskHead, recipe: TaskRecipe) -> None:
-        """`recipe` says whether an unfrozen backbone's convolutions are trained."""
+        """Join upstream and head.
+
+        Args:
+            upstream: backbone or log-mel frames.
+            head: of the task.
+            recipe: says whether to train the convolutions of an unfrozen backbone.
+        """
         super().__init__()
         self.upstream, self.recipe, self.head = upstream, recipe, head
         network = upstream.network
@@ -167,31 +176,38 @@ class TaskModel(nn.Module):
 
     @classmethod
     def new(cls, upstream: Upstream, recipe: TaskRecipe, labels: int, seed: int) -> "TaskModel":
-        """A model whose head has initial weights by the seed."""
+        """Make a model whose head has initial weights.
+
+        Args:
+            upstream: backbone or log-mel frames.
+            recipe: says which head.
+            labels: number of classes, or of symbols without the blank.
+            seed: of the head's weights.
+        """
         with randomness.torch_seed(torch.device("cpu"), seed, "head"):
             return cls(upstream, make_head(recipe, upstream.width, labels), recipe)
 
     def trainable(self, unfrozen: bool) -> frozenset[str]:
-        """Names of the parameters that are trained: the head's, and an unfrozen backbone's.
+        """Names of the trained parameters: the head's, and an unfrozen backbone's.
 
-        The mask's embedding is never, the convolutions only if the recipe says so.
+        Convolutions are trained only if the recipe says so, the mask embedding never.
         """
-        left_out = ["wav2vec2.masked_spec_embed"]
+        still = ["wav2vec2.masked_spec_embed"]
         if not unfrozen:
-            left_out.append("wav2vec2.")
+            still.append("wav2vec2.")
         elif not self.recipe.train_extractor:
-            left_out.append(EXTRACTOR)
+            still.append(EXTRACTOR)
         names = [name for name, _ in self.named_parameters()]
-        return frozenset(name for name in names if not name.startswith(tuple(left_out)))
+        return frozenset(name for name in names if not name.startswith(tuple(still)))
 
     def width(self, stage: Stage) -> int:
-        """Numbers in a frame at a stage."""
+        """Features per frame at a stage."""
         if stage == "extracted" and self.wav2vec2 is not None:
             return self.wav2vec2.config.conv_dim[-1]
         return self.upstream.width
 
     def extract(self, waveforms: Iterable[Tensor]) -> Tensor:
-        """The extractor's output for clips of `[sample]`: `[clip, frame, channel]` or packed."""
+        """Extractor output of waveforms `[sample]`: `[clip, frame, channel]`, maybe packed."""
         assert self.wav2vec2 is not None
         return self.wav2vec2.extract(waveforms)
 
@@ -202,7 +218,14 @@ class TaskModel(nn.Module):
         seeds: Tensor | None = None,
         keep: Sequence[bool] | None = None,
     ) -> Tensor:
-        """The extractor's output to the last hidden states, `[clip, frame, feature]`, padded."""
+        """From extractor output to the last hidden states, `[clip, frame, feature]`, padded.
+
+        Args:
+            extracted: `[clip, frame, channel]`, or packed if lengths differ.
+            samples: of each clip's waveform.
+            seeds: `[clip]`, for dropout; None for no dropout.
+            keep: whether to run each layer (layer drop); None runs all.
+        """
         assert self.wav2vec2 is not None
         lengths = self.head_lengths(samples, "frames")
         packed = packing.packed_lengths(lengths)
@@ -212,10 +235,13 @@ class TaskModel(nn.Module):
         """Take a batch from one stage to a later one, without dropout.
 
         Args:
-            x: of stage `start`, see `Inputs`.
+            x: batch at stage `start`, `[clip, frame, feature]`, or as in `Inputs`.
             samples: of each clip's waveform.
-            start: where it is.
-            end: where it is to be.
+            start: current stage.
+            end: wanted stage, not before `start`.
+
+        Returns:
+            The batch at stage `end`, `[clip, frame, feature]`, or as in `Inputs`.
         """
         if start != "waveform":
             assert isinstance(x, Tensor)
@@ -232,17 +258,32 @@ class TaskModel(nn.Module):
         return x
 
     def separate(self, x: Tensor, samples: Sequence[int], stage: Stage) -> list[Tensor]:
-        """The clips of a batch that has come to a stage, `[frame, ...]` each."""
+        """Split a batch into its clips, without padding.
+
+        Args:
+            x: batch after `waveform`, see `Inputs` for shapes.
+            samples: of each clip's waveform.
+            stage: of the batch.
+
+        Returns:
+            `[frame, feature]` for each clip.
+        """
         lengths = self.head_lengths(samples, stage)
         if stage == "extracted":
             return list(packing.split(x, lengths))
         return [clip[:own] for clip, own in zip(x, lengths, strict=True)]
 
     def predict(self, x: Inputs, samples: Sequence[int], start: Stage) -> Prediction:
-        """What the head makes of a batch at any stage, without dropout."""
+        """Output of the head for a batch, without dropout.
+
+        Args:
+            x: batch at stage `start`, see `Inputs` for shapes.
+            samples: of each clip's waveform.
+            start: stage of the batch.
+        """
         x = self.advance(x, samples, start, "frames" if start != "mean" else "mean")
         return self.head(at_least_fp32(x), self.head_lengths(samples, start))
 
     def head_lengths(self, samples: Sequence[int], stage: Stage) -> list[int]:
-        """Frames of each clip as the head sees them."""
+        """Frames per clip in the head's input."""
         return [1 if stage == "mean" else self.upstream.frames(own) for own in samples]

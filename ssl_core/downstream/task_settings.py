@@ -13,28 +13,28 @@ from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.run_directory import stored_settings
 
 _UNNAMED = recipe_of("kws12")
-"""Stands in the place of a recipe until the task is known."""
+"""Placeholder until the task is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings(ComputeSettings):
-    """What task on what corpus, and how."""
+    """Task, corpus, recipe and hardware."""
 
     task: str = ""
     """`kws12`, `kws35`, `slots`, `emotion`, `speaker`, `verification` or `asr`."""
     data: Path | None = None
-    """The task's corpus, as distributed."""
+    """Folder of the task's corpus, as distributed."""
     recipe: TaskRecipe = _UNNAMED
-    """The task's recipe unless given; also a YAML file of it."""
+    """Also a YAML file; default: the recipe of the task."""
 
     SHORT: ClassVar[dict[str, str]] = {"batch": "recipe.batch"}
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A resumed run's settings, else the recipe of the task.
+        """Settings of the resumed run, else the recipe of the task.
 
         Raises:
-            UsageError: no such run, or no such task (the nearest is named).
+            UsageError: no such run, or no such task (the message names the nearest).
         """
         if given.get("resume"):
             return vars(stored_settings(cls, Path(given["resume"])))
@@ -54,19 +54,20 @@ class TaskSettings(ComputeSettings):
         recipe, own = self.recipe, recipe_of(self.task)
         recipe.validate()
         if recipe.transcribes != own.transcribes:
-            made = "writes texts" if recipe.transcribes else "chooses classes"
-            raise UsageError(f"a head {recipe.head} {made}, which is not what {self.task} asks")
+            made = "transcribes" if recipe.transcribes else "classifies"
+            needed = "transcribe" if own.transcribes else "classify"
+            raise UsageError(f"the head {recipe.head} {made}; {self.task} needs one to {needed}")
         if self.task == "verification" and recipe.head != "x-vector":
-            raise UsageError(f"verification needs a head x-vector, not {recipe.head}")
+            raise UsageError(f"verification needs the head x-vector, not {recipe.head}")
         if self.task != "verification" and recipe.metric == "eer":
-            raise UsageError(f"{self.task} has no trials to be scored by eer")
+            raise UsageError(f"{self.task} cannot be scored by eer: it has no trials")
         self.step_plan()
 
     def step_plan(self) -> Plan:
         """How this machine takes a step.
 
         Raises:
-            UsageError: settings that do not fit together or this machine.
+            UsageError: invalid settings, or settings that this machine cannot run.
         """
         plan = self.plan_for(length=self.recipe.length, batch=self.recipe.batch)
         plan.validate()
@@ -74,11 +75,11 @@ class TaskSettings(ComputeSettings):
         return plan
 
     def corpus(self) -> Path:
-        """Where the corpus is; raises `UsageError` where none is named."""
+        """Folder of the corpus; raises `UsageError` if none was given."""
         if self.data is None:
             raise UsageError(f"--data: give the corpus of {self.task}")
         return self.data
 
     def as_config(self) -> str:
-        """A run's `config.yaml`."""
+        """Contents of a run's `config.yaml`."""
         return to_yaml(self)

@@ -1,8 +1,7 @@
-"""The fine-tuning step: labelled clips, a plan and the rates in, loss and predictions out.
+"""The fine-tuning step: takes labelled clips, a plan and learning rates; trains a task's model.
 
-The loss of an update is the mean over its clips. They are taken in the order of their lengths, a
-micro-batch at a time; what is dropped in a clip follows from its own seed. How a batch is split
-changes nothing but the rounding.
+The loss of an update is the mean over its clips. Micro-batches are taken in order of clip length,
+and each clip has its own dropout seed, so splitting a batch changes only the rounding.
 """
 
 import contextlib
@@ -27,23 +26,23 @@ from ssl_core.wav2vec2.precision import at_least_fp32, autocast
 from ssl_core.wav2vec2.recompute import recomputed
 
 HEAD, BACKBONE = "head", "backbone"
-"""Groups of parameters with a rate each."""
+"""Parameter groups, each with its own learning rate."""
 
 
 class Batch(NamedTuple):
-    """Clips of an update."""
+    """Clips of an update, or of a batch to score."""
 
     inputs: Sequence[Tensor]
-    """Of each clip: `[sample]`, or `[frame, feature]` where it was computed before."""
+    """One tensor per clip: `[sample]`, or `[frame, feature]` at later stages."""
     stage: Stage
-    """What the inputs are."""
+    """Stage of the inputs."""
     samples: Sequence[int]
-    """Of each clip's waveform, at 16 kHz."""
+    """Samples of each clip's waveform, at 16 kHz."""
     targets: Tensor
     """`[clip]` int64 classes, or `[clip, symbol]` int64 padded with the blank."""
 
     def rows(self, chosen: Sequence[int]) -> "Batch":
-        """Some of the clips, as little padded as they can be."""
+        """The chosen clips, targets `[clip, symbol]` padded to the longest of them."""
         targets = self.targets[list(chosen)]
         if targets.dim() == 2:
             targets = targets[:, : max(1, int((targets != BLANK).sum(1).max()))]
@@ -55,7 +54,7 @@ class Batch(NamedTuple):
         )
 
     def on(self, device: torch.device) -> Inputs:
-        """The inputs as the model takes them."""
+        """Inputs on a device, joined into one tensor except waveforms (see `Inputs`)."""
         if self.stage == "waveform":
             return [clip.to(device) for clip in self.inputs]
         if self.stage == "extracted":
@@ -68,19 +67,19 @@ class TaskReport:
     """What an update did."""
 
     loss: float
-    """Mean over clips, in nats; of CTC, in nats a symbol."""
+    """Mean over clips, in nats; nats per symbol for CTC."""
     correct: int
-    """Clips whose class was found; of tasks that transcribe 0."""
+    """Clips classified correctly; 0 for transcription."""
     gradient_norm: float
     applied: bool
-    """False when the gradient was not finite and the update was left out."""
+    """False if the gradient was not finite and the update was skipped."""
     clips: int
     seconds: float
     """Seconds of audio."""
 
 
 class TaskStep(PlannedStep):
-    """Takes updates of a head, with the backbone frozen or unfrozen, by a plan."""
+    """Trains a head, and an unfrozen backbone, by a plan."""
 
     model: TaskModel
 
@@ -93,14 +92,14 @@ class TaskStep(PlannedStep):
         seed: int,
         trained: Collection[str] | None = None,
     ) -> None:
-        """Prepare the optimisers of what is trained; nothing else gets a gradient.
+        """Make optimizers of the trained parameters; no others get a gradient.
 
         Args:
             model: upstream and head.
-            plan: how a step is taken; its length is not looked at.
+            plan: how a step is taken; its length is ignored.
             unfrozen: whether the backbone is trained.
             seed: of dropout.
-            trained: names of the parameters to train, in place of what `unfrozen` says.
+            trained: names of the parameters to train; overrides `unfrozen`.
         """
         self.seed, self.recipe = seed, model.recipe
         names = model.trainable(unfrozen) if trained is None else frozenset(trained)
@@ -113,7 +112,7 @@ class TaskStep(PlannedStep):
 
     @property
     def stage(self) -> Stage:
-        """The stage up to which nothing is trained, so that it can be computed before."""
+        """The last stage that no trained parameter affects; its features can be cached."""
         if self.unfrozen:
             return "waveform" if self._extractor else "extracted"
         return "mean" if self.model.head.pools else "frames"
@@ -123,7 +122,7 @@ class TaskStep(PlannedStep):
         plan.validate()
 
     def make_optimizers(self) -> dict[str, AdamW]:
-        """One for the head, one for an unfrozen backbone."""
+        """One optimizer for the head, one for an unfrozen backbone."""
         groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {HEAD: [], BACKBONE: []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -133,7 +132,7 @@ class TaskStep(PlannedStep):
 
     @contextlib.contextmanager
     def _settling(self) -> Iterator[None]:
-        """Looks after freed memory in the head's layers too."""
+        """Return freed memory in the head's layers too."""
         head = self.model.head
         layers = [module for module in head.modules() if not any(module.children())]
         weights = [weight for weight in head.parameters() if weight.requires_grad]
@@ -148,13 +147,13 @@ class TaskStep(PlannedStep):
         """Take one update.
 
         Args:
-            batch: of any stage up to `stage`.
+            batch: clips at any stage up to `stage`.
             update: global update number, from 0.
-            rates: of `HEAD` and `BACKBONE`.
-            key: tells apart those who take the same update, such as clients.
+            rates: learning rates of `HEAD` and `BACKBONE`.
+            key: of the client; 0 for a central run.
 
         Returns:
-            What happened; when the gradient is not finite the weights stay as they were.
+            What happened; if the gradient is not finite, weights are unchanged.
         """
         plan, count = self.plan, len(batch.samples)
         rng = randomness.generator(self.seed, "dropout", key, update)
@@ -196,7 +195,7 @@ class TaskStep(PlannedStep):
     def _losses(
         self, batch: Batch, seeds: Tensor, keep: Sequence[bool] | None
     ) -> tuple[Tensor, int]:
-        """The loss of each clip, and how many classes were found."""
+        """Loss of each clip, `[clip]`, and number of clips classified correctly."""
         model, stage = self.model, batch.stage
         inputs = batch.on(self.device)
         targets = batch.targets.to(self.device)

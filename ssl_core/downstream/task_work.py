@@ -39,48 +39,48 @@ LABELS = {
     "verification": 1211,
     "asr": 28,
 }
-"""Classes or symbols of each task's corpus; of slots, about as many as its texts use."""
+"""Classes or symbols in each task's corpus; approximate for slots."""
 SYMBOLS_A_SECOND = 15
-"""In the texts of tasks that transcribe: LibriSpeech has 14.5."""
+"""Symbols per second in transcripts; LibriSpeech has 14.5."""
 
 Tensors = Callable[..., Tensor]
-"""Makes a tensor of a shape, as `torch.zeros` does."""
+"""Makes a tensor of a given shape, such as `torch.zeros`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskWork:
-    """A head on a backbone, and what of the backbone is trained; see `planning.work.Work`."""
+    """A head on a backbone, and which part of the backbone is trained; see `planning.work.Work`."""
 
     architecture: ModelConfig
     """Of the backbone."""
     recipe: TaskRecipe
     labels: int
-    """Classes, or symbols without the blank."""
+    """Number of classes, or of symbols without the blank."""
     task: str = ""
     share: Share = "none"
-    """What of the backbone is trained: `none` is frozen, `backbone` unfrozen."""
+    """Trained part of the backbone: `none` if frozen, `backbone` if unfrozen."""
     shared_layers: int = 0
-    """How many of the last layers, with `layers`."""
+    """Number of last layers to train if `share` is `layers`."""
     lora_rank: int = 0
-    """Of low-rank changes, with `lora`."""
+    """Rank of the adapters if `share` is `lora`."""
     cached: bool = False
-    """Whether the output of the frozen part is computed once, before, and kept on disk."""
+    """Whether features of the frozen part are computed once, before training, and cached."""
 
     unit = "clips"
 
     @property
     def clip_norm(self) -> float:
-        """Largest gradient norm; 0 does not clip."""
+        """Largest gradient norm; 0 for no clipping."""
         return self.recipe.clip_norm
 
     @property
     def unfrozen(self) -> bool:
-        """Whether anything of the backbone is trained."""
+        """Whether any part of the backbone is trained."""
         return self.share != "none"
 
     @property
     def length(self) -> float:
-        """Seconds of a training clip: of the pieces they are cut into, or their mean."""
+        """Seconds of a training clip: the chunk length, or else the mean."""
         return self.recipe.chunk or self.recipe.length
 
     @property
@@ -90,12 +90,12 @@ class TaskWork:
 
     @property
     def convolves(self) -> bool:
-        """Whether convolutions are in the backward pass."""
+        """Whether the backward pass has convolutions."""
         return self.unfrozen or self.recipe.head == "x-vector"
 
     @property
     def recurs(self) -> bool:
-        """Whether the head is an LSTM, before which freed memory is returned."""
+        """Whether the head has an LSTM; freed memory is returned before it."""
         return self.recipe.head == "lstm-ctc"
 
     def validate(self, plan: Plan) -> None:
@@ -114,7 +114,7 @@ class TaskWork:
         plan.validate_clipping(self.clip_norm)
 
     def rungs(self, whole: Plan) -> list[Rung]:
-        """See `Work.rungs`. Clips are independent: a split batch computes nothing twice."""
+        """See `Work.rungs`. Clips are independent, so splitting a batch costs no recomputation."""
         if not self.unfrozen:
             rungs = [Rung(1.0, plan) for plan in (whole, *splits(whole))]
             return rungs + with_memory_given_back(rungs[-1:])
@@ -131,11 +131,11 @@ class TaskWork:
         return rungs + with_memory_given_back(rungs[-2:])
 
     def trained_parameters(self) -> int:
-        """Parameters that are trained."""
+        """Number of trained parameters."""
         return _trained_parameters(self)
 
     def options(self, plan: Plan) -> str:
-        """Options of `ssl_core.finetune` that ask for a plan."""
+        """Command-line options of `ssl_core.finetune` for a plan."""
         backbone = "unfrozen" if self.unfrozen else "frozen"
         words = [
             f"--task {self.task} --{backbone} --batch {plan.batch}",
@@ -152,7 +152,14 @@ class TaskWork:
         fake: bool = False,
         batches: Batches | None = None,
     ) -> Started:
-        """See `Work.start`; clips are always noise."""
+        """See `Work.start`.
+
+        Args:
+            plan: how a step is taken.
+            label: is called with the name of each phase.
+            fake: make zeros instead of noise, and two micro-batches at most.
+            batches: ignored; clips are always noise.
+        """
         make = torch.zeros if fake else torch.randn
         model = make_model(self)
         label("optimizer state")
@@ -178,17 +185,17 @@ def task_work(
     cached: bool = False,
     recipe: TaskRecipe | None = None,
 ) -> TaskWork:
-    """A task as its recipe says.
+    """The work of a task with its frozen or unfrozen backbone.
 
     Args:
-        task: by name.
+        task: name of the task.
         architecture: of the backbone.
-        unfrozen: whether the backbone is trained too.
-        cached: whether the output of the frozen part is computed once, before.
-        recipe: in place of the task's own.
+        unfrozen: whether the backbone is trained.
+        cached: whether features of the frozen part are computed before training.
+        recipe: None for the task's own.
 
     Raises:
-        UsageError: no such task; the nearest is named.
+        UsageError: no such task (the message names the nearest).
     """
     found = recipe_of(task)
     return TaskWork(
@@ -207,17 +214,17 @@ def _trained_parameters(work: TaskWork) -> int:
 
 
 def make_model(work: TaskWork) -> TaskModel:
-    """A backbone with initial weights and the task's head on it."""
+    """The task's head on a backbone with initial weights."""
     upstream = Upstream(Backbone(work.architecture), RANDOM, False)
     return TaskModel(upstream, make_head(work.recipe, upstream.width, work.labels), work.recipe)
 
 
 def make_step(model: TaskModel, work: TaskWork, plan: Plan) -> TaskStep:
-    """A step that trains what the work says.
+    """A step that trains the parameters that `work` names.
 
     Args:
         model: backbone and head.
-        work: what of it is trained.
+        work: the task and the trained part of the backbone.
         plan: how a step is taken.
     """
     parts = divide(
@@ -227,7 +234,10 @@ def make_step(model: TaskModel, work: TaskWork, plan: Plan) -> TaskStep:
 
 
 def compute_features(step: TaskStep, make: Tensors) -> None:
-    """Take clips through the frozen part, as many as `ClipLoader` takes together."""
+    """Run the frozen part on one batch of clips, of the size that `ClipLoader` uses.
+
+    `make` returns waveforms `[sample]`.
+    """
     plan = step.plan
     clips = max(1, TOGETHER // plan.samples)
     waveforms = [make(plan.samples).to(step.device) for _ in range(clips)]
@@ -236,12 +246,12 @@ def compute_features(step: TaskStep, make: Tensors) -> None:
 
 
 def make_batch(step: TaskStep, work: TaskWork, make: Tensors) -> Batch:
-    """Clips of the plan's length, as an update gets them.
+    """A batch of clips of the plan's length.
 
     Args:
-        step: that trains on them.
+        step: will train on the batch.
         work: the task.
-        make: makes the contents of waveforms `[sample]` and features `[frame, feature]`.
+        make: makes waveforms `[sample]` and features `[frame, feature]`.
     """
     plan, model = step.plan, step.model
     samples = [plan.samples] * plan.batch
@@ -261,5 +271,5 @@ def make_batch(step: TaskStep, work: TaskWork, make: Tensors) -> Batch:
 
 
 def learning_rates(work: TaskWork) -> dict[str, float]:
-    """Learning rates of the first epoch, by group of parameters."""
+    """Learning rates of the first epoch by parameter group."""
     return {HEAD: work.recipe.head_rate, BACKBONE: work.recipe.backbone_rate}

@@ -1,1 +1,1 @@
-"""The paper's Tables 2 and 3 and Figures 2 and 3 beside ours. Not shipped to devices."""
+"""Reproduces the paper's Tables 2 and 3 and Figures 2 and 3. Not shipped to devices."""

@@ -1,9 +1,9 @@
-"""Seconds a step takes on a real device: an estimate from what the paper measured (Table 2).
+"""Estimates the seconds of a step on a real device from the paper's measurements (Table 2).
 
-A plain step's seconds were found to follow `overhead + operations / rate`, within a few per cent
-in the median and 28 % in the worst of the 89 cells that ran. How a planned step differs from the
-fastest is multiplied in. That this project's step is faster than a plain one is not counted: the
-gain was not measured on those devices.
+A plain step takes `overhead + operations / rate` seconds, within a few per cent in the median and
+28 % in the worst of the 89 cells that ran. A planned step is this times its slowdown relative to
+the fastest plan. This project's step is faster than a plain one; the gain was not measured on those
+devices and is not included.
 """
 
 import functools
@@ -23,24 +23,24 @@ from ssl_core.wav2vec2.config import preset
 
 
 class Rate(NamedTuple):
-    """How fast a device takes plain steps."""
+    """Speed of a device at plain steps."""
 
     overhead: float
-    """Seconds a step, however small."""
+    """Fixed seconds of every step."""
     operations: float
-    """Floating point operations a second above that."""
+    """Floating point operations a second beyond the overhead."""
 
 
 @functools.cache
 def paper_rate(device: str, precision: str) -> Rate | None:
-    """The rate that fits a device's cells of Table 2 best (least squares of relative errors).
+    """Fit a rate to a device's cells of Table 2 by least squares of relative errors.
 
     Args:
-        device: of the table.
+        device: name in the table.
         precision: `fp32` or `mixed`.
 
     Returns:
-        The rate; None where the paper has no such cells.
+        The rate; None if the paper has no such cells.
     """
     cells = [
         (cell.seconds, plain_operations(preset("base"), cell.length, cell.batch))
@@ -57,20 +57,23 @@ def paper_rate(device: str, precision: str) -> Rate | None:
 def update_seconds(
     profile: DeviceProfile, work: Work, plan: Plan, slowdown: float = 1.0
 ) -> float | None:
-    """Seconds an update takes on a device, estimated; None where the paper says nothing of it.
+    """Estimate the seconds of an update on a device.
 
-    Of a task, operations are those of the step that keeps everything; an LSTM, which takes many
-    small steps, takes longer than they say. None for a head alone, on features computed before: the
-    paper has no such step.
+    For a task, operations are those of the step that keeps everything. An LSTM takes longer than
+    its operations suggest, since it runs in many small steps.
 
     Args:
-        profile: `timed_as` names the device of Table 2 that it is like.
+        profile: of the device; `timed_as` names a device of Table 2.
         work: what is trained.
-        plan: of the step.
-        slowdown: of the plan relative to the fastest.
+        plan: how a step is taken.
+        slowdown: time relative to the fastest plan.
+
+    Returns:
+        Seconds; None if the paper measured no such device, or no such step: a head alone on cached
+        features.
 
     Raises:
-        UsageError: `timed_as` is no device of the table.
+        UsageError: `timed_as` is not a device of the table.
     """
     if isinstance(work, TaskWork):
         if work.cached and not work.unfrozen:
@@ -88,7 +91,7 @@ def _task_operations(work: TaskWork, length: float, batch: int) -> int:
 
 
 def _seconds(profile: DeviceProfile, plan: Plan, operations: int) -> float | None:
-    """Of a step of so many operations."""
+    """Estimate the seconds of a step with a number of operations."""
     if not profile.timed_as:
         return None
     if profile.timed_as not in DEVICES:

@@ -1,11 +1,11 @@
-"""Peak memory of a plain training step: transformers' formulation, everything kept, from shapes.
+"""Computes the peak memory of a plain training step from shapes.
 
-Plain means `Wav2Vec2ForPreTraining` of transformers as its example trains it: a whole batch at
-once, no checkpointing, attention weights kept, all frames quantised, negatives gathered as
-vectors `[negative, batch, frame, feature]`. It is what the paper measured in Table 2.
+A plain step is that of transformers' `Wav2Vec2ForPreTraining` as its example trains it: a whole
+batch at once, no checkpointing, attention weights kept, all frames quantised, negatives gathered as
+vectors `[negative, batch, frame, feature]`. The paper measured this step in Table 2.
 
-What autograd keeps was counted operation by operation and agrees to 0.3 MiB with transformers 5.23
-on torch 2.11 under FakeTensorMode (`tests/ssl_core/test_table2.py`), 1 s to 15 s, fp32 and mixed.
+Tensors kept by autograd were counted operation by operation, to 0.3 MiB those of transformers 5.23
+on torch 2.11 under FakeTensorMode (`tests/ssl_core/test_table2.py`): 1 to 15 s, fp32 and mixed.
 """
 
 from typing import Literal
@@ -15,15 +15,15 @@ from ssl_core.planning.parts import ALLOCATOR, Estimate
 from ssl_core.wav2vec2.config import ModelConfig
 
 PlainPrecision = Literal["fp32", "mixed"]
-"""`mixed`: products in fp16 by autocast, weights, normalisations and loss in fp32."""
+"""`mixed`: products in fp16 by autocast; weights, normalisations and loss in fp32."""
 Accelerator = Literal["cpu", "cuda"]
 
 _LOSS = ("gathered negatives", "logits")
-"""Parts that the backward pass of the loss frees."""
+"""Activations that the backward pass of the loss frees."""
 
 
 def conv_lengths(config: ModelConfig, samples: int) -> list[int]:
-    """Positions after each convolution of the feature extractor; the last are frames."""
+    """Output length of each convolution of the feature extractor; the last counts frames."""
     lengths = []
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -32,13 +32,13 @@ def conv_lengths(config: ModelConfig, samples: int) -> list[int]:
 
 
 def position_weights(config: ModelConfig) -> int:
-    """Weights of the positional convolution."""
+    """Number of weights of the positional convolution."""
     group = config.hidden_size // config.num_conv_pos_embedding_groups
     return config.hidden_size * group * config.num_conv_pos_embeddings
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """All parameters, and those of them that autocast copies to fp16 (linear, convolutional)."""
+    """Number of all parameters, and of those that autocast copies to fp16 (linear, convolution)."""
     width, inner = config.hidden_size, config.intermediate_size
     by_layer = config.feat_extract_norm == "layer"
     copied, norms, channels = 0, 0, 1
@@ -71,29 +71,29 @@ def plain_step(
     runtime: int = 0,
     allocator: float = ALLOCATOR,
 ) -> Estimate:
-    """Estimate the peak of a plain training step with Adam.
+    """Estimate the peak memory of a plain training step with Adam.
 
-    The step is looked at in five moments, of which the largest is returned: the end of the forward
-    pass, the backward passes of the loss, of the quantiser and of the extractor, and the optimiser
-    step. Gradients of the step before are not kept (`zero_grad` of torch 2).
+    The peak is the largest of five phases: the end of the forward pass, the backward passes of the
+    loss, the quantiser and the extractor, and the optimizer step. Gradients of the previous step
+    are not kept (`zero_grad` of torch 2).
 
     Args:
-        config: architecture; all layers run (layerdrop would only make it less).
+        config: architecture; all layers run (layerdrop would only need less).
         length: seconds in a crop.
-        batch: crops.
-        precision: of products.
-        accelerator: dropout masks take 1 byte on CUDA and as much as their input on a CPU.
-        runtime: bytes of the process before the model is made: imports, CUDA context.
-        allocator: see `ALLOCATOR`.
+        batch: crops in a batch.
+        precision: of matrix products.
+        accelerator: a dropout mask takes 1 byte a value on CUDA, the size of its input on a CPU.
+        runtime: bytes of the process before the model is built: imports, CUDA context.
+        allocator: overhead of allocators, see `ALLOCATOR`.
 
     Returns:
-        Bytes by name at that moment.
+        Bytes of each part in the largest phase.
     """
     mixed = precision == "mixed"
     kept = kept_activations(config, round(length * SAMPLE_RATE), batch, precision, accelerator)
     parameters, copied = parameter_counts(config)
     weights = 4 * parameters
-    fixed = {"runtime": runtime, "parameters": weights, "Adam moments": 2 * weights}
+    fixed = {"runtime": runtime, "parameters": weights, "optimizer state": 2 * weights}
     copies = {"fp16 copies of weights": 2 * copied} if mixed else {}
     frames = batch * config.frames(round(length * SAMPLE_RATE))
     vectors = 4 * frames * (config.num_negatives + 1) * config.proj_codevector_dim
@@ -104,24 +104,24 @@ def plain_step(
     position = 4 * position_weights(config)
     extractor = {"conv activations": kept["conv activations"]}
     half = 2 if mixed else 1
-    moments = [
+    phases = [
         # product of the normalised vectors, and the negatives, which the forward pass still holds
         kept | {"transients": vectors + vectors // half},
-        # gradients of both factors and of both norms, [negative, batch, frame, feature] each
+        # gradients of both factors and both norms, each [negative, batch, frame, feature]
         kept | {"transients": 4 * vectors},
-        # gradient of the sum spread out, and of both its factors, [frame, code, feature] each,
-        # beside gradients of targets and predictions
+        # gradients of the expanded sum and of both its factors, each [frame, code, feature], and
+        # gradients of targets and predictions
         no_loss | {"transients": 3 * lookup + 16 * frames * ends},
         extractor
         | {"gradients": weights, "transients": position + 32 * frames * config.hidden_size},
-        # torch's Adam takes the root of the second moment of all parameters at once on CUDA
+        # on CUDA torch's Adam computes the root of all second moments at once
         {"gradients": weights, "transients": weights if accelerator == "cuda" else position},
     ]
     best: dict[str, int] = {}
-    for number, moment in enumerate(moments):
-        moving = sum(size for key, size in moment.items() if key != "gradients")
-        parts = fixed | moment | {"allocator": int(allocator * moving)}
-        if number < len(moments) - 1:
+    for number, phase in enumerate(phases):
+        moving = sum(size for key, size in phase.items() if key != "gradients")
+        parts = fixed | phase | {"allocator": int(allocator * moving)}
+        if number < len(phases) - 1:
             parts |= copies
         if sum(parts.values()) > sum(best.values()):
             best = parts
@@ -129,7 +129,7 @@ def plain_step(
 
 
 def backbone_parameters(config: ModelConfig) -> int:
-    """Parameters of what downstream tasks use: all but the quantiser and the projections on it."""
+    """Number of parameters that downstream tasks use: all but quantiser and its projections."""
     width = config.hidden_size
     codes = config.num_codevector_groups * config.num_codevectors_per_group
     quantiser = (config.conv_dim[-1] + 1) * codes
@@ -148,24 +148,24 @@ def plain_task_step(
     unfrozen: bool,
     allocator: float = ALLOCATOR,
 ) -> Estimate:
-    """Estimate the peak of a plain fine-tuning step with Adam in fp32.
+    """Estimate the peak memory of a plain fine-tuning step with Adam in fp32.
 
-    `Wav2Vec2Model` of transformers under a head, as SpeechBrain's recipes train it: a whole batch
-    at once; the extractor, which they do not train, and a frozen backbone without a graph. The step
-    is looked at in four moments: in the extractor, in a layer of the transformer, at the end of the
-    forward pass, and in the optimiser step.
+    The model is transformers' `Wav2Vec2Model` under a head, as SpeechBrain's recipes train it: a
+    whole batch at once; no graph for the extractor, which they do not train, or a frozen backbone.
+    The peak is the largest of four phases: the extractor, one transformer layer, the end of the
+    forward pass, and the optimizer step.
 
     Args:
         config: architecture; all layers run.
         length: seconds in a clip.
-        batch: clips.
-        accelerator: dropout masks take 1 byte on CUDA and as much as their input on a CPU.
+        batch: clips in a batch.
+        accelerator: a dropout mask takes 1 byte a value on CUDA, the size of its input on a CPU.
         head: bytes of the head's `parameters`, `optimizer state` and `activations` at its peak.
         unfrozen: whether the transformer is trained.
-        allocator: see `ALLOCATOR`.
+        allocator: overhead of allocators, see `ALLOCATOR`.
 
     Returns:
-        Bytes by name at that moment, above imports and CUDA context.
+        Bytes of each part in the largest phase, above imports and CUDA context.
     """
     samples = round(length * SAMPLE_RATE)
     lengths, width = conv_lengths(config, samples), config.hidden_size
@@ -174,24 +174,21 @@ def plain_task_step(
     trained = weights if unfrozen else 0
     fixed = {
         "parameters": weights + head["parameters"],
-        "Adam moments": 2 * trained + head["optimizer state"],
+        "optimizer state": 2 * trained + head["optimizer state"],
     }
-    # in and out of the first norm, the largest tensors there are
+    # input and output of the first norm, the largest tensors
     extractor = {"extractor": 2 * 4 * batch * config.conv_dim[0] * lengths[0]}
     frames = batch * lengths[-1]
     scores = frames * lengths[-1] * config.num_attention_heads
-    layer = {
-        "transformer": 4 * (2 * scores + frames * (6 * width + 2 * config.intermediate_size)),
-    }
+    layer = {"transformer": 4 * (2 * scores + frames * (6 * width + 2 * config.intermediate_size))}
     forward = {"head": head["activations"]}
     if unfrozen:
-        names = ("transformer activations", "attention weights")
-        forward |= {name: kept[name] for name in names}
+        forward |= {name: kept[name] for name in ("transformer activations", "attention weights")}
     gradients = {"gradients": trained + head["optimizer state"] // 2}
     best: dict[str, int] = {}
-    for moment in (extractor, layer, forward, gradients):
-        moving = sum(size for name, size in moment.items() if name != "gradients")
-        parts = fixed | moment | {"allocator": int(allocator * moving)}
+    for phase in (extractor, layer, forward, gradients):
+        moving = sum(size for name, size in phase.items() if name != "gradients")
+        parts = fixed | phase | {"allocator": int(allocator * moving)}
         if sum(parts.values()) > sum(best.values()):
             best = parts
     return Estimate(best)
@@ -204,44 +201,50 @@ def kept_activations(
     precision: PlainPrecision,
     accelerator: Accelerator,
 ) -> dict[str, int]:
-    """Bytes that autograd keeps from the forward pass to the backward pass.
+    """Count the bytes that autograd keeps for the backward pass, by part of the model.
 
-    A tensor that goes through a linear layer in mixed precision is kept as the fp16 copy that
-    autocast makes for that layer; normalisations keep fp32.
+    In mixed precision linear layers keep autocast's fp16 copy of their input; norms keep fp32.
+
+    Args:
+        config: architecture; all layers run.
+        samples: samples in a crop.
+        batch: crops in a batch.
+        precision: of matrix products.
+        accelerator: sets the size of dropout masks, see `plain_step`.
     """
     mixed, cuda = precision == "mixed", accelerator == "cuda"
     size = 2 if mixed else 4
 
     def mask(rate: float, element: int = 4) -> int:
-        """Bytes of a dropout mask for each value of so many bytes."""
+        """Bytes of a dropout mask for each value of `element` bytes."""
         return (1 if cuda else element) if rate else 0
 
     lengths = conv_lengths(config, samples)
     frames = batch * lengths[-1]
     channels, width, inner = config.conv_dim[-1], config.hidden_size, config.intermediate_size
 
-    conv = samples * (6 if mixed else 4)  # waveform, and what the first layer gets
+    conv = samples * (6 if mixed else 4)  # waveform and input of the first layer
     for number, (dim, positions) in enumerate(zip(config.conv_dim, lengths, strict=True)):
         last = number == len(lengths) - 1
         if number == 0 or config.feat_extract_norm == "layer":
             statistics = 8 * positions if config.feat_extract_norm == "layer" else 8 * dim
-            # into the norm, into GELU, out of it
+            # inputs of norm and GELU, output of GELU
             conv += dim * positions * (8 + (4 if last else size)) + statistics
         else:
             conv += dim * positions * (size + (4 if last else size))
 
     hidden = mask(config.hidden_dropout, size)
-    front = channels * size  # into the projection
+    front = channels * size  # input of the projection
     front += width * (
         mask(config.feat_proj_dropout, size) + 2 * size + 4 + mask(config.hidden_dropout)
     )
     layer = width * (
-        (6 if mixed else 4)  # into query, key and value
+        (6 if mixed else 4)  # input of query, key and value
         + 3 * size
-        + size  # context, into the output projection
+        + size  # context: input of the output projection
         + 4
-        + 4  # into both norms
-        + size  # into the feed-forward
+        + 4  # inputs of both norms
+        + size  # input of the feed-forward network
         + 2 * hidden
     )
     layer += inner * (2 * size + mask(config.activation_dropout, size))
@@ -259,7 +262,7 @@ def kept_activations(
         "conv activations": conv * batch,
         "transformer activations": frames
         * (front + config.num_hidden_layers * layer + width * size)
-        + batch * width * size  # the positional convolution makes one frame too many
+        + batch * width * size  # the positional convolution computes one extra frame
         + position_weights(config) * size,
         "attention weights": frames * attention,
         "quantiser": frames * quantiser,
@@ -271,10 +274,15 @@ def kept_activations(
 
 
 def plain_operations(config: ModelConfig, length: float, batch: int) -> int:
-    """Floating point operations of products in a forward and backward pass: 3 times the forward.
+    """Count the operations of products in a step: 3 times those of the forward pass.
 
-    torch's flop counter says 16 % more for `base` (1005.2 against 863.6 GFLOP for 5 s x 4): it
-    counts the weight gradient of a grouped convolution once for each of its groups.
+    torch's flop counter gives 16 % more for `base` (1005.2 against 863.6 GFLOP for 5 s x 4): it
+    counts the weight gradient of a grouped convolution once for each group.
+
+    Args:
+        config: architecture; all layers run.
+        length: seconds in a crop.
+        batch: crops in a batch.
     """
     samples = round(length * SAMPLE_RATE)
     lengths = conv_lengths(config, samples)

@@ -1,4 +1,4 @@
-"""What Tables 2 and 3 have in common: a cell of the paper beside a plain step and a planned one."""
+"""Compares a cell of the paper's Tables 2 and 3 with a plain and a planned step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +24,18 @@ def compare(
     seconds: float | None,
     need: int,
 ) -> tuple[dict[str, Any], Decision]:
-    """The columns that both tables have, sizes in bytes, and the decision for the planned step.
+    """Compute the columns that both tables share and the decision for the planned step.
 
     Args:
         profile: of the device.
         work: what is trained.
         plan: length, batch and precision of the cell.
-        paper: "fits" or "oom" in the paper.
-        seconds: of a batch in the paper; None where it did not fit.
+        paper: outcome in the paper, "fits" or "oom".
+        seconds: of a batch in the paper; None if it did not fit.
         need: bytes of a plain step above imports and CUDA context.
+
+    Returns:
+        The columns by name, sizes in bytes, and the decision.
     """
     decision = Decision(work, plan, profile.process_bytes, profile.clientapp)
     option = decision.chosen or decision.leanest
@@ -50,9 +53,9 @@ def compare(
 
 
 def columns(row: dict[str, Any]) -> tuple[str, ...]:
-    """The texts of `COLUMNS` for a row."""
+    """Format a row as the texts of `COLUMNS`."""
     seconds = row["paper_seconds"]
-    wrong = "" if row["paper"] == row["plain"] else " [red]not as in the paper[/red]"
+    wrong = "" if row["paper"] == row["plain"] else " [red]unlike the paper[/red]"
     return (
         "oom" if seconds is None else f"{seconds:.2f} s",
         format_bytes(row["room"]),
@@ -62,7 +65,7 @@ def columns(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def agreement(rows: Rows) -> dict[str, Any]:
-    """The rows, how many agree with the paper, and in how many a planned step fits."""
+    """The rows, the number that agree with the paper, and the number whose planned step fits."""
     return {
         "cells": rows,
         "agree": sum(row["paper"] == row["plain"] for row in rows),
@@ -71,7 +74,7 @@ def agreement(rows: Rows) -> dict[str, Any]:
 
 
 def agreement_lines(result: dict[str, Any]) -> list[str]:
-    """The counts of `agreement` for people."""
+    """The counts of `agreement` as lines of text."""
     count = len(result["cells"])
     return [
         f"a plain step agrees with the paper in {result['agree']} of {count} cells",

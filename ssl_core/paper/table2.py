@@ -1,14 +1,14 @@
-"""The paper's Table 2 from shapes: which cells a plain step fits on four devices.
+"""Predicts the paper's Table 2 from shapes: which cells a plain step fits on four devices.
 
-A cell fits where `plain_step` on the device's accelerator takes no more than the device's
+A cell fits if `plain_step` on the device's accelerator needs at most the device's
 `training_bytes`. Two constants are calibrated on the table, all else is counted or measured:
 
-- `parts.ALLOCATOR`, what allocators take above tensors. It acts on all four devices.
-- `tensor-fraction` in `device_profiles.yaml`, the same for all Jetson boards: what the step's
-  tensors get of a memory that CPU and GPU share. In the paper the 16 GB board behaves as if it had
-  less than twice what the 8 GB one has, which no system of a fixed size explains.
+- `parts.ALLOCATOR`, the overhead of allocators, for all four devices.
+- `tensor-fraction` in `device_profiles.yaml`, the same for all Jetson boards: the fraction of
+  shared memory available to the step's tensors. In the paper the 16 GB board behaves as if it had
+  less than twice the memory of the 8 GB board, which a system of fixed size cannot explain.
 
-`split` calibrates on some of the devices and counts agreement on each of them and of the others.
+`split` calibrates on some devices and counts the agreement on all of them.
 """
 
 import csv
@@ -27,9 +27,9 @@ from ssl_core.planning.parts import ALLOCATOR
 from ssl_core.wav2vec2.config import preset
 
 DEVICES = ("rtx2080ti", "rpi4", "jetson-xavier-nx", "jetson-xavier-agx")
-"""In the order of the table."""
-_MOST = 0.6
-"""Largest `ALLOCATOR` considered."""
+"""Devices in the order of the table."""
+_LARGEST_ALLOCATOR = 0.6
+"""Largest value tried for `ALLOCATOR`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +43,21 @@ class Cell:
     precision: PlainPrecision
     outcome: Literal["fits", "oom"]
     seconds: float | None
-    """A batch, where it fits."""
+    """Seconds of a batch; None if it does not fit."""
 
 
 class Calibration(NamedTuple):
-    """Constants, and how far from wrong the worst cell they were calibrated on is."""
+    """Calibrated constants, and the margin of their worst cell."""
 
     allocator: float
     fraction: float | None
-    """None where none of the devices shares its memory with a GPU."""
+    """Tensor fraction; None if no device shares its memory with a GPU."""
     margin: float
-    """Least natural logarithm of room over need (fits) or need over room (oom); below zero, a cell
-    is wrong."""
+    """Least natural logarithm of room/need (fits) or need/room (oom); below 0, a cell is wrong."""
 
 
 class Agreement(NamedTuple):
-    """Cells of a device that come out as in the paper."""
+    """Number of a device's cells that agree with the paper."""
 
     agree: int
     cells: int
@@ -66,7 +65,7 @@ class Agreement(NamedTuple):
 
 @functools.cache
 def paper_cells() -> tuple[Cell, ...]:
-    """The 140 entries of the table, from `table2.csv`."""
+    """Read the 140 entries of the table from `table2.csv`."""
     text = (resources.files(__package__) / "table2.csv").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return tuple(
@@ -84,7 +83,13 @@ def paper_cells() -> tuple[Cell, ...]:
 
 @functools.cache
 def need(cell: Cell, accelerator: Literal["cpu", "cuda"], allocator: float = ALLOCATOR) -> int:
-    """Bytes of a plain step of `base`, above imports and CUDA context."""
+    """Bytes of a plain step of `base` above imports and CUDA context.
+
+    Args:
+        cell: length, batch and precision.
+        accelerator: of the device.
+        allocator: overhead of allocators, see `ALLOCATOR`.
+    """
     config = preset("base")
     precision = cell.precision
     return plain_step(
@@ -95,7 +100,14 @@ def need(cell: Cell, accelerator: Literal["cpu", "cuda"], allocator: float = ALL
 def outcome(
     cell: Cell, profile: DeviceProfile, allocator: float = ALLOCATOR, fraction: float | None = None
 ) -> Literal["fits", "oom"]:
-    """Whether a plain step fits a device; `fraction` replaces the profile's."""
+    """Predict whether a plain step fits a device.
+
+    Args:
+        cell: length, batch and precision.
+        profile: of the device.
+        allocator: overhead of allocators, see `ALLOCATOR`.
+        fraction: tensor fraction that replaces the profile's; None keeps it.
+    """
     room = profile.training_bytes
     if profile.tensor_fraction is not None and fraction is not None:
         room = int(fraction * profile.memory)
@@ -103,7 +115,7 @@ def outcome(
 
 
 def agreement(allocator: float = ALLOCATOR, fraction: float | None = None) -> dict[str, Agreement]:
-    """Cells in which a plain step comes out as in the paper, by device."""
+    """Count for each device the cells in which a plain step agrees with the paper."""
     profiles, counts = known_profiles(), {}
     for device in DEVICES:
         cells = _cells(device)
@@ -113,19 +125,19 @@ def agreement(allocator: float = ALLOCATOR, fraction: float | None = None) -> di
 
 
 def calibrate(devices: Collection[str]) -> Calibration:
-    """The constants that keep the worst cell of these devices as far from wrong as they can.
+    """Find the constants that maximise the margin of the worst cell of these devices.
 
-    For every allocator figure the best fraction follows: it lies, in logarithms, half way between
-    the largest cell that fits and the smallest that does not, over all boards that share memory.
+    The best tensor fraction follows from the allocator overhead: in logarithms, it lies half way
+    between the largest cell that fits and the smallest that does not, over all Jetson boards.
 
     Raises:
-        UsageError: a device that is not in the table.
+        UsageError: a device is not in the table.
     """
     if not devices or not set(devices) <= set(DEVICES):
         raise UsageError(f"calibrate on some of {', '.join(DEVICES)}, not {', '.join(devices)}")
     profiles = known_profiles()
     best = Calibration(0.0, None, -math.inf)
-    for step in range(round(_MOST * 200) + 1):
+    for step in range(round(_LARGEST_ALLOCATOR * 200) + 1):
         allocator = step / 200
         lowest, highest, margin = 0.0, math.inf, math.inf
         for device in devices:
@@ -147,11 +159,11 @@ def calibrate(devices: Collection[str]) -> Calibration:
 
 
 def split(devices: Collection[str]) -> tuple[Calibration, dict[str, Agreement]]:
-    """Calibrate on these devices; agreement by device, on the others with what they give.
+    """Calibrate on these devices and count agreement on every device.
 
     Raises:
-        UsageError: not devices of the table, or none that shares its memory, without which nothing
-            can be said of those that do.
+        UsageError: a device is not in the table, or no device has shared memory, without which
+            the tensor fraction is unknown.
     """
     found = calibrate(devices)
     if found.fraction is None:
@@ -164,7 +176,7 @@ def _cells(device: str) -> Sequence[Cell]:
 
 
 def _bounds(profile: DeviceProfile, allocator: float) -> tuple[int, int]:
-    """The largest need of a cell that fits, and the smallest of one that does not."""
+    """Bytes of the largest cell that fits in the paper, and of the smallest that does not."""
     needs: Mapping[str, list[int]] = {"fits": [], "oom": []}
     for cell in _cells(profile.name):
         needs[cell.outcome].append(need(cell, profile.accelerator, allocator))

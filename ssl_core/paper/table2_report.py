@@ -1,4 +1,4 @@
-"""The paper's Table 2 and Figure 2 beside what follows from shapes: rows, tables and figures."""
+"""Reports the paper's Table 2 and Figure 2 beside predictions: rows, tables and figures."""
 
 import math
 from pathlib import Path
@@ -20,16 +20,16 @@ from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
 CALIBRATED = ("rtx2080ti", "jetson-xavier-nx")
-"""One device with memory of its own and one that shares it: the others are then predicted."""
+"""Devices to calibrate on, one discrete GPU and one Jetson; the others are then predicted."""
 LENGTHS, BATCHES = (1.0, 5.0, 10.0, 15.0), (1, 2, 4, 8, 12)
 GROWTH = {4: 4, 8: 4, 12: 5}
-"""By batch, how many times the memory of 1 s crops those of 15 s take (paper, section 5.1)."""
+"""Memory for 15 s crops relative to 1 s crops, by batch (paper, section 5.1)."""
 
 
 def table2_rows(progress: bool = False) -> Rows:
-    """A row for each cell: what the paper saw, a plain step and a planned one; sizes in bytes.
+    """Compare each cell with a plain and a planned step; sizes in bytes.
 
-    Mixed precision of the paper is fp16; a planned step is exact otherwise.
+    The paper's mixed precision is taken as fp16; apart from that a planned step is exact.
     """
     profiles, rows = known_profiles(), []
     base = PretrainingWork(architecture=preset("base"), recipe=RECIPES["base"])
@@ -61,7 +61,7 @@ def table2_rows(progress: bool = False) -> Rows:
 
 
 def table2_result(rows: Rows) -> dict[str, Any]:
-    """The rows, how many agree with the paper, and how many when two devices are calibrated."""
+    """The rows, and agreement with the paper, also when calibrated on `CALIBRATED` only."""
     found, predicted = split(CALIBRATED)
     return agreement(rows) | {
         "split": {
@@ -74,7 +74,7 @@ def table2_result(rows: Rows) -> dict[str, Any]:
 
 
 def table2_lines(result: dict[str, Any]) -> list[str]:
-    """The counts for people."""
+    """The counts as lines of text."""
     calibrated = result["split"]
     counts = calibrated["agree"].items()
     return [
@@ -85,7 +85,7 @@ def table2_lines(result: dict[str, Any]) -> list[str]:
 
 
 def table2_table(rows: Rows) -> Table:
-    """The rows for people."""
+    """The rows as a table."""
     table = Table()
     for head in ("device", "length", "batch", "precision", *COLUMNS):
         table.add_column(head, justify="left" if head == "device" else "right")
@@ -102,9 +102,9 @@ def table2_table(rows: Rows) -> Table:
 
 
 def plot_table2(rows: Rows, path: Path) -> None:
-    """A panel for each device: the paper's outcomes, coloured by a plain step's part of the room.
+    """Plot a panel for each device: the paper's outcomes, coloured by a plain step's need / room.
 
-    Blue fits, red does not; a cell whose colour and text disagree is framed.
+    Blue fits, red does not; a cell that disagrees with the paper is framed.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(2, 2).flat
@@ -142,10 +142,10 @@ def plot_table2(rows: Rows, path: Path) -> None:
 
 
 def figure2_rows() -> Rows:
-    """Memory in bytes and operations of a plain fp32 step of `base` on a GPU.
+    """Compute memory (bytes) and operations of plain fp32 steps of `base` on a GPU.
 
-    Memory is that of the tensors and of the CUDA context, without what an allocator takes above
-    them: with it 15 s x 12 would not fit the 32 GB of the paper's V100.
+    Memory is that of the tensors and the CUDA context, without the allocator's overhead: with it
+    15 s x 12 would not fit the 32 GB of the paper's V100.
     """
     config, context = preset("base"), known_profiles()["rtx2080ti"].clientapp
     return [
@@ -163,7 +163,7 @@ def figure2_rows() -> Rows:
 
 
 def growth(rows: Rows, name: str) -> dict[int, float]:
-    """By batch, how many times the figure of 1 s crops that of 15 s is."""
+    """The value of column `name` for 15 s crops relative to 1 s crops, by batch."""
     found = {(row["length"], row["batch"]): row[name] for row in rows}
     return {batch: found[LENGTHS[-1], batch] / found[LENGTHS[0], batch] for batch in BATCHES}
 
@@ -178,7 +178,7 @@ def figure2_result(rows: Rows) -> dict[str, Any]:
 
 
 def figure2_table(rows: Rows) -> Table:
-    """The rows for people, with the growth from 1 s to 15 s."""
+    """The rows as a table, with the growth from 1 s to 15 s."""
     table = Table()
     for head in ("batch", *(format_length(length) for length in LENGTHS), "growth", "paper"):
         table.add_column(head, justify="right")
@@ -203,7 +203,7 @@ def figure2_table(rows: Rows) -> Table:
 
 
 def plot_figure2(rows: Rows, path: Path) -> None:
-    """Memory and operations against length, a line for each batch."""
+    """Plot memory and operations against crop length, a line for each batch."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = (("bytes", 2**30, "memory (GiB)"), ("operations", 1e12, "operations (TFLOP)"))
     for axes, (name, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):

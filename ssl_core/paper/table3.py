@@ -1,8 +1,8 @@
-"""The paper's Table 3 from shapes: which tasks a plain step fine-tunes on three devices.
+"""Predicts the paper's Table 3 from shapes: which tasks a plain step fits on three devices.
 
-A cell fits where `plain_task_step` on the device's accelerator, with the two constants that were
-calibrated on Table 2 and no other, takes no more than the device's `training_bytes`. What a head
-takes is that of this project's, traced.
+A cell fits if `plain_task_step` on the device's accelerator needs at most the device's
+`training_bytes`. The only constants are the two calibrated on Table 2. The memory of a head is that
+of this project's head, traced.
 """
 
 import csv
@@ -28,9 +28,9 @@ from ssl_core.planning.trace import LiveMemory
 from ssl_core.wav2vec2.config import preset
 
 DEVICES = ("rpi4", "jetson-xavier-nx", "jetson-xavier-agx")
-"""In the order of the table."""
+"""Devices in the order of the table."""
 TASKS = {"kws": "kws12", "sf": "slots", "er": "emotion", "sid_asv": "speaker", "asr": "asr"}
-"""The paper's names of tasks, and this project's."""
+"""Task names of the paper, mapped to this project's."""
 Backbone = Literal["frozen", "unfrozen"]
 
 
@@ -39,13 +39,13 @@ class TaskCell:
     """One entry of the table."""
 
     task: str
-    """By this project's name."""
+    """This project's name of the task."""
     batch: int
     device: str
     backbone: Backbone
     outcome: Literal["fits", "oom"]
     seconds: float | None
-    """A batch, where it fits."""
+    """Seconds of a batch; None if it does not fit."""
 
     @property
     def unfrozen(self) -> bool:
@@ -54,22 +54,22 @@ class TaskCell:
 
     @property
     def work(self) -> TaskWork:
-        """The task; nothing is computed before."""
+        """The task, without cached features."""
         return task_work(self.task, preset("base"), unfrozen=self.unfrozen)
 
     @property
     def length(self) -> float:
-        """Seconds of a clip: the corpus' mean (the paper's Figure 1), or of SpeechBrain's pieces.
+        """Seconds of a clip: the corpus' mean (the paper's Figure 1), or SpeechBrain's segments.
 
-        Speakers' clips, of 8.3 s in the mean, are cut into 3 s; so must the paper's have been: its
-        batch of 8 takes less time than one of emotion recognition, 4 clips of 4.55 s.
+        Clips for speaker tasks, 8.3 s on average, are cut to 3 s. The paper must have cut them too:
+        its batch of 8 takes less time than a batch of emotion recognition, 4 clips of 4.55 s.
         """
         return self.work.length
 
 
 @functools.cache
 def paper_task_cells() -> tuple[TaskCell, ...]:
-    """The 30 entries of the table, from `table3.csv`."""
+    """Read the 30 entries of the table from `table3.csv`."""
     text = (resources.files(__package__) / "table3.csv").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return tuple(
@@ -86,7 +86,7 @@ def paper_task_cells() -> tuple[TaskCell, ...]:
 
 
 def task_need(cell: TaskCell, accelerator: Accelerator) -> int:
-    """Bytes of a plain step of `base`, above imports and CUDA context."""
+    """Bytes of a plain step of `base` above imports and CUDA context."""
     return _need(cell.task, cell.batch, cell.unfrozen, accelerator)
 
 
@@ -100,7 +100,7 @@ def _need(task: str, batch: int, unfrozen: bool, accelerator: Accelerator) -> in
 
 
 def trace_head(work: TaskWork, plan: Plan) -> dict[str, int]:
-    """Bytes of a head alone, trained on frames: parameters, optimizer state and the rest."""
+    """Trace the bytes of a head trained on cached features, by part."""
     memory, work = LiveMemory(), dataclasses.replace(work, share="none", cached=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(work)

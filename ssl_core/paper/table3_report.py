@@ -1,4 +1,4 @@
-"""The paper's Table 3 and Figure 3 beside what follows from shapes: rows, tables and figures."""
+"""Reports the paper's Table 3 and Figure 3 beside predictions: rows, tables and figures."""
 
 import os
 from pathlib import Path
@@ -21,15 +21,15 @@ from ssl_core.planning.step_plan import Plan
 from ssl_core.wav2vec2.config import preset
 
 FIGURE_TASKS = ("kws12", "emotion")
-"""KWS and ER, the paper's Figure 3."""
+"""The tasks of the paper's Figure 3 (KWS and ER)."""
 EPOCHS, EPOCH_UPDATES = 10, 2
-"""Of the figure; an epoch is cut short: every update takes the same memory."""
+"""Epochs of the figure, and updates of one; few, as every update takes the same memory."""
 
 
 def table3_rows(progress: bool = False) -> Rows:
-    """A row for each cell: what the paper saw, a plain step and a planned one; sizes in bytes.
+    """Compare each cell with a plain and a planned step; sizes in bytes.
 
-    All in fp32, and a frozen backbone runs in every update, as in the paper.
+    All cells are in fp32, and a frozen backbone runs in every update, as in the paper.
     """
     profiles, rows = known_profiles(), []
     cells = paper_task_cells()
@@ -58,13 +58,13 @@ def table3_rows(progress: bool = False) -> Rows:
 
 
 def table3_lines(result: dict[str, Any]) -> list[str]:
-    """The counts for people."""
+    """The counts as lines of text."""
     note = "seconds of the planned step are estimated from the paper's Table 2"
     return [*agreement_lines(result), note]
 
 
 def table3_table(rows: Rows) -> Table:
-    """The rows for people."""
+    """The rows as a table."""
     table = Table()
     for head in ("task", "clips", "device", "backbone", *COLUMNS, "estimated"):
         table.add_column(head, justify="left" if head in ("task", "device") else "right")
@@ -83,11 +83,11 @@ def table3_table(rows: Rows) -> Table:
 
 
 def figure3_rows(measured: bool, progress: bool = False) -> Rows:
-    """A row for each task and backbone: the step's memory, and where wanted what it was here.
+    """Predict, and optionally measure on this machine, a step's memory for each task and backbone.
 
-    Memory is in bytes; `rest` is what stays between updates, `peak` the most in one. Measured
-    footprints are of `EPOCHS` epochs of `EPOCH_UPDATES` updates on noise, of `base` in fp32, in a
-    process of its own.
+    Memory is in bytes; `rest` is memory between updates, `peak` the most during one. A measurement
+    is of `EPOCHS` epochs of `EPOCH_UPDATES` updates on noise, with `base` in fp32, in a separate
+    process.
     """
     rows = []
     cells = [(task, unfrozen) for task in FIGURE_TASKS for unfrozen in (False, True)]
@@ -114,7 +114,7 @@ def figure3_rows(measured: bool, progress: bool = False) -> Rows:
 
 
 def figure3_table(rows: Rows) -> Table:
-    """The rows for people."""
+    """The rows as a table."""
     table = Table()
     for head in ("task", "clips", "backbone", "between updates", "peak", "measured", "ten epochs"):
         table.add_column(head, justify="left" if head in ("task", "backbone") else "right")
@@ -133,7 +133,7 @@ def figure3_table(rows: Rows) -> Table:
 
 
 def plot_figure3(rows: Rows, path: Path) -> None:
-    """Memory over ten epochs, a panel for each task: predicted peaks, and measured footprints."""
+    """Plot memory over ten epochs, a panel for each task: predicted peaks, measured footprints."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(FIGURE_TASKS)), FIGURE_TASKS, strict=True):
         for number, row in enumerate([row for row in rows if row["task"] == task]):

@@ -1,1 +1,1 @@
-"""What a training step needs of a device's memory, and how to take the step within it."""
+"""Estimates the memory of training steps and plans steps that fit a device."""

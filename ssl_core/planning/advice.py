@@ -1,4 +1,4 @@
-"""What to train on a device: a length, a batch, a precision and a plan that fit, and why."""
+"""Chooses what to train on a device: a length, batch, precision and plan that fit."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ from ssl_core.planning.step_plan import OptimizerState, Plan, Precision
 from ssl_core.planning.work import Work
 
 LENGTHS = (15.0, 10.0, 5.0, 1.0)
-"""The paper's, the longest first."""
+"""Crop lengths of the paper in seconds, the longest first."""
 BATCHES = (12, 8, 4, 2, 1)
-"""The paper's, the largest first."""
+"""Batch sizes of the paper, the largest first."""
 MATCHED = {
     "kws12": 5.0,
     "kws35": 5.0,
@@ -25,64 +25,64 @@ MATCHED = {
     "verification": 10.0,
     "asr": 15.0,
 }
-"""By downstream task, the length to pretrain on (paper, section 4: lengths matching). Keyword
-spotting, of 1 s clips, is its exception: 1 s is too short to learn from."""
+"""Crop length in seconds to pretrain on for each downstream task (paper, section 4: matching
+lengths). Keyword spotting, with clips of 1 s, is the exception: 1 s is too short to learn from."""
 
 UpdateSeconds = Callable[[DeviceProfile, Work, Plan, float], float | None]
-"""Seconds of an update on a device by a plan with a slowdown; None where nothing is known."""
+"""Estimates the seconds of an update from device, work, plan and slowdown; None if unknown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be trained, and what may be chosen."""
+    """What to train, and the choices that are allowed."""
 
     work: Work
     lengths: Sequence[float] = LENGTHS
-    """Seconds in a crop or clip, in the order they are tried."""
+    """Lengths of a crop or clip in seconds, in the order to try."""
     batches: Sequence[int] = BATCHES
-    """Crops or clips over which one loss is taken, in the order they are tried."""
+    """Batch sizes in crops or clips, in the order to try."""
     precision: Precision | Literal["auto"] = "auto"
-    """`auto`: the first of bf16, fp16 that the device multiplies in itself, else fp32."""
+    """`auto`: the first of bf16 and fp16 that the device supports, else fp32."""
     optimizer_state: OptimizerState | Literal["auto"] = "fp32"
     """`auto`: fp32 if it fits, else bf16, else int8."""
     time_limit: float | None = None
-    """Seconds an update may take on the device."""
+    """Longest time of an update on the device in seconds; None for no limit."""
     federated: bool = True
-    """Whether Flower's messages must fit as well."""
+    """Whether Flower's messages must fit in memory as well."""
     seconds: UpdateSeconds = lambda *_: None
-    """How long an update takes."""
+    """Estimates how long an update takes."""
     smaller: Work | None = None
-    """What to suggest when nothing fits, such as a smaller model."""
+    """Work to suggest when nothing fits: the same with a smaller model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A choice for a device, or what stood in the way of one."""
+    """The choice for a device, or why nothing fits."""
 
     profile: DeviceProfile
     request: Request
     decision: Decision
     plan: Plan
-    """Of the choice, or of the last that was tried."""
+    """The chosen plan, or the last one tried."""
     chosen: Option | None
-    """What fits; None when nothing does."""
+    """The option that fits; None if nothing does."""
     seconds: float | None
-    """Of an update on the device; None where nothing is known."""
+    """Estimated seconds of an update on the device; None if unknown."""
     tried: tuple[str, ...]
-    """What was tried before, and why it is not chosen."""
+    """Candidates that were tried and rejected, each with the reason."""
     would_fit: tuple[str, ...] = ()
-    """When nothing fits: what would."""
+    """If nothing fits: changes that would."""
 
 
 def candidate_lengths(
     length: float | None, task: str = "", longest: float | None = None
 ) -> Sequence[float]:
-    """Lengths of crops to try in pretraining.
+    """List the crop lengths in seconds to try in pretraining.
 
     Args:
-        length: seconds that are fixed; None leaves them free.
-        task: downstream task whose matching length is the longest to try; empty is none.
-        longest: where the length is free, the first to try.
+        length: the only length to try; None tries several.
+        task: downstream task whose matching length is the longest to try; empty for none.
+        longest: lengths to try are shorter than this; without `task` it is itself tried first.
 
     Raises:
         UsageError: no such task.
@@ -103,8 +103,8 @@ def candidate_lengths(
 def messages_bytes(profile: DeviceProfile, request: Request) -> int:
     """Bytes of messages held while a client trains: the global weights, received and sent.
 
-    Both the ClientApp and the SuperNode hold them, in fp32; with a GPU that has memory of its own
-    they are in the computer's.
+    ClientApp and SuperNode both hold them, in fp32. With a discrete GPU they are in host memory and
+    count as 0.
     """
     if not request.federated or (profile.accelerator == "cuda" and not profile.shared):
         return 0
@@ -112,17 +112,11 @@ def messages_bytes(profile: DeviceProfile, request: Request) -> int:
 
 
 def advise(profile: DeviceProfile, request: Request) -> Advice:
-    """Choose for a device: the first length and batch that fit into memory and time.
-
-    Each is taken by the fastest plan that fits.
-
-    Args:
-        profile: of the device.
-        request: what to train.
+    """Choose the first length and batch that fit in memory and time, with the fastest plan.
 
     Raises:
-        UsageError: a precision the device has not, or a time limit on a device of which no times
-            are known.
+        UsageError: the device does not support the precision, or there is a time limit and the
+            device's speed is unknown.
     """
     held, work = messages_bytes(profile, request), request.work
     candidates = list(_candidates(profile, request))
@@ -138,15 +132,15 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
         option = decision.chosen
         if option is None:
             over = decision.leanest.estimate.total - decision.available
-            tried.append(f"{describe_size(plan)}: {format_bytes(over)} too much at the leanest")
+            tried.append(f"{describe_size(plan)}: the leanest plan is {format_bytes(over)} over")
             advice = Advice(profile, request, decision, plan, None, None, tuple(tried))
             continue
         seconds = request.seconds(profile, work, option.plan, option.slowdown)
         if request.time_limit is not None:
             if seconds is None:
                 raise UsageError(
-                    f"device '{profile.name}': the paper says nothing of how fast it is, so a time "
-                    "limit cannot be kept; give its profile timed_as and times_faster"
+                    f"device '{profile.name}': the paper did not measure its speed, so a time "
+                    "limit cannot be checked; set timed_as and times_faster in its profile"
                 )
             if seconds > request.time_limit:
                 tried.append(f"{describe_size(plan)}: about {format_seconds(seconds)} an update")
@@ -179,10 +173,10 @@ def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
 def choose_precision_for(
     profile: DeviceProfile, precision: Precision | Literal["auto"]
 ) -> Precision:
-    """The precision of a device's products.
+    """Choose the precision of matrix products on a device.
 
     Raises:
-        UsageError: the device does not multiply in it.
+        UsageError: the device does not support the precision.
     """
     if precision != "auto":
         if precision not in profile.precisions:
@@ -198,7 +192,7 @@ def choose_precision_for(
 
 
 def _hopeless(profile: DeviceProfile, work: Work, held: int, candidates: list[Plan]) -> set[str]:
-    """Kinds of optimizer state with which not even the smallest candidate fits."""
+    """Precisions of optimizer state with which not even the smallest candidate fits."""
     smallest = {plan.optimizer_state: plan for plan in candidates}
     return {
         kind
@@ -208,7 +202,7 @@ def _hopeless(profile: DeviceProfile, work: Work, held: int, candidates: list[Pl
 
 
 def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str, ...]:
-    """Changes of a request that fit, of those a person would think of."""
+    """List simple changes of a request with which it would fit."""
     unit, found = request.work.unit, []
     *_, last = _candidates(profile, request)
     changes: Sequence[tuple[str, dict[str, Any]]] = (
@@ -241,6 +235,6 @@ def _would_fit(profile: DeviceProfile, request: Request, held: int) -> tuple[str
 
 
 def describe_size(plan: Plan) -> str:
-    """Batch, length and precision of a plan, for people."""
+    """Batch, length and precision of a plan in words."""
     state = "" if plan.optimizer_state == "fp32" else f", optimizer state in {plan.optimizer_state}"
     return f"{plan.batch} x {format_length(plan.length)} in {plan.precision}{state}"

@@ -1,4 +1,4 @@
-"""Advice for people, and as JSON."""
+"""Formats advice as text and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from ssl_core.planning.ladder import describe
 
 
 def explain(advice: Advice) -> list[str]:
-    """Lines for people."""
+    """The advice as lines of text."""
     profile, decision, work = advice.profile, advice.decision, advice.request.work
     room = format_bytes(decision.available)
     lines = [f"skipped: {line}" for line in advice.tried]
@@ -18,7 +18,7 @@ def explain(advice: Advice) -> list[str]:
     if option is None:
         lines.append(f"nothing fits {profile.name}, {room} for the training process")
         lines += [f"would fit: {line}" for line in advice.would_fit] or [
-            "nothing smaller would fit either"
+            "no smaller choice would fit either"
         ]
         return lines
     lines.append(f"{describe_size(option.plan)}: {describe(option.plan, work.unit)}")
@@ -33,14 +33,14 @@ def explain(advice: Advice) -> list[str]:
     if faster is not None:
         gain = 100 * (1 - faster.slowdown / option.slowdown)
         lines.append(
-            f"runner-up: {describe(faster.plan, work.unit)}, {gain:.0f} % faster, takes "
+            f"runner-up: {describe(faster.plan, work.unit)}, {gain:.0f} % faster, needs "
             f"{format_bytes(faster.estimate.total)}"
         )
     else:
-        lines.append("runner-up: none, this is the fastest plan there is")
+        lines.append("runner-up: none, this is the fastest plan")
     if decision.leanest.plan != option.plan:
         lines.append(
-            f"when memory shrinks: down to {format_bytes(decision.leanest.estimate.total)} "
+            f"leanest plan: {format_bytes(decision.leanest.estimate.total)} "
             f"({describe(decision.leanest.plan, work.unit)})"
         )
     lines.append(f"as options: {work.options(option.plan)}")
@@ -48,7 +48,7 @@ def explain(advice: Advice) -> list[str]:
 
 
 def advice_result(advice: Advice) -> dict[str, Any]:
-    """Everything as JSON values; sizes in bytes."""
+    """The advice as JSON values; sizes in bytes."""
     decision, option = advice.decision, advice.chosen
     return {
         "device": advice.profile.name,

@@ -1,12 +1,12 @@
-"""What the C library does with memory that tensors give back.
+"""Controls whether glibc keeps freed tensor memory or returns it to the kernel.
 
-A tensor of more than a few hundred KiB gets pages of its own from the kernel, and gives them back.
-The kernel clears every page again at its next use, which in a training step takes longer than what
-is done with them. Keeping them makes a step of base half as long again faster on a CPU. But what is
-kept lies in pieces that do not fit what comes next, and can grow to two thirds of what a step needs
-(as measured); so it is given back whenever the process is larger than its tensors ever were by more
-than a fixed part. A step loses a few per cent of its speed by that, and its peak is known. Small
-freed objects must not stand between the pieces, see `common.process_environment`.
+By default glibc maps a tensor of more than a few hundred KiB separately and unmaps it when it is
+freed. The kernel clears each page again at its next use, which in a training step takes longer than
+the computation on it. Keeping freed memory speeds up a step of `base` by half on a CPU. But
+kept memory is fragmented, and can grow to two thirds of what a step needs (measured). Freed memory
+is therefore returned to the kernel whenever the process exceeds its peak use by more than `spare`.
+This costs a step a few per cent of its speed and bounds its peak. Small freed objects must not
+fragment the heap either, see `common.process_environment`.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ from ssl_core.planning.process_memory import resident_bytes
 
 _MXFAST, _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = 1, -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
-"""Bytes from which a tensor has pages of its own; larger ones leave gaps that others cannot use."""
+"""Bytes from which a tensor is mapped separately, with freed memory kept and not kept; in the heap,
+larger tensors would leave gaps that others cannot use."""
 _FAST = 128
-"""Objects of up to so many bytes glibc keeps in fast bins when freed (its default)."""
+"""Largest object in bytes that glibc puts in fast bins when freed (its default)."""
 SPARE, SPARE_SHARE = 8 * 2**20, 0.09
-"""Freed memory that may be kept: so many bytes, and this share of the most that was in use."""
+"""Freed memory that may be kept: bytes, plus this fraction of peak use."""
 
 
 class _Usage(ctypes.Structure):
@@ -42,23 +43,23 @@ class _Usage(ctypes.Structure):
 
 
 class _Kept:
-    """Freed memory of this process, while it is kept."""
+    """The freed memory that this process keeps."""
 
     def __init__(self) -> None:
         self.active = False
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Begin again: another model or plan needs other memory."""
+    def reset(self) -> None:
+        """Forget peak use: another model or plan needs different memory."""
         self.most = 0
         self.other = 0
 
-    def give_back(self) -> None:
-        """Give all freed memory back."""
+    def trim(self) -> None:
+        """Return all freed memory to the kernel."""
         ctypes.CDLL(None).malloc_trim(0)
 
     def settle(self, ahead: int = 0) -> None:
-        """Give freed memory back where more than its share is kept, or will be `ahead` bytes on."""
+        """Return freed memory if more than `spare` is kept or would be after `ahead` more bytes."""
         resident = resident_bytes() + ahead
         if self.most and resident <= self.most + self.other + spare(self.most):
             return
@@ -68,7 +69,7 @@ class _Kept:
         used = found.uordblks + found.hblkhd
         self.most = max(self.most, used)
         if not self.other or resident > self.most + self.other + spare(self.most):
-            self.give_back()
+            self.trim()
             self.other = max(resident_bytes() - used, 1)
 
 
@@ -76,18 +77,18 @@ _kept = _Kept()
 
 
 def spare(used: int) -> int:
-    """Bytes of freed memory that are kept beside so many in use."""
+    """Bytes of freed memory that may be kept at a peak use of `used` bytes."""
     return SPARE + int(SPARE_SHARE * used)
 
 
 def keep_freed_memory(keep: bool) -> bool:
-    """Let this process keep freed memory for its next tensors, or give it back at once.
+    """Make this process keep freed memory for its next tensors, or return it to the kernel at once.
 
     Args:
         keep: True for speed; False for the least memory.
 
     Returns:
-        Whether the C library could be told; only glibc can (Linux).
+        Whether the C library supports it; only glibc does (Linux).
     """
     _kept.active = False
     if platform.libc_ver()[0] != "glibc":
@@ -99,8 +100,8 @@ def keep_freed_memory(keep: bool) -> bool:
     done &= library.mallopt(_MXFAST, 0 if keep else _FAST)
     if not keep:
         library.malloc_trim(0)
-    _kept.forget()
-    # Without mallinfo2 (glibc before 2.33) more may be kept than is planned for.
+    _kept.reset()
+    # Without mallinfo2 (glibc before 2.33) more may be kept than planned.
     _kept.active = keep and hasattr(library, "mallinfo2")
     return bool(done)
 
@@ -112,28 +113,26 @@ def settling(
     recurrent: Sequence[nn.Module] = (),
     ahead: Sequence[tuple[nn.Parameter, nn.Module]] = (),
 ) -> Iterator[None]:
-    """See that no more freed memory is kept than `spare` says.
+    """Keep no more freed memory than `spare` allows; a context manager for a training step.
 
     Args:
-        modules: before each of their forward passes,
-        weights: and whenever the gradient of one of these is made.
-        recurrent: LSTMs, before whose forward passes all of it is given back: their workspace has
-            pages of its own, and what was kept would lie beside it.
-        ahead: after the gradient of each of these weights as much memory is about to be needed as
-            the module's input took.
+        modules: checked before each of their forward passes.
+        weights: checked whenever the gradient of one of them has been accumulated.
+        recurrent: LSTMs, before whose forward passes all freed memory is returned: their workspace
+            is mapped separately and cannot use it.
+        ahead: pairs of a weight and a module; right after the weight's gradient the step allocates
+            as many bytes as the module's input takes.
     """
     if not _kept.active:
         yield
         return
     handles = [module.register_forward_pre_hook(lambda *_: _kept.settle()) for module in modules]
-    handles += [
-        module.register_forward_pre_hook(lambda *_: _kept.give_back()) for module in recurrent
-    ]
+    handles += [module.register_forward_pre_hook(lambda *_: _kept.trim()) for module in recurrent]
     handles += [
         weight.register_post_accumulate_grad_hook(lambda _: _kept.settle()) for weight in weights
     ]
     for weight, module in ahead:
-        handles += _looking_ahead(weight, module)
+        handles += _settle_ahead(weight, module)
     try:
         yield
     finally:
@@ -141,21 +140,21 @@ def settling(
             handle.remove()
 
 
-def _looking_ahead(weight: nn.Parameter, module: nn.Module) -> list[RemovableHandle]:
-    seen = 0
+def _settle_ahead(weight: nn.Parameter, module: nn.Module) -> list[RemovableHandle]:
+    size = 0
 
-    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal seen
-        seen = inputs[0].nbytes
+    def note_size(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal size
+        size = inputs[0].nbytes
 
     return [
-        module.register_forward_pre_hook(see),
-        weight.register_post_accumulate_grad_hook(lambda _: _kept.settle(seen)),
+        module.register_forward_pre_hook(note_size),
+        weight.register_post_accumulate_grad_hook(lambda _: _kept.settle(size)),
     ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on the CPU or a GPU."""
+    """Whether an error is an out-of-memory error of the CPU or a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

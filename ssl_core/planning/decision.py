@@ -1,4 +1,4 @@
-"""Which plan an update takes: the fastest exact one whose estimated peak fits."""
+"""Chooses the plan of an update: the fastest exact plan whose estimated peak fits in memory."""
 
 import dataclasses
 from functools import cached_property
@@ -14,7 +14,7 @@ from ssl_core.planning.work import Rung, Work
 
 
 class Option(NamedTuple):
-    """A plan, what it takes, and its time relative to the fastest plan's."""
+    """A plan, its estimated memory, and its time relative to the fastest plan's."""
 
     plan: Plan
     estimate: Estimate
@@ -23,7 +23,7 @@ class Option(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """An update, the memory there is for it, and the plan that follows; estimated as needed."""
+    """The choice of a plan for an update within available memory; estimates are made lazily."""
 
     work: Work
     plan: Plan
@@ -31,9 +31,9 @@ class Decision:
     available: int
     """Bytes for the whole process."""
     runtime: int = RUNTIME
-    """Bytes of it before the model is built."""
+    """Bytes resident before the model is built."""
     messages: int = 0
-    """Bytes of it that Flower's messages take."""
+    """Bytes of Flower's messages that are held while training."""
 
     @cached_property
     def rungs(self) -> list[Rung]:
@@ -41,7 +41,7 @@ class Decision:
         return ladder(self.plan, self.work)
 
     def option(self, rung: Rung) -> Option:
-        """A rung with its estimate."""
+        """Estimate the memory of a rung."""
         found = estimate(self.work, rung.plan, self.runtime, self.messages)
         return Option(rung.plan, found, rung.slowdown)
 
@@ -50,18 +50,18 @@ class Decision:
 
     @cached_property
     def fastest(self) -> Option:
-        """The first rung."""
+        """The fastest plan, the first rung."""
         return self.option(self.rungs[0])
 
     @cached_property
     def leanest(self) -> Option:
-        """The rung that takes the least memory: one of the last two."""
+        """The plan that needs the least memory: one of the last two rungs."""
         rungs = [self.option(rung) for rung in self.rungs[-2:]]
         return min(rungs, key=lambda option: option.estimate.total)
 
     @cached_property
     def _search(self) -> tuple[Option | None, Option | None]:
-        """What is chosen, and the next faster rung."""
+        """The chosen option and the next faster one."""
         if self._fits(self.fastest):
             return self.fastest, None
         if not self._fits(self.leanest):
@@ -76,16 +76,16 @@ class Decision:
 
     @property
     def chosen(self) -> Option | None:
-        """The fastest that fits; None when nothing does."""
+        """The fastest option that fits; None if nothing does."""
         return self._search[0]
 
     @property
     def runner_up(self) -> Option | None:
-        """The next faster one, which does not fit; None when the fastest does, or nothing."""
+        """The next faster option, which does not fit; None if the fastest fits or nothing does."""
         return self._search[1]
 
     def require(self) -> Option:
-        """What is chosen.
+        """Return the chosen option.
 
         Raises:
             UsageError: nothing fits; the message says by how much, and what to do.

@@ -1,4 +1,4 @@
-"""A device: what memory it has, and what of it is left for training."""
+"""Device profiles: the memory of a device, and how much of it is left for training."""
 
 import dataclasses
 import math
@@ -10,64 +10,64 @@ from common.units import Size, format_bytes
 from ssl_core.planning.step_plan import Precision
 
 AUTO = "auto"
-"""Name of this machine."""
+"""Name of the profile of this machine."""
 
 _SIZES = ("memory", "system", "supernode", "clientapp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """A device; sizes in bytes. Exactly one of `system` and `tensor_fraction` is given."""
+    """A device; sizes in bytes. Exactly one of `system` and `tensor_fraction` is set."""
 
     name: str
     description: str
     accelerator: Literal["cpu", "cuda"]
-    """Where a step is computed."""
+    """Where a step runs."""
     shared: bool = False
-    """Whether the GPU's memory is the CPU's (Jetson)."""
+    """Whether CPU and GPU share one memory (Jetson)."""
     memory: Size
-    """What the system reports in all; of a GPU with memory of its own, that memory."""
+    """Total memory that the system reports; for a discrete GPU, its own memory."""
     system: Size | None = None
-    """What the system and other programs take."""
+    """Memory of the system and other programs."""
     tensor_fraction: float | None = None
-    """Where memory is shared: the fraction of it that the step's tensors get."""
+    """If memory is shared: the fraction of it available to the step's tensors."""
     supernode: Size
-    """What the Flower SuperNode takes."""
+    """Memory of the Flower SuperNode."""
     clientapp: Size
-    """What the process that trains takes before there is a model."""
+    """Memory of the training process before the model is built."""
     cores: int
     """CPU cores."""
     precisions: tuple[Precision, ...]
-    """Precisions whose products the device computes itself."""
+    """Precisions in which the device computes matrix products natively."""
     timed_as: str = ""
-    """Device of the paper's Table 2 whose seconds a step say how fast this one is; empty: none."""
+    """Device of the paper's Table 2 from which step times are estimated; empty for none."""
     times_faster: float = 1.0
-    """How many times as fast as that one."""
+    """Speed relative to the device `timed_as`."""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Where each figure is from, by field."""
+    """Source of each figure, by field."""
 
     @property
     def training_bytes(self) -> int:
-        """What is left for the process that trains, above its imports and CUDA context."""
+        """Bytes left for the training process above its imports and CUDA context."""
         if self.tensor_fraction is not None:
             return int(self.tensor_fraction * self.memory)
         return self.memory - (self.system or 0) - self.supernode - self.clientapp
 
     @property
     def process_bytes(self) -> int:
-        """What the process that trains may take in all."""
+        """Bytes the training process may use in total."""
         return self.training_bytes + self.clientapp
 
     @property
     def system_bytes(self) -> int:
-        """What the system and other programs take, also where `tensor_fraction` says it."""
+        """Bytes of the system and other programs, also if `tensor_fraction` is set instead."""
         return self.memory - self.process_bytes - self.supernode
 
     def validate(self) -> None:
-        """Check that the figures fit together.
+        """Check that the figures are consistent.
 
         Raises:
-            UsageError: a figure that is missing, negative, or more than there is.
+            UsageError: a figure is missing, negative, or larger than the memory.
         """
         where = f"device '{self.name}'"
         for name in _SIZES:

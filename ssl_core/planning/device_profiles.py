@@ -1,7 +1,6 @@
-"""Devices by name: what memory they have, and what of it is left for training.
+"""Reads device profiles by name, from `device_profiles.yaml` or a user's file.
 
-`device_profiles.yaml` documents the figures and says where each is from. `auto` is this machine,
-read live.
+`device_profiles.yaml` documents the figures and their sources. `auto` is this machine, read live.
 """
 
 from importlib import resources
@@ -15,10 +14,10 @@ from ssl_core.planning.this_machine import this_machine
 
 
 def read_profiles(path: Path) -> dict[str, DeviceProfile]:
-    """The profiles in a file of the form of `device_profiles.yaml`.
+    """Read a file in the format of `device_profiles.yaml`.
 
     Raises:
-        UsageError: unreadable, an unknown key (the nearest is named), or an impossible figure.
+        UsageError: the file is unreadable, has an unknown key, or an impossible figure.
     """
     return {
         str(name): _profile(str(name), values, f"{path}: {name}")
@@ -27,10 +26,10 @@ def read_profiles(path: Path) -> dict[str, DeviceProfile]:
 
 
 def known_profiles(extra: Path | None = None) -> dict[str, DeviceProfile]:
-    """The packaged profiles, and those of a user's file, which come first where names agree.
+    """Read the packaged profiles and those of a user's file, which override them.
 
     Raises:
-        UsageError: see `read_profiles`; a user's profile named `auto`.
+        UsageError: see `read_profiles`; or a user's profile is named `auto`.
     """
     with resources.as_file(resources.files(__package__) / "device_profiles.yaml") as path:
         profiles = read_profiles(path)
@@ -42,10 +41,10 @@ def known_profiles(extra: Path | None = None) -> dict[str, DeviceProfile]:
 
 
 def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
-    """The device of that name; `auto` is this machine.
+    """Find a device by name; `auto` is this machine.
 
     Raises:
-        UsageError: no such device; the nearest is named.
+        UsageError: no such device; the message names the nearest.
         DataError: this machine's limits cannot be read.
     """
     profiles = known_profiles(extra)

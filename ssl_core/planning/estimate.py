@@ -1,4 +1,4 @@
-"""The peak memory of a training process before a byte is allocated, part by part."""
+"""Estimates the peak memory of a training process by part, without allocating it."""
 
 import dataclasses
 import functools
@@ -20,18 +20,18 @@ MIB = 2**20
 RUNTIME = 505 * MIB
 """Resident after importing torch and this project; torch 2.11 for x86-64, CPU, Python 3.11."""
 LIBRARIES = {"fp32": 63 * MIB, "vectors": 118 * MIB, "tiles": 142 * MIB}
-"""What matrix and convolution libraries keep for themselves, generated code, Python's part of the
-graph and small gaps, by how products are computed (`_arithmetic`). Measured for `tiny`: 20 to
-65 MiB above `allocator.spare` in fp32, 88 to 110 in 16 bits with AVX-512."""
+"""Buffers and generated code of matrix and convolution libraries, the graph's Python objects, and
+small gaps, by how products are computed (`_arithmetic`). Measured for `tiny`: 20 to 65 MiB above
+`allocator.spare` in fp32, 88 to 110 in 16 bits with AVX-512."""
 FORWARD = {"fp32": 56 * MIB, "vectors": 72 * MIB, "tiles": 122 * MIB}
-"""The same where no convolution is in the backward pass, packed weights included, as with a head on
-a frozen backbone. Measured for `base`: 10 to 50 MiB above `allocator.spare`."""
+"""The same with packed weights for a step without convolutions in the backward pass, as for a head
+on a frozen backbone. Measured for `base`: 10 to 50 MiB above `allocator.spare`."""
 PACKED, PACKED_IN_KEPT = 0.22, 0.06
-"""Packed copies of weights in fp32, as a fraction of the parameters: with the above up to 113 MiB
-for `base`. Where freed memory is kept they lie in it: a third of that above `allocator.spare`."""
+"""Packed fp32 copies of weights as a fraction of the parameters: with `LIBRARIES` up to 113 MiB for
+`base`. If freed memory is kept the copies lie in it: a third of that above `allocator.spare`."""
 PIECES, PIECES_FRACTION = 8 * MIB, 0.01
-"""Freed memory that may be kept above `allocator.spare` between two looks at it, where convolutions
-run again or a batch is split: bytes, and a fraction of what is in use."""
+"""Freed memory kept above `allocator.spare` between two checks, if convolutions are recomputed or a
+batch is split: bytes, plus a fraction of the memory in use."""
 IMPORTED = 112 * MIB
 """Heap bytes allocated while importing."""
 _STAYING = ("parameters", "optimizer state")
@@ -39,9 +39,9 @@ _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 
 
 def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) -> Estimate:
-    """Estimate the peak of a training process.
+    """Estimate the peak memory of a training process.
 
-    On a GPU: of its memory, with what the CUDA allocator takes above tensors as in `ALLOCATOR`; not
+    For a GPU this is the peak of its memory, with `ALLOCATOR` as the CUDA allocator's overhead; not
     measured by this project yet.
 
     Args:
@@ -49,6 +49,9 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
         plan: how a step is taken.
         runtime: bytes resident before the model is built.
         messages: bytes of Flower's messages that are held while training.
+
+    Returns:
+        Bytes of each part.
     """
     live = {name: size for name, size in _live(work, plan).items() if size}
     parts = {"imports": runtime, **live}
@@ -70,14 +73,14 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
         kept = allocator.spare(used)
         if plan.is_split or plan.recompute_features:
             kept += PIECES + int(PIECES_FRACTION * used)
-        parts["freed and kept"] = kept // 2 if work.recurs else kept
+        parts["freed memory kept"] = kept // 2 if work.recurs else kept
     return Estimate(parts)
 
 
 def _arithmetic(precision: Precision) -> str:
-    """How a CPU computes products: in `fp32`, in 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
+    """How a CPU computes products: `fp32`, or 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
 
-    A processor without units for 16 bits takes as little memory in them as in fp32.
+    A processor without 16-bit units needs no more memory for them than for fp32.
     """
     if precision == "fp32":
         return "fp32"
@@ -88,7 +91,7 @@ def _arithmetic(precision: Precision) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _live(work: Work, plan: Plan) -> dict[str, int]:
-    """Tensors at the peak, kept on disk: a client is a new process in every round."""
+    """Bytes of live tensors at the peak, cached on disk: every round is a new process."""
     plan = dataclasses.replace(
         plan,
         length=float(plan.length),
@@ -98,12 +101,12 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
         keep_freed_memory=True,
     )
     values = [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
-    key = hashlib.sha256(json.dumps(values).encode() + _code()).hexdigest()
+    key = hashlib.sha256(json.dumps(values).encode() + _code_digest()).hexdigest()
     path = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    except (OSError, ValueError):  # not there, or cut short
+    except (OSError, ValueError):  # missing or truncated
         found = trace(work, plan).peak_parts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +117,8 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
 
 
 @functools.cache
-def _code() -> bytes:
-    """Digest of the code that an estimate follows from."""
+def _code_digest() -> bytes:
+    """Digest of the code that an estimate depends on."""
     here = Path(__file__).parents[1]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted(file for room in _ROOMS for file in (here / room).rglob("*.py")):

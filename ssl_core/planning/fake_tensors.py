@@ -1,4 +1,4 @@
-"""Runs a training step on tensors without contents: what torch's FakeTensorMode lacks for it."""
+"""Completes torch's FakeTensorMode (shapes without data) so that a training step runs under it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 LSTM_KEPT, LSTM_GATES = 5.05, 4
-"""Of oneDNN's LSTM, in units of its output: what of its workspace is in use after the forward pass,
-as measured (4.2 with AVX2), and the gates of all frames while it runs; with AVX-512."""
+"""Memory of oneDNN's LSTM relative to its output: the workspace in use after the forward pass
+(measured with AVX-512; 4.2 with AVX2), and the gates of all frames while it runs."""
 
 
 class Scalars(TorchDispatchMode):
-    """Reads 1 wherever a number is asked of a tensor that has none.
+    """Returns 1 when code reads the value of a fake tensor.
 
-    Whole numbers, which say how long things are, stay real as far as they follow from real ones.
+    Integer tensors, which hold lengths, stay real as long as they are computed from real ones.
     """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation; a number of a fake tensor is 1."""
+        """Run an operation; a value read from a fake tensor is 1."""
         kwargs = kwargs or {}
-        if _is_about_whole_numbers(func, args, kwargs):
+        if _is_integer_only(func, args, kwargs):
             with no_dispatch():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -37,8 +37,8 @@ class Scalars(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _is_about_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether real integers are all that an operation takes, or integers all that it makes."""
+def _is_integer_only(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation takes only real integer tensors, or creates an integer tensor."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not tensors:
         return (
@@ -48,9 +48,9 @@ def _is_about_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _lstm(x: Tensor, weight: Tensor, recurrent: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    """What `mkldnn_rnn_layer` returns; of its workspace what is in use when it does.
+    """Outputs of `mkldnn_rnn_layer`, with the part of its workspace that stays in use.
 
-    While it runs, it has a copy of the weights in a layout of its own, and the gates of all frames.
+    While it runs it also holds packed weights and the gates of all frames.
     """
     steps, clips, units = x.shape[0], x.shape[1], recurrent.shape[1]
     training = others[-1]
@@ -63,11 +63,11 @@ def _lstm(x: Tensor, weight: Tensor, recurrent: Tensor, *others: Any) -> tuple[T
 
 
 def _lstm_backward(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
-    """What `mkldnn_rnn_layer_backward` returns; before that all of its workspace is in use.
+    """Outputs of `mkldnn_rnn_layer_backward`; while it runs all of its workspace is in use.
 
-    Weights and their gradients are there in a layout of its own as well, as measured. The size of
-    the workspace is what torch 2.11 was seen to ask for: 15 numbers a frame for each unit, of which
-    6 are as many as the input's where that is wider.
+    It also holds packed copies of the weights and their gradients (measured). The workspace has the
+    size that torch 2.11 allocates: 15 values a frame and unit, 6 of which are a frame and input
+    feature if the input is wider.
     """
     steps, clips, width = x.shape
     own, recurrent = weights[:2]
@@ -84,7 +84,7 @@ def _lstm_backward(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
 
 
 def _ctc_loss(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """What `_ctc_loss` returns: losses, and probabilities by frame and place in the text."""
+    """Outputs of `_ctc_loss`: losses, and probabilities `[clip, frame, place in the text]`."""
     clips, places = targets.shape[0], 2 * targets.shape[1] + 1
     return logits.new_empty(clips), logits.new_empty(clips, logits.shape[0], places)
 
@@ -93,7 +93,7 @@ def _ctc_loss_backward(
     grad: Tensor, logits: Tensor, targets: Tensor, lengths: Any, counts: Any, losses: Tensor,
     forward: Tensor, *_: Any,
 ) -> Tensor:  # fmt: skip
-    """What `_ctc_loss_backward` returns; what it takes beside that is as large as `forward`."""
+    """Output of `_ctc_loss_backward`; while it runs it holds a tensor as large as `forward`."""
     torch.empty_like(forward)
     return torch.empty_like(logits)
 
@@ -104,11 +104,11 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
 }
-"""Operations that torch cannot run on tensors without contents, and what they make."""
+"""Outputs of operations that torch cannot run on fake tensors."""
 
 
 def count_parameters(build: Callable[[], nn.Module], trained_only: bool = False) -> int:
-    """Parameters of a model, built without contents; with `trained_only` those with a gradient."""
+    """Count the parameters, or only the trained ones, of a model built on fake tensors."""
     with FakeTensorMode():
         parameters = build().parameters()
         return sum(p.numel() for p in parameters if p.requires_grad or not trained_only)

@@ -6,13 +6,13 @@ from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Rung, Work
 
 RECOMPUTED_ATTENTION, SPLIT, RECOMPUTED_LAYERS, GIVEN_BACK = 1.02, 1.09, 1.17, 1.28
-"""Slowdowns: attention weights recomputed, the extractor run twice, transformer layers recomputed,
-freed memory returned to the kernel (CPU only). The first three follow from operations, the last was
-measured on two cores; `benchmarks/README.md`."""
+"""Slowdowns: attention weights recomputed, feature extractor recomputed, transformer layers
+recomputed, freed memory returned to the kernel (CPU only). The first three follow from operation
+counts, the last was measured on two cores; `benchmarks/README.md`."""
 
 
 def ladder(plan: Plan, work: Work) -> list[Rung]:
-    """Exact plans for the update of `plan`, the fastest first."""
+    """List the exact plans for the update of `plan`, the fastest first."""
     whole = dataclasses.replace(
         plan,
         micro_batch=0,
@@ -26,15 +26,15 @@ def ladder(plan: Plan, work: Work) -> list[Rung]:
 
 
 def fallbacks(plan: Plan, work: Work) -> list[Plan]:
-    """Leaner exact plans for the same update, for when memory runs out; the leanest is last."""
+    """List leaner exact plans to fall back on when memory runs out; the leanest is last."""
     rungs = [rung.plan for rung in ladder(plan, work)]
-    # Of a plan that is not on the ladder nothing is known but that the last two are lean.
+    # For a plan that is not on the ladder: one of the last two rungs is the leanest.
     leaner = rungs[rungs.index(plan) + 1 :] if plan in rungs else rungs[-2:]
     return [rung for rung in leaner if rung != plan]
 
 
 def describe(plan: Plan, unit: str = "crops") -> str:
-    """What a plan does, in words; `unit` is what a batch is made of."""
+    """Describe a plan in words; `unit` is "crops" or "clips"."""
     size = plan.effective_micro_batch
     parts = [f"{size} of {plan.batch} {unit} at a time"]
     if not plan.is_split:
@@ -46,14 +46,14 @@ def describe(plan: Plan, unit: str = "crops") -> str:
     if plan.keep_attention:
         parts.append("attention kept")
     if plan.apply_in_backward:
-        parts.append("gradients applied as they are made")
+        parts.append("gradients applied in the backward pass")
     if not plan.keep_freed_memory:
-        parts.append("freed memory given back")
+        parts.append("freed memory returned to the kernel")
     return ", ".join(parts)
 
 
 def splits(whole: Plan) -> list[Plan]:
-    """The same update in smaller and smaller micro-batches."""
+    """List plans for the same update in ever smaller micro-batches."""
     found, size = [], whole.batch
     while size > 1:
         size = -(-size // 2)
@@ -62,7 +62,7 @@ def splits(whole: Plan) -> list[Plan]:
 
 
 def with_layers_recomputed(rungs: list[Rung]) -> list[Rung]:
-    """The same plans with the transformer layers recomputed."""
+    """Change plans so that the transformer layers are recomputed."""
     return [
         Rung(slowdown * RECOMPUTED_LAYERS, dataclasses.replace(plan, recompute_layers=True))
         for slowdown, plan in rungs
@@ -70,7 +70,7 @@ def with_layers_recomputed(rungs: list[Rung]) -> list[Rung]:
 
 
 def with_memory_given_back(rungs: list[Rung]) -> list[Rung]:
-    """The same plans with freed memory returned to the kernel."""
+    """Change plans so that freed memory is returned to the kernel."""
     return [
         Rung(
             slowdown * (1.0 if plan.device.startswith("cuda") else GIVEN_BACK),

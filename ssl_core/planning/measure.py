@@ -1,4 +1,4 @@
-"""Measures a training step in a process of its own, so that nothing else is in the figure."""
+"""Measures memory and time of a training step in a separate process."""
 
 import contextlib
 import os
@@ -20,20 +20,20 @@ from ssl_core.planning.work import Batches, Work
 
 
 class Measurement(NamedTuple):
-    """What some updates took in a process of their own."""
+    """Memory and time of updates in a separate process."""
 
     imports: int
     """Bytes resident before the model was built."""
     peak: int
-    """Bytes resident at most."""
+    """Peak resident bytes."""
     seconds: float
-    """Of the last update."""
+    """Seconds of the last update."""
     footprint: Sequence[tuple[float, int]] = ()
-    """Seconds since the model began to be built, and bytes resident then, where it was sampled."""
+    """Samples of seconds since the start of building the model, and resident bytes."""
 
 
 class Order(NamedTuple):
-    """What the process measures; see `measure`."""
+    """Arguments that the measuring process reads; see `measure`."""
 
     work: Work
     plan: Plan
@@ -51,15 +51,15 @@ def measure(
     sample: float = 0.0,
     batches: Batches | None = None,
 ) -> Measurement:
-    """Take updates in a new process.
+    """Measure updates in a new process.
 
     Args:
         work: what is trained.
         plan: how a step is taken.
-        updates: how many.
-        cgroup: folder of a memory cgroup (v1 or v2) that the process enters first.
-        sample: seconds between samples of the memory; 0 takes none.
-        batches: speech for pretraining, to be pickled; None is noise.
+        updates: number of updates.
+        cgroup: folder of a memory cgroup (v1 or v2) that the process joins at its start.
+        sample: seconds between samples of resident memory; 0 takes none.
+        batches: speech for pretraining, must be picklable; None for noise.
 
     Raises:
         ShortwaveError: the process failed or was killed.
@@ -84,7 +84,7 @@ def measure(
     return Measurement(*pickle.loads(done.stdout))
 
 
-def _take(order: Order) -> Measurement:
+def _run_updates(order: Order) -> Measurement:
     import torch
 
     if order.plan.threads:
@@ -105,7 +105,7 @@ def _take(order: Order) -> Measurement:
 
 @contextlib.contextmanager
 def _sampled(interval: float) -> Iterator[list[tuple[float, int]]]:
-    """Collect resident bytes every `interval` seconds; nothing for 0."""
+    """Sample resident bytes every `interval` seconds; never for 0."""
     found: list[tuple[float, int]] = []
     done, start = threading.Event(), time.perf_counter()
 
@@ -125,5 +125,5 @@ def _sampled(interval: float) -> Iterator[list[tuple[float, int]]]:
 
 
 if __name__ == "__main__":
-    result = _take(Order(*pickle.loads(sys.stdin.buffer.read())))
+    result = _run_updates(Order(*pickle.loads(sys.stdin.buffer.read())))
     sys.stdout.buffer.write(pickle.dumps(tuple(result)))

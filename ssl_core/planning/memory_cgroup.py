@@ -1,4 +1,4 @@
-"""A hard memory limit for processes started here: a memory cgroup of Linux, version 1 or 2."""
+"""Limits the memory of processes with a Linux memory cgroup, version 1 or 2."""
 
 import contextlib
 import os
@@ -13,30 +13,30 @@ _FILES = {
     Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.max_usage_in_bytes"),
     Path("/sys/fs/cgroup"): ("memory.max", "memory.peak"),
 }
-"""Limit and largest usage, by where version 1 and version 2 are mounted."""
+"""Names of the limit and peak usage files, by mount point of version 1 and version 2."""
 
 
 class NoCgroup(ShortwaveError):
-    """Memory cgroups cannot be made here, or not by this user."""
+    """Memory cgroups cannot be created here, or not by this user."""
 
 
 class Cap:
-    """A cgroup; processes whose number is written to `folder/cgroup.procs` share its limit."""
+    """A memory cgroup; a process joins it by writing its id to `folder/cgroup.procs`."""
 
     def __init__(self, folder: Path, peak: str) -> None:
         self.folder, self._peak = folder, peak
 
     def peak_bytes(self) -> int:
-        """Most memory so far, files that the kernel may drop included."""
+        """Peak memory in bytes so far, including file cache that the kernel may drop."""
         return int((self.folder / self._peak).read_text())
 
 
 @contextlib.contextmanager
 def capped(limit: int) -> Iterator[Cap]:
-    """A cgroup with `limit` bytes of memory and no swap, removed afterwards.
+    """Create a cgroup with `limit` bytes of memory and no swap, and remove it afterwards.
 
     Raises:
-        NoCgroup: cgroups are not there, or not this user's to make.
+        NoCgroup: cgroups are not available, or this user may not create them.
     """
     for root, (maximum, peak) in _FILES.items():
         folder = root / f"shortwave-{os.getpid()}-{time.monotonic_ns()}"
@@ -59,13 +59,13 @@ def capped(limit: int) -> Iterator[Cap]:
             _remove(folder)
         return
     raise NoCgroup(
-        f"no memory cgroup of {format_bytes(limit)} can be made here: it takes Linux with the "
+        f"cannot create a memory cgroup of {format_bytes(limit)}: this needs Linux with the "
         "memory controller mounted at /sys/fs/cgroup, and root"
     )
 
 
 def _remove(folder: Path) -> None:
-    """Processes leave a cgroup a moment after they end."""
+    """Remove a cgroup; retries, since processes leave it a moment after they end."""
     for _ in range(50):
         try:
             folder.rmdir()

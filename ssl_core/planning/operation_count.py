@@ -1,6 +1,6 @@
-"""Floating point operations of a training step, counted by torch's flop counter.
+"""Counts the floating point operations of a training step with torch's flop counter.
 
-Apart from the step, which runs without it: torch's counter imports a compiler, 50 MiB of it.
+A separate module because torch's counter imports a compiler (50 MiB), which a step does not need.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ssl_core.wav2vec2.operators import FLOPS
 
 
 def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> int:
-    """Of a forward pass; a backward pass has twice as many."""
+    """Operations of an LSTM's forward pass; its backward pass has twice as many."""
     return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
 
 
@@ -26,22 +26,18 @@ _OPERATIONS = {
     torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
     torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
 }
-"""Of operations that torch's flop counter does not know."""
+"""Counts for operations that torch's flop counter does not know."""
 
 
 def counter() -> FlopCounterMode:
-    """Torch's counter, which knows the project's own operations as well."""
+    """Torch's flop counter, extended by the project's own operations."""
     return FlopCounterMode(display=False, custom_mapping=FLOPS | _OPERATIONS)
 
 
 def count_operations(work: Work, plan: Plan) -> int:
-    """Floating point operations of matrix products and convolutions in one update.
+    """Count the operations of matrix products and convolutions in one update, on fake tensors.
 
-    Counted by torch's flop counter on fake tensors; what a plan recomputes is included.
-
-    Args:
-        work: what is trained.
-        plan: how the step is taken.
+    Operations that the plan recomputes are included.
     """
     work, plan = without_layerdrop(work), dataclasses.replace(plan, device="cpu")
     counted = counter()

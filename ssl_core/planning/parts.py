@@ -1,17 +1,17 @@
-"""What memory is made up of."""
+"""An estimate of memory, part by part."""
 
 import dataclasses
 
 from common.units import format_bytes
 
 ALLOCATOR = 0.435
-"""Memory that allocators take above the tensors, as a share of activations and transients: gaps,
-blocks kept for reuse, workspaces of convolutions. Calibrated on Table 2, see `paper.table2`."""
+"""Overhead of allocators as a fraction of activations and temporary tensors: gaps, blocks kept for
+reuse, workspaces of convolutions. Calibrated on Table 2, see `paper.table2`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak, by name."""
+    """Bytes of each part at the peak, by name."""
 
     parts: dict[str, int]
 
@@ -21,6 +21,6 @@ class Estimate:
         return sum(self.parts.values())
 
     def describe(self) -> str:
-        """A line for each part, the largest first."""
+        """One line for each part, the largest first."""
         order = sorted(self.parts.items(), key=lambda item: -item[1])
         return "\n".join(f"{format_bytes(size):>10}  {name}" for name, size in order)

@@ -1,4 +1,4 @@
-"""Memory of this process, now and at its peak."""
+"""Current and peak resident memory of this process."""
 
 import contextlib
 import resource
@@ -8,18 +8,18 @@ import psutil
 
 
 def resident_bytes() -> int:
-    """Memory of this process now."""
+    """Resident memory of this process in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak() -> None:
-    """Let the kernel count the peak from here on, where it can; else it is that of the process."""
+    """Restart the kernel's count of peak memory, where the kernel supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Largest memory of this process since `reset_peak`, or since it began."""
+    """Peak resident bytes of this process since `reset_peak`, or since its start."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""How a training step is taken: length, batch, what is kept, precision and device."""
+"""The plan of a training step: batch, micro-batch, recomputation, precision and device."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -14,21 +14,23 @@ OptimizerState = Literal["fp32", "bf16", "int8"]
 class StepOptions:
     """How a step trades time for memory.
 
-    Exact means the same gradient to the rounding of fp32, the same masks, negatives and dropout.
+    "Exact" options give the same masks, negatives and dropout, and the same gradient up to fp32
+    rounding.
     """
 
     recompute_features: bool = False
     """Recompute the convolutions in the backward pass instead of keeping their output. Exact. A
-    pretraining batch in several micro-batches always does."""
+    pretraining batch in several micro-batches always does this."""
     recompute_layers: bool = False
-    """Keep only the input of each transformer layer and recompute the rest. Exact."""
+    """Keep only the input of each transformer layer and recompute the layer. Exact."""
     keep_attention: bool = False
-    """Keep the attention weights, frames x frames for every head. Exact; needs the most memory."""
+    """Keep the attention weights, frames x frames a head. Exact; needs the most memory."""
     optimizer_state: OptimizerState = "fp32"
-    """Precision of Adam's state: 8, 4 or 2 bytes a parameter. `bf16` and `int8` are not exact."""
+    """Precision of the optimizer state: 8, 4 or 2 bytes a parameter for `fp32`, `bf16` (not exact)
+    and `int8` (not exact)."""
     apply_in_backward: bool = False
-    """Apply and free each gradient as soon as it is computed, so that they are never all in
-    memory. Exact; for updates of one batch, not split. After a gradient that is not finite the
+    """Apply and free each gradient as soon as it is computed, so that they are never all in memory.
+    Exact; only for updates of one batch that is not split. After a gradient that is not finite the
     rest of the update is skipped."""
     compile: bool = False
     """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
@@ -39,27 +41,27 @@ class StepOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(StepOptions):
-    """A way to take a step. `precision` and `optimizer_state` round; the rest is exact."""
+    """How a step is taken. Only `precision` and `optimizer_state` change results."""
 
     length: float = 5.0
-    """Seconds in every crop or clip."""
+    """Length of every crop or clip in seconds."""
     batch: int = 8
-    """Crops over which one loss is taken (its diversity term is a statistic of them)."""
+    """Crops in a batch, over which one loss is computed (its diversity term depends on all)."""
     micro_batch: int = 0
-    """Crops in memory at a time, at most `batch`; 0 is the whole batch. Exact."""
+    """Crops in memory at a time, at most `batch`; 0 for the whole batch. Exact."""
     accumulation: int = 1
     """Batches in an update."""
     precision: Precision = "fp32"
-    """Of matrix products and of the activations between them; weights are in fp32. `bf16` and
+    """Precision of matrix products and of activations between them; weights are in fp32. `bf16` and
     `fp16` (with a scaled loss, for GPUs) are not exact."""
     device: str = "cpu"
     """A torch device: `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
-    """CPU threads of a step; 0 is torch's choice. Results depend on it in the last bits."""
+    """CPU threads; 0 for torch's choice. Results depend on it in the last bits."""
 
     @property
     def samples(self) -> int:
-        """Samples in every crop."""
+        """Samples in a crop."""
         return round(self.length * SAMPLE_RATE)
 
     @property
@@ -74,12 +76,12 @@ class Plan(StepOptions):
 
     @property
     def is_split(self) -> bool:
-        """Whether a batch is taken in several micro-batches."""
+        """Whether a batch is split into several micro-batches."""
         return self.effective_micro_batch < self.batch
 
     @property
     def inexact(self) -> tuple[str, ...]:
-        """The settings that round a result, as people write them."""
+        """The settings that are not exact, as on the command line."""
         return tuple(
             f"{name.replace('_', '-')} {getattr(self, name)}"
             for name in ("precision", "optimizer_state")
@@ -87,7 +89,7 @@ class Plan(StepOptions):
         )
 
     def validate(self) -> None:
-        """Check ranges and that the settings fit together.
+        """Check ranges and combinations of settings.
 
         Raises:
             UsageError: what is wrong and what to do.
@@ -110,13 +112,13 @@ class Plan(StepOptions):
             )
 
     def validate_clipping(self, clip_norm: float) -> None:
-        """Check the plan against a recipe's largest gradient norm.
+        """Check the plan against a recipe's gradient clipping; `clip_norm` 0 is none.
 
         Raises:
-            UsageError: gradients are applied before their norm is known.
+            UsageError: gradients would be applied before their norm is known.
         """
         if self.apply_in_backward and clip_norm:
             raise UsageError(
-                "apply-in-backward cannot clip: the norm is known when all gradients are; "
+                "apply-in-backward cannot clip: it applies gradients before their norm is known; "
                 "set recipe.clip-norm to 0"
             )

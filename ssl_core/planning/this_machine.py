@@ -1,4 +1,4 @@
-"""What this process may take of the machine it is on, read live."""
+"""Reads how much memory this process may use on this machine."""
 
 import os
 from pathlib import Path
@@ -12,28 +12,28 @@ from ssl_core.planning.device import AUTO, DeviceProfile
 from ssl_core.planning.step_plan import Precision
 
 _UNLIMITED = 2**60
-"""Version 1 of cgroups writes a number of this order where there is no limit."""
+"""Cgroups version 1 report a limit of at least this if there is none."""
 
 
 def this_machine(root: Path = Path("/")) -> DeviceProfile:
-    """Read what this process may take of the machine it is on, besides all that runs already.
+    """Read how much memory this process may use beside all other running programs.
 
-    The least of the memory that the kernel calls available and of every memory cgroup that this
-    process is in (version 1 and 2, up to the root), or the free memory of the first GPU. What this
-    process holds already is its own to take, so it is counted as free.
+    This is the least of the kernel's available memory and the free memory of every memory cgroup of
+    this process (version 1 and 2, up to the root), or the free memory of the first GPU. Memory that
+    this process already holds counts as free.
 
     Args:
-        root: where `proc` and `sys` are.
+        root: parent folder of `proc` and `sys`.
 
     Raises:
-        DataError: a cgroup file that is there cannot be read; the message names it.
+        DataError: a cgroup file cannot be read; the message names it.
     """
     import torch
 
     own = psutil.Process().memory_info().rss
     available = psutil.virtual_memory().available
     sources = {"memory": "available memory of this machine"}
-    for path, left in _cgroup_rooms(root):
+    for path, left in _free_in_cgroups(root):
         if left < available:
             available = left
             sources = {"memory": f"limit of the memory cgroup {path}"}
@@ -50,7 +50,7 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
         precisions = ("fp32", "fp16")
         if torch.cuda.is_bf16_supported(including_emulation=False):
             precisions = ("fp32", "bf16", "fp16")
-        # The context, which reading this makes, is out of what is free already.
+        # Reading this creates the CUDA context, so it is already subtracted from free memory.
         free = torch.cuda.mem_get_info(0)[0] + torch.cuda.memory_reserved(0)
         if not shared:
             memory, clientapp = free, 0
@@ -79,8 +79,8 @@ _CLIENTAPP = 570 * 2**20
 """Resident after importing fl_client.client_app, measured as in `device_profiles.yaml`."""
 
 
-def _cgroup_rooms(root: Path) -> list[tuple[Path, int]]:
-    """What each memory cgroup of this process has left, with its folder."""
+def _free_in_cgroups(root: Path) -> list[tuple[Path, int]]:
+    """Folder and free bytes of each memory cgroup of this process that has a limit."""
     membership = root / "proc/self/cgroup"
     if not membership.exists():
         return []
@@ -100,7 +100,7 @@ def _cgroup_rooms(root: Path) -> list[tuple[Path, int]]:
             continue
         for mount in mounts:
             own = mount / inside.lstrip("/")
-            # Inside a container, the path that the kernel tells may be that of the host.
+            # Inside a container, the kernel may report the path on the host.
             folders = [own, *own.parents] if own.is_dir() else [mount]
             for folder in folders:
                 if folder != mount and mount not in folder.parents:
@@ -117,7 +117,7 @@ def _cgroup_rooms(root: Path) -> list[tuple[Path, int]]:
 
 
 def _cache(folder: Path, name: str) -> int:
-    """Bytes of files that the kernel drops when memory is asked for."""
+    """Bytes of file cache that the kernel drops when memory is needed."""
     path = folder / "memory.stat"
     if not path.exists():
         return 0

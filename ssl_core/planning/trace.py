@@ -1,9 +1,8 @@
-"""Memory of a training step, from the step itself run on tensors without contents.
+"""Traces the memory of a training step by running it on fake tensors.
 
-The real step is taken once under torch's FakeTensorMode, which knows shapes and allocates nothing,
-while every storage is followed from allocation to release. What the plan keeps, recomputes, casts
-or applies early is therefore in the estimate because it is in the step: there is no second
-description of it.
+The real step runs once under torch's FakeTensorMode, which knows shapes and allocates nothing,
+while every storage is tracked from allocation to release. The estimate therefore includes all that
+the plan keeps, recomputes, casts or applies early, without a second description of the step.
 """
 
 import collections
@@ -23,11 +22,11 @@ from ssl_core.wav2vec2.operators import BODIES
 
 PAGE = 4096
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-"""On a CPU these have input, weights and output, or their gradients, in oneDNN's layout as well."""
+"""On a CPU these hold copies of input, weights and output (or gradients) in oneDNN's layout."""
 
 
 class LiveMemory(Scalars):
-    """Follows all storages made inside it, those inside the project's own operations too."""
+    """Tracks all storages allocated inside it, also inside the project's own operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +36,14 @@ class LiveMemory(Scalars):
         self._sizes: dict[int, tuple[int, str]] = {}
         self._parts: collections.Counter[str] = collections.Counter()
         self._label = "activations"
-        self._inside: dict[tuple[Any, ...], int] = {}
+        self._body_bytes: dict[tuple[Any, ...], int] = {}
 
     def label(self, name: str) -> None:
-        """Name what is made from here on."""
+        """Name the part that tensors created from here on belong to."""
         self._label = name
 
     def rename(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor that is followed already as another part."""
+        """Count a tracked tensor, of any shape `[...]`, as another part."""
         key = tensor.untyped_storage()._cdata
         size, before = self._sizes[key]
         self._sizes[key] = (size, part)
@@ -52,7 +51,7 @@ class LiveMemory(Scalars):
         self._parts[part] += size
 
     def follow(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once."""
+        """Track the storage of a tensor, of any shape `[...]`; each storage counts once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -71,23 +70,23 @@ class LiveMemory(Scalars):
         in_backward = torch._C._current_graph_task_id() != -1
         return "made in the backward pass" if in_backward else self._label
 
-    def _run_inside(self, func: Any, body: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Run one of the project's operations; its inside the first time for arguments like these.
+    def _run_body(self, func: Any, body: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run one of the project's operations, and trace its body once for each set of shapes.
 
-        What an operation takes beside its result depends on shapes alone.
+        The temporary memory of an operation depends on shapes alone.
         """
-        key = (func._name, *(_likeness(argument) for argument in args))
+        key = (func._name, *(_signature(argument) for argument in args))
         entry = self.live
-        if key not in self._inside:
+        if key not in self._body_bytes:
             peak, parts = self.peak, self.peak_parts
             self.peak = entry
             with self:
                 result = body(*args, **kwargs)
-            self._inside[key] = self.peak - entry
+            self._body_bytes[key] = self.peak - entry
             if peak >= self.peak:
                 self.peak, self.peak_parts = peak, parts
             return result
-        taken = self._inside[key]
+        taken = self._body_bytes[key]
         if entry + taken > self.peak:
             self.peak, self.peak_parts = entry + taken, dict(self._parts)
             self.peak_parts[self._part] = self.peak_parts.get(self._part, 0) + taken
@@ -105,10 +104,10 @@ class LiveMemory(Scalars):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation, and follow what it returns."""
+        """Run an operation and track the tensors it returns."""
         body = BODIES.get(func._name)
         if body is not None and func._name != "shortwave::keep_mask":
-            result = self._run_inside(func, body, args, kwargs or {})
+            result = self._run_body(func, body, args, kwargs or {})
         else:
             result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
@@ -122,22 +121,18 @@ class LiveMemory(Scalars):
         return result
 
 
-def _likeness(argument: Any) -> Any:
-    """Of a tensor, what its memory follows from; anything else itself."""
+def _signature(argument: Any) -> Any:
+    """A cache key: shape, strides and type of a tensor; any other argument itself."""
     if isinstance(argument, Tensor):
         return tuple(argument.shape), argument.stride(), argument.dtype
     return tuple(argument) if isinstance(argument, list) else argument
 
 
 def trace(work: Work, plan: Plan) -> LiveMemory:
-    """Take one update on fake tensors and follow what is live, by part.
+    """Run one update on fake tensors and track live memory by part.
 
-    All layers run: layerdrop would only make it less. Shapes do not depend on the device. Of a task
-    whose features are cached, the pass through the frozen part comes first.
-
-    Args:
-        work: what is trained.
-        plan: how the step is taken.
+    All layers run: layerdrop would only need less. Shapes do not depend on the device. For a task
+    with cached features, the pass through the frozen part comes first.
     """
     work = without_layerdrop(work)
     plan = dataclasses.replace(plan, device="cpu")
@@ -151,7 +146,7 @@ def trace(work: Work, plan: Plan) -> LiveMemory:
 
 
 def without_layerdrop(work: Work) -> Work:
-    """The same work with every layer in every update."""
+    """The same work without layerdrop."""
     architecture = dataclasses.replace(work.architecture, layerdrop=0.0)
     changed: Work = dataclasses.replace(work, architecture=architecture)  # type: ignore[type-var]
     return changed

@@ -1,4 +1,4 @@
-"""What a model is trained for, as the planner sees it: pretraining or a downstream task."""
+"""The planner's interface to what is trained: pretraining or a downstream task."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
@@ -12,37 +12,37 @@ from ssl_core.wav2vec2.config import ModelConfig
 
 Waveforms = npt.NDArray[np.float32]
 Batches = Callable[[int], Iterable[Waveforms]]
-"""The batches of an update, `[batch, sample]` each, by the update's number."""
+"""Maps the number of an update to its batches, each `[batch, sample]`."""
 
 
 class Rung(NamedTuple):
-    """A plan, and its time relative to the fastest plan for the same update."""
+    """A plan, and its time relative to the fastest exact plan for the same update."""
 
     slowdown: float
     plan: Plan
 
 
 class Started(NamedTuple):
-    """A training that is ready for its first update."""
+    """A training that is set up for its first update."""
 
     model: nn.Module
     update: Callable[[int], bool]
-    """Takes the update of a number; whether it was applied."""
+    """Takes the update of the given number; returns whether it was applied."""
 
 
 class Work(Protocol):
-    """A frozen dataclass that says what is trained; it decides which plans there are."""
+    """A frozen dataclass that says what is trained and which plans exist for it."""
 
     def __hash__(self) -> int:
-        """Of all fields."""
+        """Hash of all fields."""
 
     @property
     def architecture(self) -> ModelConfig:
-        """Of the model or backbone."""
+        """Architecture of the model or backbone."""
 
     @property
     def unit(self) -> str:
-        """What a batch is made of: "crops" or "clips"."""
+        """Name of the items in a batch: "crops" or "clips"."""
 
     @property
     def clip_norm(self) -> float:
@@ -50,27 +50,27 @@ class Work(Protocol):
 
     @property
     def convolves(self) -> bool:
-        """Whether convolutions are in the backward pass."""
+        """Whether the backward pass includes convolutions."""
 
     @property
     def recurs(self) -> bool:
-        """Whether an LSTM is trained, before which freed memory is returned."""
+        """Whether an LSTM is trained; freed memory is returned to the kernel before it runs."""
 
     def validate(self, plan: Plan) -> None:
         """Check a plan; raises `UsageError`."""
 
     def rungs(self, whole: Plan) -> list[Rung]:
-        """Exact plans for the same update, from the fastest to the leanest.
+        """List the exact plans for an update, from the fastest to the leanest.
 
         Args:
-            whole: the update with nothing recomputed, split or kept.
+            whole: plan of the update with nothing recomputed, split or kept.
         """
 
     def trained_parameters(self) -> int:
-        """Numbers that a federation's messages hold."""
+        """Number of trained parameters, which a federation's messages hold."""
 
     def options(self, plan: Plan) -> str:
-        """Command-line options that ask for a plan."""
+        """Command-line options that select a plan."""
 
     def start(
         self,
@@ -80,13 +80,13 @@ class Work(Protocol):
         fake: bool = False,
         batches: Batches | None = None,
     ) -> Started:
-        """Build model and step.
+        """Build the model and its step.
 
         Args:
             plan: how a step is taken.
-            label: is told what is built from here on: "optimizer state", "computing features",
-                "activations".
-            fake: tensors have no contents (torch's FakeTensorMode); of a split batch two
-                micro-batches are enough, since all that follow are like the second.
-            batches: speech for pretraining; None is noise.
+            label: called with the name of the part that is built next: "optimizer state",
+                "computing features", "activations".
+            fake: tensors have no data (torch's FakeTensorMode); a split batch then needs only two
+                micro-batches, since all that follow are like the second.
+            batches: speech for pretraining; None for noise.
         """

@@ -1,4 +1,4 @@
-"""Centralised pretraining: the training step on all speakers that are not held out."""
+"""Centralised pretraining on all speakers that are not held out."""
 
 import collections
 import dataclasses
@@ -32,16 +32,16 @@ class CentralSettings(PretrainingSettings):
     """Settings of a centralised run."""
 
     updates: int = 1000
-    """Updates of the whole run; the learning-rate schedule spans them."""
+    """Updates of the whole run, the length of the learning-rate schedule."""
     batch: int = 16
-    """Crops in a batch, over which one loss is taken."""
+    """Crops in a batch, over which one loss is computed."""
     eval_every: int = 50
     """Updates between evaluations."""
     save_every: int = 200
     """Updates between checkpoints."""
 
     def validate(self) -> None:
-        """Check values and that they fit together.
+        """Check ranges and combinations of settings.
 
         Raises:
             UsageError: what is wrong.
@@ -53,12 +53,15 @@ class CentralSettings(PretrainingSettings):
 def divide(
     manifest: Manifest, settings: CentralSettings, plan: Plan
 ) -> tuple[Crops, CropBatch | None, int]:
-    """Crops to train on, crops to evaluate on (None for none), and the held-out speakers' number.
+    """Split a corpus into crops for training and crops of held-out speakers for evaluation.
 
     Args:
         manifest: the recut corpus.
         settings: of the run.
-        plan: of the step.
+        plan: how a step is taken.
+
+    Returns:
+        Crops to train on, crops to evaluate on or None, and the number of held-out speakers.
 
     Raises:
         DataError: no usable audio.
@@ -73,7 +76,7 @@ def divide(
 
 
 class CentralRun:
-    """A centralised run, begun or gone on with from its newest checkpoint."""
+    """A centralised run, new or resumed from its newest checkpoint."""
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class CentralRun:
         Args:
             settings: of the run.
             plan: how a step is taken.
-            run: its directory.
+            run: run directory.
             train: crops to train on.
             held: crops to evaluate on; None does not evaluate.
         """
@@ -118,10 +121,10 @@ class CentralRun:
             self.console.print(f"going on at update {self.first + 1} of {settings.updates}")
 
     def run(self) -> None:
-        """Take all updates that are left.
+        """Take all remaining updates.
 
         Raises:
-            Interrupted: stopped by the user, after a checkpoint.
+            Interrupted: the user stopped the run; a checkpoint was saved.
         """
         plan, total = self.plan, self.settings.updates
         try:
@@ -146,7 +149,7 @@ class CentralRun:
             plot_curves({"central": rows}, path, negatives=negatives)
 
     def _update(self, number: int, batches: list[CropBatch], stop: Stop) -> None:
-        """Take an update, then evaluate, log, warn and save where it is time to."""
+        """Take an update, log it, and evaluate, warn and save when due."""
         settings, done, started = self.settings, number + 1, time.monotonic()
         for batch in batches:
             self.skips.update(batch.skips)
@@ -156,7 +159,7 @@ class CentralRun:
         row["crops_skipped"] = sum(self.skips.values())
         if self.held is not None and (last or done % settings.eval_every == 0):
             row |= self._evaluate(self.held)
-            self._say(report, row)
+            self._print(report, row)
         self.directory.log(done, row)
         warning = self.alarm.check(
             done,
@@ -184,7 +187,7 @@ class CentralRun:
             "held_out_perplexity": found.perplexity,
         }
 
-    def _say(self, report: StepReport, row: Mapping[str, Any]) -> None:
+    def _print(self, report: StepReport, row: Mapping[str, Any]) -> None:
         skipped = row["crops_skipped"]
         self.console.print(
             f"update {row['updates_done']}/{self.settings.updates}  loss {report.contrastive:.3f}  "

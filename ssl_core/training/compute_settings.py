@@ -1,4 +1,4 @@
-"""Settings that say on what hardware a step is taken, and how."""
+"""Settings of hardware, precision and memory, common to all trainings."""
 
 import dataclasses
 from typing import Literal
@@ -10,28 +10,28 @@ from ssl_core.training.torch_device import choose_device, choose_precision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """What pretraining and fine-tuning, central and federated, have in common."""
+    """Compute settings of pretraining and fine-tuning, central and federated."""
 
     micro_batch: int = 0
-    """Crops or clips in memory at a time; 0 is the whole batch. Does not change the result."""
+    """Crops or clips in memory at a time; 0 for the whole batch. Does not change the result."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """`bf16`, `fp16`: matrix products in 16 bits (not exact); `auto`: bf16 where the device is
-    made for it."""
+    """Precision of matrix products; `bf16` and `fp16` are not exact; `auto`: bf16 if the device has
+    matrix units for it, else fp32."""
     device: str = "auto"
-    """Torch device; `auto` is CUDA where there is one, else the CPU."""
+    """Torch device; `auto` is CUDA if available, else the CPU."""
     threads: int = 0
-    """CPU threads; 0 is torch's choice."""
+    """CPU threads; 0 for torch's choice."""
     seed: int = 0
-    """Seeds everything: weights, splits, cohorts, order, crops, masks, dropout."""
+    """Seed of everything random: weights, splits, cohorts, order, crops, masks, dropout."""
     plan: StepOptions = StepOptions()
     """How a step trades time for memory."""
 
     def plan_for(self, *, length: float, batch: int, accumulation: int = 1) -> Plan:
-        """How this machine takes a step.
+        """The plan of a step on this machine.
 
         Args:
             length: seconds in a crop or clip.
-            batch: crops or clips over which one loss is taken.
+            batch: crops or clips in a batch.
             accumulation: batches in an update.
 
         Raises:
@@ -50,7 +50,7 @@ class ComputeSettings:
         )
 
     def require_at_least(self, least: int, *names: str) -> None:
-        """Check whole numbers; raises `UsageError` for one below `least`."""
+        """Check that settings are at least `least`; raises `UsageError`."""
         for name in names:
             if getattr(self, name) < least:
                 raise UsageError(

@@ -1,4 +1,4 @@
-"""Batches of fixed-length crops, decoded from a manifest as they are needed."""
+"""Reads batches of fixed-length crops from a manifest, decoding only what they need."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,20 +16,20 @@ from ssl_core.training.randomness import generator
 
 
 class CropBatch(NamedTuple):
-    """Crops of one batch."""
+    """The crops of one batch."""
 
     waveforms: npt.NDArray[np.float32]
     """`[batch, sample]` at 16 kHz."""
     sequences: tuple[int, ...]
-    """Indices of the manifest's sequences that the crops were cut from."""
+    """For each crop, the index of its sequence in the manifest."""
     skips: dict[str, int]
-    """Sequences skipped, by reason."""
+    """Number of skipped sequences by reason."""
     examples: tuple[str, ...]
-    """A message for each sequence skipped."""
+    """A message for each skipped sequence."""
 
 
 class _Reading:
-    """Crops read so far, and the sequences skipped on the way."""
+    """Collects crops for a batch and counts the sequences skipped."""
 
     def __init__(self, manifest: Manifest, samples: int) -> None:
         self.manifest, self.samples = manifest, samples
@@ -40,7 +40,7 @@ class _Reading:
         self.examples: list[str] = []
 
     def add(self, index: int, start: int) -> None:
-        """Read the crop of a sequence at a sample, or count the sequence as skipped, once."""
+        """Read the crop of a sequence that starts at sample `start`; skip a bad sequence."""
         if index in self.bad:
             return
         sequence = self.manifest.sequences[index]
@@ -55,16 +55,16 @@ class _Reading:
         self.used.append(index)
 
     def batch(self) -> CropBatch:
-        """The crops read, of which there must be one."""
+        """The crops read so far, at least one."""
         stacked = np.stack(self.waveforms)
         return CropBatch(stacked, tuple(self.used), dict(self.skips), tuple(self.examples))
 
 
 class Crops:
-    """An endless, seeded order over some sequences of a manifest, cut to one length.
+    """An endless, seeded stream of crops of one length from some sequences of a manifest.
 
-    Which crops a batch holds follows from (seed, partition, position) alone: a client that is
-    asked for the same update twice, or after a restart, trains on the same audio.
+    The crops of a batch depend only on (seed, partition, position): a client that takes an update
+    again, or after a restart, trains on the same audio.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Crops:
         seed: int,
         partition: int = 0,
     ) -> None:
-        """Take some sequences of a manifest.
+        """Select sequences of a manifest.
 
         Args:
             manifest: the recut corpus.
             indices: of the sequences; those shorter than a crop are skipped.
-            samples: in a crop.
-            seed: of the order and of where crops start.
-            partition: tells apart those who have the same seed, such as clients.
+            samples: samples in a crop.
+            seed: of the order and the start of crops.
+            partition: distinguishes clients that have the same seed.
 
         Raises:
             DataError: no sequence is long enough.
@@ -97,7 +97,7 @@ class Crops:
             )
 
     def _entry(self, position: int) -> tuple[int, int]:
-        """The sequence at a position of the endless order, and where its crop starts."""
+        """The sequence at a position of the endless order, and the first sample of its crop."""
         epoch, place = divmod(position, len(self.indices))
         order = generator(self.seed, "order", self.partition, epoch).permutation(len(self.indices))
         sequence = self.indices[int(order[place])]
@@ -106,7 +106,7 @@ class Crops:
         return sequence, int(start)
 
     def batch(self, position: int, size: int) -> CropBatch:
-        """The next `size` usable crops from a position on.
+        """Read the next `size` usable crops from a position on.
 
         Raises:
             DataError: none of the sequences is usable.
@@ -125,10 +125,10 @@ class Crops:
     def updates(
         self, numbers: Iterable[int], size: int, accumulation: int
     ) -> Iterator[tuple[int, list[CropBatch]]]:
-        """The batches of updates.
+        """Read the batches of updates.
 
         Args:
-            numbers: of the updates, in turn.
+            numbers: of the updates, in order.
             size: crops in a batch.
             accumulation: batches in an update.
 
@@ -143,7 +143,7 @@ class Crops:
             )
 
     def fixed(self, count: int) -> CropBatch:
-        """Up to `count` crops for evaluation: spread evenly, cut from the middle, always the same.
+        """Read up to `count` crops for evaluation: evenly spread, from the middle, always the same.
 
         Raises:
             DataError: none of them is usable.
@@ -159,20 +159,20 @@ class Crops:
 
 
 class UpdateBatches(NamedTuple):
-    """The batches of an update by its number, `[batch, sample]` each; can be pickled."""
+    """Reads the batches of an update, `[batch, sample]` each; picklable."""
 
     crops: Crops
     batch: int
     accumulation: int
 
     def __call__(self, number: int) -> Iterator[Waveforms]:
-        """Read them."""
+        """Read the batches `[batch, sample]` of update `number`."""
         ((_, read),) = self.crops.updates([number], self.batch, self.accumulation)
         return (batch.waveforms for batch in read)
 
 
 def describe(root: Path, is_demo: bool) -> str:
-    """What a run trains on, in one line; says so when it is the demo corpus."""
+    """Describe the corpus of a run in one line."""
     if not is_demo:
         return f"corpus: {root}"
     return (

@@ -1,4 +1,4 @@
-"""Settings of runs made before version 0.2, in which `set` and `recipe` were texts."""
+"""Converts settings of runs made before version 0.2, where `set` and `recipe` were texts."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import Any
 _RENAMED = {"keep_moments": "keep_optimizer_state"}
 _SECTIONS = {"model": "architecture"}
 _TEXTS = ("train", "valid", "test")
-"""Names of subsets, where an empty text means none rather than the default."""
+"""Settings of subsets, where an empty text means no subset rather than the default."""
 _OF_RECIPE = ("batch", "epochs")
-"""Settings of a task that came before those of its recipe; 0 was the recipe's."""
+"""Settings of a task that override those of its recipe; 0 means the recipe's."""
 
 
 def upgraded(values: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """The settings as this version names them; those of this version stay as they are.
+    """Rename the settings of an older run; settings of this version stay unchanged.
 
     Args:
-        values: of a run's `config.yaml`.
-        known: names of the settings that there are now.
+        values: contents of a run's `config.yaml`.
+        known: names of this version's settings.
     """
     named = {str(name).replace("-", "_"): value for name, value in values.items()}
     if "set" not in named:

@@ -1,4 +1,4 @@
-"""What every training step shares: a model set up for its plan, and gradients applied by it."""
+"""The base of all training steps: sets a model up for its plan and applies gradients."""
 
 import contextlib
 import math
@@ -14,56 +14,62 @@ from ssl_core.training.adamw import AdamW
 from ssl_core.wav2vec2.context import EncoderLayer
 from ssl_core.wav2vec2.model import Backbone
 
-_LOOKED_AT_AFTER = ("feed_forward.intermediate_dense.weight", "attention.out_proj.weight")
-"""Weights of a layer after whose gradients freed memory is looked at."""
+_CHECKED_WEIGHTS = ("feed_forward.intermediate_dense.weight", "attention.out_proj.weight")
+"""Weights of a transformer layer after whose gradients kept freed memory is checked."""
 LOSS_SCALE_INTERVAL = 2000
-"""Updates after which a scaled loss (fp16) tries twice the scale, as torch's GradScaler does."""
+"""Updates after which the loss scale (fp16) is doubled, as in torch's GradScaler."""
 
 
 class PlannedStep:
-    """A model that is trained by a plan, in groups of parameters that have a rate each."""
+    """Trains a model by a plan, with a learning rate for each group of parameters."""
 
     optimizers: dict[str, AdamW]
-    """By name of the group; made by `reset`."""
+    """Optimizers by group name; created by `reset`."""
 
     def __init__(self, model: nn.Module, backbone: Backbone | None, plan: Plan) -> None:
-        """Bring the model to the plan's device and set it up; `backbone` is a part of it."""
+        """Move the model to the plan's device and set it up.
+
+        Args:
+            model: what is trained.
+            backbone: the backbone in the model; None if the step does not run it.
+            plan: how a step is taken.
+        """
         self.model, self.backbone, self.plan = model, backbone, plan
         self.device = torch.device(plan.device)
         if any(parameter.device != self.device for parameter in model.parameters()):
             model.to(self.device)
         model.train()
-        self._arrange()
+        self._set_up()
         self.reset()
 
     def reset(self) -> None:
-        """Forget the optimisers' moments, as a client does between rounds."""
+        """Start with new optimizer state, as a client does between rounds."""
         self.optimizers = self.make_optimizers()
         self.loss_scale = 2.0**16 if self.plan.precision == "fp16" else 1.0
 
     def make_optimizers(self) -> dict[str, AdamW]:
-        """New optimisers, by name of the group."""
+        """Create optimizers by group name."""
         raise NotImplementedError
 
     def validate(self, plan: Plan) -> None:
-        """Check that a plan fits the model; raises `UsageError`."""
+        """Check a plan against the model; raises `UsageError`."""
         raise NotImplementedError
 
     def change_plan(self, plan: Plan) -> None:
-        """Take the updates to come by another plan, with the optimiser's moments as they are.
+        """Change the plan for later updates; the optimizer state stays.
 
         Raises:
-            UsageError: the plan keeps moments in other bits, is for another device or length.
+            UsageError: the plan differs in batch, length, device, or a precision.
         """
         self.validate(plan)
         for name in ("length", "batch", "accumulation", "precision", "optimizer_state", "device"):
             if getattr(plan, name) != getattr(self.plan, name):
-                raise UsageError(f"{name.replace('_', '-')} cannot change in the middle of a run")
+                raise UsageError(f"{name.replace('_', '-')} cannot change during a run")
         self.plan = plan
-        self._arrange()
+        self._set_up()
 
-    def _arrange(self) -> None:
-        """Set the model and the process up for the plan."""
+    def _set_up(self) -> None:
+        """Set up the model and the process for the plan."""
         allocator.keep_freed_memory(self.plan.keep_freed_memory)
         if self.backbone is None:
             return
@@ -76,40 +82,43 @@ class PlannedStep:
                 layer.compile()
 
     def _settling(self) -> contextlib.AbstractContextManager[None]:
-        """Looks after freed memory at every layer and within it."""
+        """Bound the freed memory that is kept, at every layer and within it."""
         if self.backbone is None:
             return contextlib.nullcontext()
         backbone = self.backbone
         convolutions, layers = backbone.feature_extractor.conv_layers, backbone.encoder.layers
         convolved = [layer.get_parameter("conv.weight") for layer in convolutions]
         weights = convolved + [
-            layer.get_parameter(name) for layer in layers for name in _LOOKED_AT_AFTER
+            layer.get_parameter(name) for layer in layers for name in _CHECKED_WEIGHTS
         ]
         modules = [backbone.feature_projection, *convolutions[2:]]
         if not self.plan.compile:  # a hook would be compiled with its layer
             modules += layers
             modules += [layer.get_submodule("feed_forward") for layer in layers]
         trained = [weight for weight in weights if weight.requires_grad]
-        # The third's backward pass makes the gradient of its input, the largest that is made.
+        # The third convolution's input gradient is the largest tensor of the backward pass.
         pairs = zip(convolved[3:4], convolutions[2:3], strict=False)
         ahead = [(weight, module) for weight, module in pairs if weight.requires_grad]
         return allocator.settling(modules, trained, ahead=ahead)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimisers' state by `kind/parameter name`, for a checkpoint."""
+        """Optimizer state for a checkpoint, by `kind/parameter name`.
+
+        Shapes are those of `AdamW.state`; `loss_scale` is `[]`.
+        """
         states: dict[str, Tensor] = {}
         for optimizer in self.optimizers.values():
             states |= dict(optimizer.state())
         return states | {"loss_scale": torch.tensor(self.loss_scale)}
 
-    def load_optimizer_state(self, moments: dict[str, Tensor]) -> None:
-        """Bring back what `moments` gave."""
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the tensors of `optimizer_state`, of the same names and shapes `[...]`."""
         for optimizer in self.optimizers.values():
-            optimizer.load(moments)
-        self.loss_scale = float(moments.get("loss_scale", self.loss_scale))
+            optimizer.load(state)
+        self.loss_scale = float(state.get("loss_scale", self.loss_scale))
 
     def _adapt_loss_scale(self, update: int, applied: bool) -> None:
-        """Halve it when a gradient overflowed; try twice as much every 2000 updates."""
+        """Halve the loss scale after an overflow; double it every `LOSS_SCALE_INTERVAL` updates."""
         if not applied:
             self.loss_scale = max(1.0, self.loss_scale / 2)
         elif (update + 1) % LOSS_SCALE_INTERVAL == 0:
@@ -122,7 +131,7 @@ class PlannedStep:
     def _apply(
         self, rates: Mapping[str, float], factor: float, clip_norm: float
     ) -> tuple[float, bool]:
-        """Multiply all gradients by a factor, clip and apply; the norm, and whether it was done."""
+        """Scale, clip and apply all gradients; returns their norm and whether they were applied."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) * factor
         if not math.isfinite(norm):
@@ -137,18 +146,24 @@ class PlannedStep:
 
 
 class AppliedInBackward:
-    """Applies every gradient as soon as the backward pass has made it."""
+    """Applies every gradient as soon as the backward pass has computed it; a context manager."""
 
     def __init__(
         self, optimizers: Mapping[str, AdamW], rates: Mapping[str, float], factor: float
     ) -> None:
-        """`factor` multiplies every gradient first."""
+        """Prepare the hooks.
+
+        Args:
+            optimizers: by group name.
+            rates: learning rates by group name.
+            factor: multiplies every gradient before it is applied.
+        """
         self.optimizers, self.rates, self.factor = optimizers, rates, factor
         self.finite, self.square = True, 0.0
 
     @property
     def norm(self) -> float:
-        """Of the gradients applied, or of all up to the first that was not finite."""
+        """Norm of the applied gradients; NaN after a gradient that is not finite."""
         return math.sqrt(self.square) if self.finite else math.nan
 
     def _hook(self, group: str, name: str) -> Callable[[Tensor], None]:

@@ -1,4 +1,4 @@
-"""The recipe of pretraining: hyperparameters that are not architecture, for each preset."""
+"""The pretraining recipe: hyperparameters other than the architecture, for each preset."""
 
 import dataclasses
 from typing import Literal
@@ -11,19 +11,19 @@ from ssl_core.wav2vec2.masking import minimum_frames
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What of the original base recipe (fairseq) is not architecture."""
+    """Pretraining hyperparameters; the defaults are the original base recipe (fairseq)."""
 
     learning_rate: float = 5e-4
-    """Peak of Adam's rate. The paper's "6 x 10^4" is read as 6e-4; the original used 5e-4."""
+    """Peak learning rate. The paper's "6 x 10^4" is read as 6e-4; the original used 5e-4."""
     warmup: float = 0.08
-    """Share of all updates in which the rate rises linearly (32 of 400 thousand)."""
+    """Fraction of all updates with linear warm-up (32 of 400 thousand)."""
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-6
     weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
+    """Decoupled weight decay, as in AdamW."""
     clip_norm: float = 0.0
-    """Largest gradient norm; 0 is none, as in the original."""
+    """Largest gradient norm; 0 does not clip, as in the original."""
     gumbel_start: float = 2.0
     gumbel_end: float = 0.5
     gumbel_decay: float = 0.999995
@@ -33,29 +33,29 @@ class Recipe:
     feature_penalty_weight: float = 10.0
     """Weight of the mean square of the extractor's output, times the masked frames."""
     diversity_end: float = 1.0
-    """Weight of the diversity loss at the last update, as a share of its weight at the first, from
-    which it goes linearly; 1 keeps it, as the original does. A large weight at first keeps a small
-    codebook from collapsing when the first codes can be predicted; a smaller one later lets codes
-    become predictable."""
+    """Weight of the diversity loss at the last update, as a fraction of its weight at the first; it
+    changes linearly, and 1 keeps it constant, as in the original. A large weight early on keeps a
+    small codebook from collapsing once the first codes can be predicted; a smaller one later lets
+    codes become predictable."""
     code_entropy_weight: float = 0.0
-    """Weight of the entropy of a masked frame's code distribution, in nats. The original has none.
-    The diversity loss looks at the mean over all frames, which is even too when every frame's code
-    is a matter of chance; small models end there. A weight above zero keeps codes sharp."""
+    """Weight of the entropy of a masked frame's code distribution, in nats; 0 in the original. The
+    diversity loss depends on the mean over all frames, which is uniform even if every frame's code
+    is random; small models converge to that. A weight above zero keeps codes sharp."""
     negative_pool: Literal["utterance", "batch"] = "utterance"
-    """Where negatives come from: masked frames of the same crop, or of every crop of the batch."""
+    """Source of negatives: masked frames of the same crop, or of all crops in the batch."""
 
     def validate(self) -> None:
         """Check ranges.
 
         Raises:
-            UsageError: a value out of range.
+            UsageError: a value is out of range.
         """
         if self.learning_rate <= 0:
             raise UsageError(f"learning-rate must be above zero, not {self.learning_rate}")
         if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup is a share of all updates in [0, 1), not {self.warmup}")
+            raise UsageError(f"warmup is a fraction of all updates in [0, 1), not {self.warmup}")
         if not 0 <= self.diversity_end <= 1:
-            raise UsageError(f"diversity-end is a share in [0, 1], not {self.diversity_end}")
+            raise UsageError(f"diversity-end is a fraction in [0, 1], not {self.diversity_end}")
         if not (0 < self.gumbel_end <= self.gumbel_start and 0 < self.gumbel_decay <= 1):
             raise UsageError("the Gumbel temperature must fall: 0 < end <= start, 0 < decay <= 1")
         for name in (
@@ -97,4 +97,4 @@ RECIPES: dict[str, Recipe] = {
         code_entropy_weight=0.2,
     ),
 }
-"""The original recipe for `base`; for `tiny`, what learns within minutes."""
+"""Recipes by preset: the original for `base`; for `tiny`, one that learns within minutes."""

@@ -1,4 +1,4 @@
-"""Settings that central pretraining, a device and a simulation have in common."""
+"""Settings common to central pretraining, devices and simulations."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,40 +16,40 @@ from ssl_core.wav2vec2.config import ModelConfig, preset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingSettings(ComputeSettings):
-    """What to pretrain on, and how."""
+    """Data, model and training settings of pretraining."""
 
     data: Path | None = None
-    """Corpus in LibriSpeech's layout; without it the built-in demo corpus."""
+    """Corpus in LibriSpeech's layout; the built-in demo corpus if not given."""
     subset: Names = Names()
-    """Subsets of the corpus, separated by commas; none is all `train-*`."""
+    """Subsets of the corpus, separated by commas; all `train-*` if not given."""
     length: Seconds = Seconds(5.0)
     """Length of every crop."""
     model: str = "base"
     """Preset of architecture and recipe: `base` or `tiny`."""
     checkpoint: Path | None = None
-    """Directory of weights to start from, this project's or transformers'; else fresh ones."""
+    """Checkpoint to start from, this project's or transformers'; random weights if not given."""
     batch: int = 4
-    """Crops in a batch, over which one loss is taken."""
+    """Crops in a batch, over which one loss is computed."""
     accumulation: int = 1
-    """Batches in an update: batch x accumulation x length is the effective batch."""
+    """Batches in an update; the effective batch is batch x accumulation x length."""
     held_out: float = 0.05
-    """Fraction of the speakers kept for evaluation."""
+    """Fraction of speakers held out for evaluation."""
     eval_crops: int = 32
     """Held-out crops to evaluate on; 0 does not evaluate."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     output: Path | None = None
-    """Run directory; without it one is made under `runs/`."""
+    """Run directory; a new one under `runs/` if not given."""
     resume: Path | None = None
-    """Run directory to go on with (its own settings are used)."""
+    """Run directory to resume (with its own settings)."""
     architecture: ModelConfig = ModelConfig()
-    """Architecture; the preset's unless given."""
+    """Architecture; by default the preset's."""
     recipe: Recipe = Recipe()
-    """Recipe; the preset's unless given."""
+    """Recipe; by default the preset's."""
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A resumed run's settings, else architecture and recipe of the preset.
+        """Settings of the resumed run, or architecture and recipe of the preset.
 
         Raises:
             UsageError: no such run or preset.
@@ -60,7 +60,7 @@ class PretrainingSettings(ComputeSettings):
         return {"architecture": preset(name), "recipe": RECIPES[name]}
 
     def validate(self) -> None:
-        """Check values and that they fit together.
+        """Check ranges and combinations of settings.
 
         Raises:
             UsageError: what is wrong.
@@ -72,7 +72,7 @@ class PretrainingSettings(ComputeSettings):
         self.step_plan()
 
     def step_plan(self) -> Plan:
-        """How this machine takes a step.
+        """The plan of a step on this machine.
 
         Raises:
             UsageError: settings that do not fit together or this machine.
@@ -82,7 +82,7 @@ class PretrainingSettings(ComputeSettings):
         return plan
 
     def as_config(self) -> str:
-        """A run's `config.yaml`; says which settings of the plan are not exact."""
+        """The text of a run's `config.yaml`, with a note on settings that are not exact."""
         inexact = self.step_plan().inexact
         note = f"# not exact: {', '.join(inexact)}\n" if inexact else ""
         return note + to_yaml(self)

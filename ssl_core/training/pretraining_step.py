@@ -1,17 +1,17 @@
-"""The training step: crops, a plan and the global update number in, named loss parts out.
+"""The pretraining step: crops, a plan and the global update number in, named loss parts out.
 
-An update takes `accumulation` batches. The loss of a batch is divided by all masked frames of the
-update, once. When a batch does not fit in memory at once it is taken in two stages: first the
-features and code probabilities of all its crops without a graph, then, a micro-batch at a time,
-the context network's gradient down to the features and the extractor's gradient by running it
-again. The diversity term needs the mean code probabilities of the whole batch; they are known after
-the first stage, so the gradient is that of the whole batch, to rounding.
+An update takes `accumulation` batches. The loss is divided once by all masked frames of the update.
+A batch that does not fit in memory is computed in two stages: first the features and code
+probabilities of all crops without a graph; then, for each micro-batch, the context network's
+gradient down to the features, and the extractor's gradient with the features recomputed. The
+diversity loss needs the mean code probabilities of the whole batch, which the first stage gives, so
+the gradient is that of the whole batch, to rounding.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training import randomness, schedule
 from ssl_core.training.adamw import AdamW
+from ssl_core.training.gradient_functions import continue_backward, scale_gradient
 from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
@@ -31,60 +32,32 @@ from ssl_core.wav2vec2.recompute import recomputed
 Waveforms = npt.NDArray[np.float32]
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.scale, None
-
-
-class _Continue(torch.autograd.Function):
-    """A zero that goes backward with a given gradient.
-
-    `Tensor.backward(gradient)` does so too, but to compare two shapes torch imports sympy, 25 MiB.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient, None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What an update did. Losses are means over masked frames, in nats."""
+    """Results of an update. Losses are means over masked frames, in nats."""
 
     update: int
     loss: float
-    """Contrastive loss + weighted diversity loss, penalty and code entropy."""
+    """Contrastive loss plus weighted diversity loss, penalty and code entropy."""
     contrastive: float
     diversity: float
-    """Unused share of the codebook, in [0, 1]."""
+    """Unused fraction of the codebook."""
     penalty: float
     """Mean square of the extractor's output."""
     accuracy: float
-    """Share of masked frames whose code was found among the distractors."""
+    """Fraction of masked frames whose code was identified among the negatives."""
     perplexity: float
-    """Effective number of codebook entries in use, all groups together."""
+    """Effective number of codebook entries in use, over all groups."""
     code_entropy: float
-    """Of the code distribution of single frames, in nats, mean over groups."""
+    """Entropy of a frame's code distribution in nats, mean over frames and groups."""
     masked_fraction: float
     distinct_negatives: float
-    """Mean number of different frames among a frame's distractors."""
+    """Mean number of distinct frames among a frame's negatives."""
     gradient_norm: float
     learning_rate: float
     temperature: float
     applied: bool
-    """False when the gradient was not finite and the update was left out."""
+    """False if the gradient was not finite and the update was skipped."""
     crops: int
     seconds: float
     """Seconds of audio in the update."""
@@ -95,7 +68,7 @@ class StepReport:
 
 
 class BatchSums(NamedTuple):
-    """Sums over one batch, without a graph."""
+    """Sums over the masked frames of one batch, detached; `probabilities`: `[group, entry]`."""
 
     contrastive: float
     penalty: float
@@ -106,7 +79,7 @@ class BatchSums(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How the parts of the loss are weighed at an update, and the Gumbel temperature then."""
+    """Weights of the loss parts and the Gumbel temperature at an update."""
 
     diversity: float
     penalty: float
@@ -115,7 +88,16 @@ class Weights(NamedTuple):
 
 
 def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
-    """The loss of a whole batch, summed over its masked frames (fairseq's weighting)."""
+    """Combine the loss parts of a whole batch, as in fairseq.
+
+    Args:
+        parts: sums over the masked frames of the batch.
+        weights: of the parts.
+        masked: number of masked frames.
+
+    Returns:
+        The loss summed over masked frames, `[]`.
+    """
     diversity = diversity_loss(parts.probabilities / masked) * masked
     return (
         parts.contrastive
@@ -126,25 +108,33 @@ def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
 
 
 class PretrainingStep(PlannedStep):
-    """Takes updates of pretraining by a plan, for everyone who pretrains here."""
+    """Takes pretraining updates by a plan; shared by central runs, clients and simulations."""
 
     model: PretrainingModel
 
     def __init__(
         self, model: PretrainingModel, recipe: Recipe, plan: Plan, *, seed: int, total_updates: int
     ) -> None:
-        """Prepare the optimiser; `total_updates` is the length of the learning-rate schedule."""
+        """Set up the model and its optimizer.
+
+        Args:
+            model: to pretrain.
+            recipe: hyperparameters.
+            plan: how a step is taken.
+            seed: of masks, negatives, noise and dropout.
+            total_updates: length of the learning-rate schedule.
+        """
         recipe.validate()
         recipe.validate_plan(model.config, plan)
         self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
         super().__init__(model, model.wav2vec2, plan)
 
     def validate(self, plan: Plan) -> None:
-        """Check that a plan fits the model and recipe; raises `UsageError`."""
+        """Check a plan against model and recipe; raises `UsageError`."""
         self.recipe.validate_plan(self.model.config, plan)
 
     def make_optimizers(self) -> dict[str, AdamW]:
-        """One for all parameters."""
+        """Create one optimizer for all parameters."""
         state = self.plan.optimizer_state
         return {"model": AdamW(self.model.named_parameters(), self.recipe, state)}
 
@@ -153,8 +143,7 @@ class PretrainingStep(PlannedStep):
             features = recomputed(self.model.features, waveforms)
         else:
             features = self.model.features(waveforms)
-        scaled: Tensor = _ScaleGradient.apply(features, self.recipe.feature_grad_scale)
-        return scaled
+        return scale_gradient(features, self.recipe.feature_grad_scale)
 
     def accumulate(
         self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
@@ -163,7 +152,7 @@ class PretrainingStep(PlannedStep):
 
         Args:
             waveforms: `[batch, sample]`.
-            draws: chance for this batch.
+            draws: random draws of this batch.
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
         """
@@ -210,7 +199,8 @@ class PretrainingStep(PlannedStep):
             done.append(LossParts(*(part.detach() for part in parts)))
             with autocast(self.device, self.plan.precision):
                 features = self._features(rows, recompute=False)
-            _Continue.apply(features, leaf.grad).backward()
+            assert leaf.grad is not None
+            continue_backward(features, leaf.grad)
             del leaf, features
         return _sums(done, masked)
 
@@ -220,10 +210,10 @@ class PretrainingStep(PlannedStep):
         Args:
             batches: `accumulation` batches, each `[batch, sample]`.
             update: global update number, from 0.
-            key: tells apart those who take the same update, such as clients.
+            key: distinguishes clients that take the same update.
 
         Returns:
-            What happened; when the gradient is not finite the weights stay as they were.
+            The report; if the gradient is not finite the update is skipped.
         """
         config, plan = self.model.config, self.plan
         rate = schedule.learning_rate(self.recipe, update, self.total_updates)

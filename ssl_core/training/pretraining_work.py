@@ -1,4 +1,4 @@
-"""Pretraining as the planner sees it."""
+"""Pretraining as `Work` for the planner."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from ssl_core.wav2vec2.model import PretrainingModel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingWork:
-    """An architecture and the recipe by which it is pretrained; see `planning.work.Work`."""
+    """An architecture and its pretraining recipe; see `planning.work.Work`."""
 
     architecture: ModelConfig
     recipe: Recipe
@@ -53,17 +53,17 @@ class PretrainingWork:
         small = [Rung(RECOMPUTED_ATTENTION * SPLIT, again)]
         if self.recipe.negative_pool == "utterance":
             small += [Rung(RECOMPUTED_ATTENTION * SPLIT, split) for split in splits(whole)]
-        # Whole, a batch needs no room for gradients; split, less for activations.
+        # A whole batch needs no memory for gradients, a split one less for activations.
         ends = [small[0], small[-1]][: len(small)]
         rungs = first + small + with_layers_recomputed(ends)
         return rungs + with_memory_given_back(rungs[-len(ends) :])
 
     def trained_parameters(self) -> int:
-        """Parameters of the model, all of which travel in a federation."""
+        """Number of parameters of the model, all of which a federation exchanges."""
         return _parameters(self.architecture)
 
     def options(self, plan: Plan) -> str:
-        """Options of `ssl_core.train` and `simulation/run.py` that ask for a plan."""
+        """Options of `ssl_core.train` and `simulation/run.py` that select a plan."""
         words = [
             f"--length {format_length(plan.length)} --batch {plan.batch}",
             f"--precision {plan.precision}",
@@ -79,7 +79,14 @@ class PretrainingWork:
         fake: bool = False,
         batches: Batches | None = None,
     ) -> Started:
-        """See `Work.start`."""
+        """Build the model and its step; see `Work.start`.
+
+        Args:
+            plan: how a step is taken.
+            label: called with the name of the part that is built next.
+            fake: tensors have no data; batches are then zeros.
+            batches: speech, `[batch, sample]` each; None for noise.
+        """
         model = PretrainingModel(self.architecture)
         label("optimizer state")
         step = PretrainingStep(model, self.recipe, plan, seed=0, total_updates=100)
@@ -89,7 +96,7 @@ class PretrainingWork:
 
 
 def step_options(plan: Plan) -> list[str]:
-    """Options for everything by which a plan's step differs from the default's."""
+    """Options for all settings in which a plan's step differs from the default."""
     default = Plan()
     words = [f"--micro-batch {plan.effective_micro_batch}"] if plan.is_split else []
     for field in dataclasses.fields(StepOptions):

@@ -1,4 +1,4 @@
-"""The run directory: config as run, metrics, TensorBoard events, checkpoints, report."""
+"""The run directory: configuration, metrics, TensorBoard events and checkpoints of a run."""
 
 import dataclasses
 import json
@@ -25,14 +25,14 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK_WAIT = 60.0
-"""Seconds to wait for another process to let go of a run."""
+"""Seconds to wait for another process to release a run's lock."""
 
 
 class RunDirectory:
-    """One run on disk. Everything a run needs to go on is in here."""
+    """A run on disk, with everything needed to resume it."""
 
     def __init__(self, path: Path) -> None:
-        """Open a run directory that exists, or is made by `create`."""
+        """Open an existing run directory; `create` makes a new one."""
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self._board: SummaryWriter | None = None
@@ -40,10 +40,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: str) -> "RunDirectory":
-        """Start a new run.
+        """Create the directory of a new run.
 
         Args:
-            path: new or empty.
+            path: new or empty directory.
             config: YAML of all settings.
 
         Raises:
@@ -61,7 +61,7 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path) -> "RunDirectory":
-        """Open a run to go on with it.
+        """Open a run to resume it.
 
         Raises:
             UsageError: there is no run in this directory.
@@ -71,10 +71,10 @@ class RunDirectory:
         return cls(path)
 
     def lock(self) -> None:
-        """Let no other process write into this run while this one lives.
+        """Lock the run against other processes while this process lives.
 
         Raises:
-            UsageError: another one does.
+            UsageError: another process holds the lock.
         """
         if fcntl is None:
             return
@@ -95,14 +95,14 @@ class RunDirectory:
                 return  # a file system without locks
 
     def identity(self) -> str:
-        """A name that no other run has; made at its first use."""
+        """The unique name of the run, created at its first use."""
         path = self.path / "identity"
         if not path.exists():
             atomic.write_text(path, uuid.uuid4().hex + "\n")
         return path.read_text(encoding="utf-8").strip()
 
     def rewind(self, step: int) -> None:
-        """Forget metrics of `step` and later, which a resumed run makes again."""
+        """Remove metrics of `step` and later, which a resumed run writes again."""
         path = self.path / METRICS
         if path.exists():
             rows = [row for row in self.metrics() if row["step"] < step]
@@ -110,7 +110,7 @@ class RunDirectory:
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line of metrics and the same numbers to TensorBoard."""
+        """Append one line of metrics, and the same numbers to TensorBoard."""
         with open(self.path / METRICS, "a", encoding="utf-8") as stream:
             stream.write(_line({"step": step, **values}))
             stream.flush()
@@ -123,10 +123,10 @@ class RunDirectory:
         self._board.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics, oldest first.
+        """Read all complete lines of metrics, oldest first.
 
         Raises:
-            DataError: a line that is not JSON, other than a last one cut short by a kill.
+            DataError: a line is not JSON, apart from a truncated last line.
         """
         path = self.path / METRICS
         if not path.exists():
@@ -145,7 +145,7 @@ class RunDirectory:
         return rows
 
     def close(self) -> None:
-        """Finish the TensorBoard file."""
+        """Close the TensorBoard file and release the lock."""
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -155,14 +155,14 @@ class RunDirectory:
 
 
 def stored_settings(kind: type[Settings], path: Path) -> Settings:
-    """The settings a run was started with.
+    """Read the settings a run was started with.
 
     Args:
         kind: dataclass of the settings.
         path: the run directory.
 
     Raises:
-        UsageError: there is no run, or one with settings that this version does not have.
+        UsageError: no run is there, or its settings are unknown to this version.
     """
     RunDirectory.reopen(path)
     known = {field.name for field in dataclasses.fields(kind)} | set(getattr(kind, "SHORT", {}))  # type: ignore[arg-type]
@@ -172,15 +172,15 @@ def stored_settings(kind: type[Settings], path: Path) -> Settings:
 
 
 def open_run(settings: Any, name: str, free: Collection[str]) -> RunDirectory:
-    """The run directory of `settings.resume`, else a new one.
+    """Open the run directory of `settings.resume`, or create a new one.
 
     Args:
-        settings: with `output`, `resume` and `as_config()`.
-        name: of a new directory under `runs/`, behind the time, where there is no `output`.
-        free: names of settings that may change when a run goes on.
+        settings: have `output`, `resume` and `as_config()`.
+        name: suffix of a new directory under `runs/`, after the time; used without `output`.
+        free: names of settings that a resumed run may change.
 
     Raises:
-        UsageError: not empty, not a run, or a run with other settings.
+        UsageError: the directory is not empty, not a run, or a run with other settings.
     """
     if settings.resume is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -1,4 +1,4 @@
-"""Choosing the torch device, precision and threads of this machine."""
+"""Chooses the torch device and precision of this machine."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from ssl_core.planning.step_plan import Precision
 
 
 def choose_device(name: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU; other names are checked.
+    """Resolve `auto` to CUDA if available, else the CPU; check other names.
 
     Raises:
         UsageError: no such device here.
@@ -30,7 +30,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_precision(name: Literal["auto"] | Precision, device: str) -> Precision:
-    """`auto` is bf16 where the device multiplies matrices in it, else fp32."""
+    """Resolve `auto` to bf16 if the device has matrix units for it, else fp32."""
     if name != "auto":
         return name
     if device.startswith("cuda"):

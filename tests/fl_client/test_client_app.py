@@ -13,21 +13,20 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client import local_training, protocol, updates
-from fl_client import round_plan as ladder
+from fl_client import local_training, protocol, round_plan, updates
 from fl_client.client_app import app
 from fl_client.encoding import Encoding
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import PretrainingFederation, from_run_config
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
-from ssl_core.training.pretraining_step import StepReport, TrainingStep
+from ssl_core.training.pretraining_step import PretrainingStep, StepReport
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
 SPEAKERS = ("40711", "40712", "40713", "40714")
 RUN = {
-    "model": "tiny", "set": "model.num-hidden-layers=1", "length": "1s", "batch": 2,
+    "model": "tiny", "architecture.num-hidden-layers": 1, "length": "1s", "batch": 2,
     "local-updates": 2, "held-out": 0.3, "rounds": 3,
 }  # fmt: skip
 
@@ -60,9 +59,10 @@ def ask(corpus: Path) -> Callable[..., Message]:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    config, _ = FederationSettings.from_run_config(RUN).model_and_recipe()
+    settings = from_run_config(RUN)
+    assert isinstance(settings, PretrainingFederation)
     torch.manual_seed(3)
-    return PretrainingModel(config).state_dict()
+    return PretrainingModel(settings.architecture).state_dict()
 
 
 INSTRUCTIONS = {
@@ -258,15 +258,15 @@ def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
     ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = ask(MessageType.TRAIN, round_of(weights()))
-    update = TrainingStep.update
+    update = PretrainingStep.update
 
-    def tight(step: TrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
+    def tight(step: PretrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
         report = update(step, batches, number, key)
-        if number == 3 and step.plan.chunk > 1:
+        if number == 3 and step.plan.effective_micro_batch > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return report
 
-    monkeypatch.setattr(TrainingStep, "update", tight)
+    monkeypatch.setattr(PretrainingStep, "update", tight)
     reply = ask(MessageType.TRAIN, round_of(weights()))
     assert reply.content[protocol.METRICS]["micro_batch"] == 1
     assert reply.content[protocol.METRICS]["updates"] == 2
@@ -281,7 +281,9 @@ def test_a_client_takes_a_leaner_plan_when_memory_shrinks(
     plenty = ask(MessageType.TRAIN, round_of(weights()), memory=4 * 2**30)
     little = int(plenty.content[protocol.METRICS]["predicted_bytes"]) - 15 * 2**20
     room = iter([4 * 2**30, 4 * 2**30] + [little] * 20)
-    monkeypatch.setattr(ladder, "this_machine", lambda: SimpleNamespace(process_bytes=next(room)))
+    monkeypatch.setattr(
+        round_plan, "this_machine", lambda: SimpleNamespace(process_bytes=next(room))
+    )
     reply = ask(MessageType.TRAIN, round_of(weights()), device="auto")
     metrics = reply.content[protocol.METRICS]
     assert metrics["fallbacks"] >= 1
@@ -303,7 +305,7 @@ def test_a_device_may_take_shorter_crops_but_no_longer_ones(ask: Callable[..., M
 def test_a_kept_optimizer_state_goes_on_after_a_round_that_counted(
     ask: Callable[..., Message], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RUN, "keep-moments", True)
+    monkeypatch.setitem(RUN, "keep-optimizer-state", True)
     state = str(tmp_path / "kept")
     ask(MessageType.TRAIN, round_of(weights()), state=state)
     again = round_of(weights(), round=2, first_update=4, folded_round=1)

@@ -65,7 +65,7 @@ def test_bytes_are_not_the_values_own(shape: tuple[int, ...], encoding: Encoding
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4", "topk"])
-def test_what_is_left_out_comes_with_the_next_updates(encoding: Encoding) -> None:
+def test_what_is_lost_comes_with_the_next_updates(encoding: Encoding) -> None:
     truth, sent, left = np.zeros((30, 40)), np.zeros((30, 40)), np.zeros((30, 40), np.float32)
     for number in range(60):
         update = values((30, 40), number)

@@ -1,6 +1,5 @@
 """`python -m fl_client`: bad arguments, what is handed to Flower, and a clean end."""
 
-import argparse
 import base64
 import contextlib
 import os
@@ -9,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,13 +22,14 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from flwr.common.config import parse_config_args
 
 from common.errors import UsageError
 from common.process_environment import tuned
-from common.settings import to_yaml
-from fl_client.__main__ import _node_config, _security
+from common.units import Names, Seconds, Size
+from fl_client.__main__ import DeviceSettings, _node_config, _security
 from fl_client.environment import LEAN, QUIET
-from fl_client.federation_settings import FederationSettings
+from ssl_core.planning.device_profiles import find_profile
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., tuple[subprocess.Popen[bytes], Path]]
@@ -60,11 +60,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        ([], 2, "required: --data"),
+        ([], 2, "--data: give the corpus that this device trains on"),
         (["--data", "{corpus}", "--partitoin", "0/2"], 2, "did you mean '--partition'?"),
         (["--data", "{corpus}", "--partition", "2/2"], 2, "--partition '2/2' is not I/N"),
         (["--data", "{corpus}", "--partition", "0/2", "--speakers", "1"], 2, "exclude each other"),
         (["--data", "{corpus}", "--port", "none"], 2, "'none' is not a whole number"),
+        (["--data", "{corpus}", "--memory", "much"], 2, "'much' is not a size"),
+        (["--data", "{corpus}", "--length", "0s"], 2, "a length of '0s' holds no audio"),
+        (["--data", "{corpus}", "--pause-load", "-1"], 2, "--pause-load must not be below zero"),
+        (["--data", "{corpus}", "--checkpoint", "d"], 2, "--checkpoint is for a --task"),
         (["--data", "{corpus}", "--superlink", "here"], 2, "'here' is not HOST:PORT"),
         (["--data", "{corpus}", "--superlink", "10.0.0.9:8000"], 2, "would not be encrypted"),
         (["--data", "{corpus}", "--root-certificates", "no.crt"], 2, "no.crt: no such file"),
@@ -183,27 +187,18 @@ def test_off_this_machine_without_certificates_it_says_how_to_make_them() -> Non
         _security("pi.lan:8000", None, False)
 
 
-def node(data: Path, **changes: str) -> argparse.Namespace:
-    values = {
-        "device": "rpi4",
-        "subset": "",
-        "partition": None,
-        "speakers": "",
-        "state": None,
-        "checkpoint": None,
-    }
-    return argparse.Namespace(data=data, **(values | changes))
+def node(data: Path, **changes: Any) -> DeviceSettings:
+    return DeviceSettings(data=data, **{"device": "rpi4", **changes})
 
 
 def test_a_nodes_config_is_read_by_flower_as_it_was_given(tmp_path: Path) -> None:
-    from flwr.common.config import parse_config_args
-
     folder = tmp_path / "o'brien's = #1 ü"
-    given = _node_config(node(folder, subset="train-a, train-b", partition="1/2"))
+    given = _node_config(node(folder, subset=Names.parse("train-a, train-b"), partition="1/2"))
     assert parse_config_args([given]) == {
         "device": "rpi4",
         "data": str(folder),
-        "subset": "train-a, train-b",
+        "subset": "train-a,train-b",
+        "memory": find_profile("rpi4").process_bytes,
         "partition-id": 1,
         "num-partitions": 2,
     }
@@ -214,9 +209,25 @@ def test_a_nodes_config_is_read_by_flower_as_it_was_given(tmp_path: Path) -> Non
 def test_a_device_has_the_same_number_after_a_restart_and_others_have_another(
     tmp_path: Path,
 ) -> None:
-    configs = [_node_config(node(tmp_path, speakers=name)) for name in ("", "", "84")]
+    configs = [_node_config(node(tmp_path, speakers=Names.parse(name))) for name in ("", "", "84")]
     assert configs[0] == configs[1]
-    assert configs[0].split("client-key=")[1] != configs[2].split("client-key=")[1].split()[0]
+    mine, other = (parse_config_args([config])["client-key"] for config in configs[1:])
+    assert mine != other
+
+
+def test_a_node_is_told_what_its_device_has_and_what_its_owner_wants(tmp_path: Path) -> None:
+    given = node(
+        tmp_path, device="auto", partition="0/1", memory=Size.parse("4GB"),
+        length=Seconds.parse("500ms"), pause_temperature=70.5, pause_load=2.0,
+        pause_memory=Size.parse("500MB"), state=tmp_path / "state",
+    )  # fmt: skip
+    assert parse_config_args([_node_config(given)]) == {
+        "device": "auto", "data": str(tmp_path), "partition-id": 0, "num-partitions": 1,
+        "state": str(tmp_path / "state"), "memory": 4 * 10**9, "length": 0.5,
+        "pause-temperature": 70.5, "pause-load": 2.0, "pause-memory": 500 * 10**6,
+    }  # fmt: skip
+    live = _node_config(node(tmp_path, device="auto", partition="0/1"))
+    assert "memory" not in parse_config_args([live])  # this machine's, read in every round
 
 
 def test_the_shell_gets_every_variable_that_keeps_flower_quiet() -> None:
@@ -230,11 +241,3 @@ def test_the_shell_gets_every_variable_that_keeps_flower_quiet() -> None:
     wanted = QUIET | LEAN
     assert printed.splitlines() == [f"export {name}={value}" for name, value in wanted.items()]
     assert {"FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"} < QUIET.keys()
-
-
-def test_flowers_run_config_names_every_setting() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    config = project["tool"]["flwr"]["app"]["config"]
-    names = [line.partition(":")[0] for line in to_yaml(FederationSettings()).splitlines()]
-    assert sorted(config) == sorted(names)
-    assert FederationSettings.from_run_config(config).model == "tiny"

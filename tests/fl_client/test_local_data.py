@@ -7,25 +7,27 @@ from typing import Any
 import pytest
 
 from common.errors import DataError, UsageError
-from fl_client.federation_settings import FederationSettings
+from common.units import Seconds
+from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import client_audio, held_out, load_manifest
+from partitions.speakers import How
 
 
 @pytest.fixture
-def settings(corpus: Path) -> FederationSettings:
-    return FederationSettings(data=str(corpus), length="1s", model="tiny", held_out=0.2)
+def settings(corpus: Path) -> PretrainingFederation:
+    return PretrainingFederation(data=corpus, length=Seconds(1), model="tiny", held_out=0.2)
 
 
-def speakers(node: dict[str, Any], settings: FederationSettings) -> set[str]:
+def speakers(node: dict[str, Any], settings: PretrainingFederation) -> set[str]:
     audio = client_audio(node, settings)
     return {audio.manifest.sequences[i].speaker for i in audio.indices}
 
 
 @pytest.mark.parametrize("how", ["speaker", "iid", "skewed"])
-def test_parts_share_nothing_and_leave_the_held_out_out(
-    how: str, settings: FederationSettings
+def test_parts_share_nothing_and_have_no_held_out_speaker(
+    how: How, settings: PretrainingFederation
 ) -> None:
-    settings = dataclasses.replace(settings, partition=how)  # type: ignore[arg-type]
+    settings = dataclasses.replace(settings, partition=how)
     manifest = load_manifest(settings.data, (), 1.0, "")
     excluded = set(held_out(manifest, settings))
     assert len(excluded) >= 2
@@ -40,15 +42,15 @@ def test_parts_share_nothing_and_leave_the_held_out_out(
     assert sorted(seen) == everyone
 
 
-def test_a_device_without_a_part_has_all_but_the_held_out(settings: FederationSettings) -> None:
+def test_a_device_without_a_part_has_all_but_the_held_out(settings: PretrainingFederation) -> None:
     manifest = load_manifest(settings.data, (), 1.0, "")
     excluded = set(held_out(manifest, settings))
-    node = {"client-key": 77, "data": settings.data}
+    node = {"client-key": 77, "data": str(settings.data)}
     assert client_audio(node, settings).key == 77
     assert speakers(node, settings) == set(manifest.speakers) - excluded
 
 
-def test_chosen_speakers_must_be_there_and_not_held_out(settings: FederationSettings) -> None:
+def test_chosen_speakers_must_be_there_and_not_held_out(settings: PretrainingFederation) -> None:
     manifest = load_manifest(settings.data, (), 1.0, "")
     excluded = held_out(manifest, settings)
     free = sorted(set(manifest.speakers) - set(excluded))
@@ -59,6 +61,6 @@ def test_chosen_speakers_must_be_there_and_not_held_out(settings: FederationSett
         client_audio({"speakers": excluded[0]}, settings)
 
 
-def test_a_device_has_its_own_corpus(settings: FederationSettings, tmp_path: Path) -> None:
+def test_a_device_has_its_own_corpus(settings: PretrainingFederation, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="elsewhere"):
         client_audio({"data": str(tmp_path / "elsewhere")}, settings)

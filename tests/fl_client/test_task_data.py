@@ -11,7 +11,8 @@ from conftest import Writer
 from tone_words import SPEAKERS, WORDS, write_words
 
 from common.errors import DataError, UsageError
-from fl_client.federation_settings import FederationSettings
+from fl_client import task_data
+from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.task_data import (
     ClientClips,
     Pool,
@@ -22,14 +23,16 @@ from fl_client.task_data import (
 )
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.task_settings import TaskSettings
+from ssl_core.downstream.task_recipe import recipe_of
 
 HOWS = ("speaker", "iid", "skewed", "labels")
 
 
-def settings(data: Path | str, **changes: Any) -> FederationSettings:
+def settings(data: Path | str, **changes: Any) -> TaskFederation:
     values = {"task": "kws35", "checkpoint": "random", "model": "tiny", "data": str(data)}
-    return FederationSettings(**{**values, **changes})
+    found = from_run_config({**values, **changes})
+    assert isinstance(found, TaskFederation)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(corpus: Path) -> Pool:
-    return load_pool(settings(corpus).task_settings())
+    return load_pool("kws35", corpus, recipe_of("kws35"), 0, ())
 
 
 def test_a_pool_holds_every_clip_of_every_split_once(pool: Pool, corpus: Path) -> None:
@@ -63,8 +66,8 @@ def test_clips_that_nobody_trains_on_are_not_in_the_pool(
         Clip(Piece(f"wav/{name}/a/1.wav", 0, 16_000), name, name) for name in ("id1", "id2")
     )
     data = TaskData(Path("voices"), (known,), (), (stranger,), ("id1",))
-    monkeypatch.setattr(TaskSettings, "read_data", lambda *_, **__: data)
-    pool = load_pool(TaskSettings(task="verification", data="voices"))
+    monkeypatch.setattr(task_data, "read_task", lambda *_, **__: data)
+    pool = load_pool("verification", Path("voices"), recipe_of("verification"), 0, ())
     assert pool.clips == (known,)
     assert pool.skips == ("skipped, label without clips to train on: 1",)
 
@@ -245,31 +248,41 @@ def test_transcripts_are_divided_by_speaker_and_split_as_one_label(
         )
 
 
+GOOD = {"task": "kws35", "checkpoint": "random", "model": "tiny", "data": "d"}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "labels without a task": ({"task": "", "partition": "labels"}, "for the clips of a task"),
-    "nothing to be tested on": ({"own-test": 0.0}, "own-test is a share of clips between 0 and 1"),
-    "nothing to train on": ({"own-test": 1.0}, "own-test is a share of clips between 0 and 1"),
-    "head updates": ({"head-updates": -1}, "head-updates must not be below zero"),
+    "labels without a task": (
+        {"task": "", "partition": "labels"},
+        "'labels' is not one of speaker, iid, skewed$",
+    ),
+    "nothing to be tested on": (
+        {"own-test": 0.0},
+        "own-test is a fraction of clips between 0 and 1",
+    ),
+    "nothing to train on": ({"own-test": 1.0}, "own-test is a fraction of clips between 0 and 1"),
+    "head updates": ({"head-updates": -1}, "head-updates must be at least 0, not -1"),
     "no checkpoint": ({"checkpoint": ""}, "a task needs a checkpoint"),
-    "a fleet": ({"fleet": "rpi4:4"}, "fleet and time-limit are for pretraining"),
+    "a fleet": ({"fleet": "rpi4:4"}, "fleet is for pretraining"),
+    "a time limit": ({"time-limit": "60s"}, "time-limit is for pretraining"),
     "another task": ({"task": "kws36"}, "no task 'kws36'.*did you mean 'kws35'"),
     "another method": ({"method": "fedpers"}, "'fedpers' is not one of fedavg, fedper, fedrep"),
     "another share": ({"share": "head"}, "'head' is not one of backbone, layers, lora, none"),
-    "a recipe's typo": ({"recipe": "head-rat=1"}, "did you mean 'head-rate'"),
-    "a recipe's value": ({"recipe": "head-rate=0"}, "head-rate must be above zero"),
+    "a recipe's typo": ({"recipe.head-rat": 1}, "did you mean 'recipe.head-rate'"),
+    "a recipe's value": ({"recipe.head-rate": 0}, "head-rate must be above zero"),
+    "a recipe in one text": ({"recipe": "head-rate=1"}, "recipe must be a mapping of settings"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_settings_that_do_not_fit_are_refused(case: str) -> None:
     changes, reason = BAD[case]
-    good = {"task": "kws35", "checkpoint": "random", "model": "tiny", "data": "d"}
-    assert FederationSettings.from_run_config(good).task_recipe().head == "mean-linear"
+    found = from_run_config(GOOD)
+    assert isinstance(found, TaskFederation)
+    assert found.recipe.head == "mean-linear"
     with pytest.raises(UsageError, match=reason):
-        FederationSettings.from_run_config(good | changes)
+        from_run_config(GOOD | changes)
 
 
 def test_a_run_of_a_task_has_its_own_recipe() -> None:
-    run = settings("d", rounds=7, batch=3, recipe="head=x-vector head-rate=0.5")
-    recipe = run.task_recipe()
+    own = {"recipe.head": "x-vector", "recipe.head-rate": 0.5}
+    recipe = settings("d", rounds=7, batch=3, **own).recipe
     assert (recipe.epochs, recipe.batch, recipe.head, recipe.head_rate) == (7, 3, "x-vector", 0.5)

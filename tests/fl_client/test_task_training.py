@@ -25,11 +25,12 @@ from tone_words import SAMPLES, SPEAKERS, WORDS, write_backbone, write_words
 from torch import Tensor
 
 from common.errors import DataError
+from common.settings import from_mapping
 from fl_client import protocol, task_training, updates
 from fl_client.client_app import app
 from fl_client.client_round import RoundResult
 from fl_client.encoding import Decoded
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.task_data import ClientClips, client_clips
 from fl_client.task_training import Resident, train_task_round
 from fl_server.broadcast import WHOLE, Broadcast
@@ -42,7 +43,7 @@ from ssl_core.training.tensor_file import TensorFile
 from ssl_core.wav2vec2.model import Backbone
 
 HEAD = {"head.linear.weight", "head.linear.bias"}
-RATES = "head-rate=0.05 final-rate=0.05 backbone-rate=0.01"
+RATES = {"head-rate": 0.05, "final-rate": 0.05, "backbone-rate": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +63,17 @@ class Lab:
     def __init__(self, corpus: Path, backbone: Path, state: Path) -> None:
         self.data, self.backbone, self.state = corpus, backbone, state
 
-    def settings(self, **changes: Any) -> FederationSettings:
+    def settings(self, **changes: Any) -> TaskFederation:
         values = {
             "task": "kws35", "data": str(self.data), "checkpoint": str(self.backbone), "rounds": 4,
             "local_updates": 3, "batch": 4, "recipe": RATES, "lora_rank": 2, "shared_layers": 1,
         }  # fmt: skip
-        return FederationSettings(**{**values, **changes})
+        return from_mapping(TaskFederation, {**values, **changes}, "this test")
 
-    def server(self, settings: FederationSettings) -> Resident:
+    def server(self, settings: TaskFederation) -> Resident:
         return Resident(settings, len(WORDS))
 
-    def instructions(self, settings: FederationSettings, number: int, **asked: Any) -> ConfigRecord:
+    def instructions(self, settings: TaskFederation, number: int, **asked: Any) -> ConfigRecord:
         values = {
             "run": "secretless", "round": number, "first_update": 3 * number, "updates": 3,
             "base_round": -1, "encoding": WHOLE[settings.encoding], "folded_round": number - 1,
@@ -80,12 +81,12 @@ class Lab:
         }  # fmt: skip
         return protocol.instructions(**{**values, **asked})
 
-    def clips(self, settings: FederationSettings, client: int = 0, clients: int = 3) -> ClientClips:
+    def clips(self, settings: TaskFederation, client: int = 0, clients: int = 3) -> ClientClips:
         return client_clips({"partition-id": client, "num-partitions": clients}, settings)
 
     def round(
         self,
-        settings: FederationSettings,
+        settings: TaskFederation,
         number: int = 0,
         client: int = 0,
         weights: Mapping[str, Tensor] | None = None,
@@ -319,7 +320,9 @@ def test_the_last_evaluation_fits_at_the_last_rounds_rate(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It follows the last round; a schedule drawn on to there would go below zero."""
-    settings = lab.settings(method="fedrep", rounds=2, recipe="head-rate=0.05 final-rate=0.02")
+    settings = lab.settings(
+        method="fedrep", rounds=2, recipe={"head-rate": 0.05, "final-rate": 0.02}
+    )
     rates = []
     update = TaskStep.update
 
@@ -488,7 +491,7 @@ def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
 RUN = MappingProxyType(
     {
         "task": "kws35", "method": "fedper", "share": "lora", "lora-rank": 2, "rounds": 3,
-        "local-updates": 1, "batch": 4, "recipe": "head-rate=0.05",
+        "local-updates": 1, "batch": 4, "recipe.head-rate": 0.05,
     }
 )  # fmt: skip
 
@@ -501,7 +504,8 @@ def ask(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Message]:
 
     def send(kind: str, run: Mapping[str, Any] = RUN, **node: Any) -> Message:
         given = {**run, "checkpoint": str(lab.backbone)}
-        settings = FederationSettings.from_run_config(given | {"data": str(lab.data)})
+        settings = from_run_config(given | {"data": str(lab.data)})
+        assert isinstance(settings, TaskFederation)
         content = RecordDict()
         if kind != MessageType.QUERY:
             weights = lab.server(settings).state_dict()

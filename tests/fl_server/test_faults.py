@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import Outcome, Trial, summary
+from benchmarks.fault_injection import take
+from benchmarks.fault_outcome import Outcome, summary
+from benchmarks.fault_trial import Trial
 from benchmarks.flower_processes import write_tones
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -16,19 +18,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tones(tmp_path_factory.mktemp("corpus"))
 
 
-def take(fault: str, folder: Path, data: Path, encoding: str) -> Outcome:
+def run(fault: str, folder: Path, data: Path, encoding: str) -> Outcome:
     trial = Trial(
         fault, folder / "lab", data, random.Random(1), encoding,
         deadline=200, patience=2, rounds=3, limit=500, latest=0,
     )  # fmt: skip
-    outcome = trial.run()
+    outcome = take(trial)
     assert not trial.lab.mine()
     return outcome
 
 
 def test_a_killed_client_app_costs_one_answer_and_no_round(tmp_path: Path, data: Path) -> None:
     # Flower takes a minute to see that it is gone; by its patience the round ends before.
-    outcome = take("clientapp", tmp_path, data, "int8")
+    outcome = run("clientapp", tmp_path, data, "int8")
     assert outcome.completed, outcome.notes
     assert outcome.rounds_lost == 0
     assert outcome.updates_lost >= 1, "the fault hit nothing"
@@ -37,7 +39,7 @@ def test_a_killed_client_app_costs_one_answer_and_no_round(tmp_path: Path, data:
 
 
 def test_a_killed_server_app_costs_the_round_it_was_in(tmp_path: Path, data: Path) -> None:
-    outcome = take("serverapp", tmp_path, data, "fp32")
+    outcome = run("serverapp", tmp_path, data, "fp32")
     assert outcome.completed, outcome.notes
     assert (outcome.resumed, outcome.rounds_lost) == (1, 1), outcome.notes
     assert not outcome.audio_counted_twice, outcome.notes

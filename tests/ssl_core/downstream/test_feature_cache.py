@@ -6,19 +6,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from noise_files import write_noise
 from small_models import backbone_of, small_recipe
-from ssl_core.downstream.loading import ClipLoader
 from transformers import Wav2Vec2FeatureExtractor
 
 from common.errors import Interrupted
 from partitions.manifest import Piece
+from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import Clip
 from ssl_core.downstream.feature_cache import FeatureCache, clip_key
+from ssl_core.downstream.frozen_part import FrozenPart
 from ssl_core.downstream.task_model import TaskModel, Upstream
 from ssl_core.downstream.task_step import HEAD, TaskStep
 from ssl_core.planning.step_plan import Plan
@@ -267,6 +269,7 @@ def test_a_full_disk_is_a_problem_and_no_crash(folder: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from ssl_core.downstream.feature_cache import FeatureCache
 
@@ -364,21 +367,27 @@ def upstream(seed: int = 0, normalise: bool = False) -> Upstream:
     return Upstream(backbone_of(seed=seed), "random", normalise)
 
 
-def loader(
-    audio: Path,
+def step_of(
     head: str = "mean-linear",
     *,
     source: Upstream | None = None,
     precision: str = "fp32",
     unfrozen: bool = False,
-    limit: int = MIB,
     extractor: bool = False,
-) -> ClipLoader:
+) -> TaskStep:
     recipe = small_recipe(head, train_extractor=extractor)
     model = TaskModel.new(source or upstream(), recipe, 3, 0)
     plan = Plan(batch=4, precision=precision)  # type: ignore[arg-type]
-    step = TaskStep(model, plan, unfrozen=unfrozen, seed=0)
-    return ClipLoader(audio, LABELS, step, limit)
+    return TaskStep(model, plan, unfrozen=unfrozen, seed=0)
+
+
+def loader_of(audio: Path, step: TaskStep, limit: int = MIB) -> ClipLoader:
+    return ClipLoader(audio, LABELS, step.recipe, FrozenPart(step), limit)
+
+
+def loader(audio: Path, head: str = "mean-linear", **settings: Any) -> ClipLoader:
+    """The loader of a new step; `settings` are of `step_of`."""
+    return loader_of(audio, step_of(head, **settings))
 
 
 def test_a_file_is_that_of_everything_that_makes_its_features(audio: Path) -> None:
@@ -408,7 +417,8 @@ def test_what_is_kept_is_what_the_model_makes(audio: Path, head: str) -> None:
     first = loader(audio, head)
     assert first.prepare(CLIPS, show=False) == len(CLIPS)
     assert first.prepare(CLIPS, show=False) == 0
-    again = loader(audio, head)
+    step = step_of(head)
+    again = loader_of(audio, step)
     assert again.prepare(CLIPS, show=False) == 0
     made = again.batch(CLIPS)
     assert made is not None
@@ -416,13 +426,13 @@ def test_what_is_kept_is_what_the_model_makes(audio: Path, head: str) -> None:
     assert used == list(CLIPS)
     assert batch.samples == [clip.piece.samples for clip in CLIPS]
     assert batch.targets.tolist() == [LABELS.index(clip.label) for clip in CLIPS]
-    model = again.step.model
+    model = step.model
     for clip, found in zip(CLIPS, batch.inputs, strict=True):
         waveform = again.waveform(clip)
         assert waveform is not None
         with torch.no_grad():
             exact = model.advance(
-                torch.from_numpy(waveform)[None], (len(waveform),), "waveform", again.step.stage
+                torch.from_numpy(waveform)[None], (len(waveform),), "waveform", step.stage
             )[0]
         assert found.shape == exact.shape
         assert (found - exact).abs().max() < 1e-5
@@ -460,7 +470,7 @@ def test_unusable_clips_are_not_counted_as_computed(audio: Path) -> None:
 
 
 def test_stopped_it_keeps_what_was_computed(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_core.downstream.loading.TOGETHER", 1)
+    monkeypatch.setattr("ssl_core.downstream.clip_loader.TOGETHER", 1)
     asked: Iterator[bool] = iter((False, False, True))
     with pytest.raises(Interrupted, match="after 2 clips of 4"):
         loader(audio).prepare(CLIPS, show=False, stopped=lambda: next(asked))
@@ -469,16 +479,17 @@ def test_stopped_it_keeps_what_was_computed(audio: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("trouble", ["limit", "off", "place", "broken"])
 def test_training_goes_on_without_room(audio: Path, cache: Path, trouble: str) -> None:
-    def trained(each: ClipLoader) -> dict[str, torch.Tensor]:
+    def trained(step: TaskStep, each: ClipLoader) -> dict[str, torch.Tensor]:
         each.prepare(CLIPS, show=False)
         for epoch in range(2):
             for number, batch in each.epoch(CLIPS, 2, 0, epoch):
-                each.step.update(batch, epoch * 2 + number, {HEAD: 0.01})
+                step.update(batch, epoch * 2 + number, {HEAD: 0.01})
         each.cache.close()
-        return each.step.model.head.state_dict()
+        return step.model.head.state_dict()
 
-    with_room = loader(audio, "x-vector")
-    expected = trained(with_room)
+    step = step_of("x-vector")
+    with_room = loader_of(audio, step)
+    expected = trained(step, with_room)
     assert not with_room.cache.problem
     path = with_room.cache.path
     if trouble == "place":
@@ -490,8 +501,9 @@ def test_training_goes_on_without_room(audio: Path, cache: Path, trouble: str) -
     limits = {"limit": 30_000, "off": 0}
     if trouble == "limit":
         path.unlink()
-    other = loader(audio, "x-vector", limit=limits.get(trouble, MIB))
-    found = trained(other)
+    step = step_of("x-vector")
+    other = loader_of(audio, step, limits.get(trouble, MIB))
+    found = trained(step, other)
     assert bool(other.cache.problem) == (trouble != "broken")
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=1e-4), name

@@ -28,14 +28,18 @@ from small_corpora import (
     write_tone,
 )
 from small_models import save_backbone
-from ssl_core.downstream.loading import check
 
 from common import command
 from common.errors import DataError, Interrupted, UsageError
+from common.options import settings_parser
 from common.process_environment import tuned
+from common.settings import from_mapping, parse
+from common.stop import Stop
 from partitions.manifest import Piece
 from ssl_core import finetune
+from ssl_core.downstream.clip_loader import check
 from ssl_core.downstream.clips import Clip, TaskData
+from ssl_core.downstream.finetune_settings import FinetuneSettings
 from ssl_core.downstream.metrics import (
     accuracy,
     character_error_rate,
@@ -43,8 +47,8 @@ from ssl_core.downstream.metrics import (
     word_error_rate,
 )
 from ssl_core.downstream.task_recipe import FOLDER, TaskRecipe, recipe_of, tasks
-from ssl_core.downstream.task_settings import TaskSettings, change_recipe
-from ssl_core.finetune import main, parse
+from ssl_core.downstream.task_settings import TaskSettings
+from ssl_core.finetune import main
 from ssl_core.training import checkpoint
 from ssl_core.training.tensor_file import write_tensors
 
@@ -83,6 +87,11 @@ def result(run: Path) -> dict[str, Any]:
     return found
 
 
+def parsed(*arguments: str) -> FinetuneSettings:
+    """The settings of a command line."""
+    return parse(FinetuneSettings, settings_parser(FinetuneSettings), arguments)[0]
+
+
 def column(rows: list[Row], name: str) -> list[str]:
     return [row[name] for row in rows]
 
@@ -90,12 +99,12 @@ def column(rows: list[Row], name: str) -> list[str]:
 TASKS = [
     ("kws35", "backbone", []),
     ("kws35", "logmel", []),
-    ("kws35", "backbone", ["--unfrozen", "--set", "train-extractor=true", "--micro-batch", "3"]),
+    ("kws35", "backbone", ["--unfrozen", "--recipe.train-extractor", "--micro-batch", "3"]),
     ("emotion", "logmel", ["--fold", "2"]),
     ("speaker", "backbone", []),
     ("verification", "logmel", []),
-    ("asr", "backbone", ["--set", "head=linear-ctc", "--unfrozen"]),
-    ("slots", "backbone", ["--set", "lstm-units=8"]),
+    ("asr", "backbone", ["--recipe.head", "linear-ctc", "--unfrozen"]),
+    ("slots", "backbone", ["--recipe.lstm-units", "8"]),
 ]
 
 
@@ -113,7 +122,7 @@ def test_results_agree_with_the_predictions(
     assert found["task"] == task
     assert found["checkpoint"] == chosen
     assert found["backbone"] == ("unfrozen" if "--unfrozen" in options else "frozen")
-    assert found["clips_passed_over"] == 0
+    assert found["clips_skipped"] == 0
     if task == "verification":
         same = [row["same"] == "1" for row in rows]
         rate, threshold = equal_error_rate([float(row["cosine"]) for row in rows], same)
@@ -143,10 +152,11 @@ def test_results_agree_with_the_predictions(
     best = (min if name != "accuracy" else max)(row[f"valid_{name}"] for row in metrics)
     assert found[f"valid_{name}"] == best
     assert metrics[found["best_epoch"] - 1][f"valid_{name}"] == best
-    assert all(np.isfinite(row["loss"]) and row["updates_left_out"] == 0 for row in metrics)
+    assert all(np.isfinite(row["loss"]) and row["updates_skipped"] == 0 for row in metrics)
     assert ("backbone_rate" in metrics[0]) == ("--unfrozen" in options)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["task"], config["epochs"], config["batch"]) == (task, 2, 4)
+    recipe = config["recipe"]
+    assert (config["task"], recipe["epochs"], recipe["batch"]) == (task, 2, 4)
     assert (run / "curves.png").stat().st_size > 1000
     assert (run / "model" / "task.json").exists()
 
@@ -176,7 +186,7 @@ def test_all_folds_are_taken_and_averaged(
 def test_training_hears_the_tones(words: Path, tmp_path: Path) -> None:
     """Log-mel frames tell the pitches apart within a few epochs."""
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", "logmel", "--batch", "4"]
-    options = ["--epochs", "40", "--set", "head-rate=0.03", "--threads", "1"]
+    options = ["--epochs", "40", "--recipe.head-rate", "0.03", "--threads", "1"]
     assert main([*arguments, *options, "--output", str(tmp_path / "run")]) == 0
     found = result(tmp_path / "run")
     assert found["accuracy"] == found["valid_accuracy"] == 1.0
@@ -204,7 +214,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 NEVER = 10**6
 
 
-class StopAfter(finetune._Stop):
+class StopAfter(Stop):
     """Asked to stop from the n-th look on."""
 
     looks = NEVER
@@ -214,15 +224,16 @@ class StopAfter(finetune._Stop):
         return StopAfter.looks <= 0
 
 
+SMALL_LSTM = ["--recipe.lstm-units", "8", "--recipe.dropout", "0.3"]
 SETTINGS = {
     "frozen": ("kws35", speech_commands, []),
     "frozen, no cache": ("kws35", speech_commands, ["--cache", "0"]),
     "unfrozen": (
         "asr",
         utterances,
-        ["--unfrozen", "--set", "lstm-units=8 dropout=0.3 train-extractor=true"],
+        ["--unfrozen", *SMALL_LSTM, "--recipe.train-extractor", "true"],
     ),
-    "convolutions kept": ("slots", timers, ["--unfrozen", "--set", "lstm-units=8 dropout=0.3"]),
+    "convolutions kept": ("slots", timers, ["--unfrozen", *SMALL_LSTM]),
 }
 
 
@@ -235,7 +246,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     arguments += ["--threads", "1", "--batch", "2", "--epochs", "3", *options]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main([*arguments, "--output", str(whole)]) == 0
-    monkeypatch.setattr(finetune, "_Stop", StopAfter)
+    monkeypatch.setattr(finetune, "Stop", StopAfter)
     updates = {"kws35": 8, "asr": 3, "slots": 3}[task]
     # In the first epoch, about the end of one, and in the next.
     resume = ["--resume", str(stopped)]
@@ -266,7 +277,7 @@ def test_stopped_in_a_later_fold_the_whole_run_can_go_on(
     arguments += [*OPTIONS, "--fold", "all"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main([*arguments, "--output", str(whole)]) == 0
-    monkeypatch.setattr(finetune, "_Stop", StopAfter)
+    monkeypatch.setattr(finetune, "Stop", StopAfter)
     StopAfter.looks = 9
     with pytest.raises(Interrupted, match=rf"go on with --resume {stopped}$"):
         main([*arguments, "--output", str(stopped)])
@@ -283,7 +294,7 @@ def test_stopped_while_features_are_made_the_run_can_go_on(
     words: Path, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", backbone, *OPTIONS]
-    monkeypatch.setattr(finetune, "_Stop", StopAfter)
+    monkeypatch.setattr(finetune, "Stop", StopAfter)
     StopAfter.looks = 1
     with pytest.raises(Interrupted, match=r"after 0 clips of 32; go on with --resume .*run$"):
         main([*arguments, "--output", str(tmp_path / "run")])
@@ -322,24 +333,25 @@ def test_ctrl_c_saves_and_the_resumed_run_gives_the_same_bytes(
 
 
 def test_a_run_is_resumed_with_its_own_settings(
-    words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Path, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(tmp_path / "run")
-    arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", "logmel", *OPTIONS]
+    arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", backbone, *OPTIONS]
     assert main([*arguments, "--output", run]) == 0
-    for option, value, was in (
-        ("--epochs", "7", "2"),
-        ("--seed", "1", "0"),
-        ("--set", "head-rate=1", "''"),
-        ("--checkpoint", "random", "'logmel'"),
+    for option, value, name, was, now in (
+        ("--epochs", "7", "recipe.epochs", "2", "7"),
+        ("--seed", "1", "seed", "0", "1"),
+        ("--recipe.head-rate", "1", "recipe.head-rate", "0.001", "1.0"),
+        ("--checkpoint", "random", "checkpoint", f"'{backbone}'", "'random'"),
     ):
-        with pytest.raises(UsageError, match=rf"--resume .*: {option} was {was} in that run"):
+        text = rf"--resume {run}: {name} was {was} there and is {now} now$"
+        with pytest.raises(UsageError, match=text):
             main(["--resume", run, option, value])
-    with pytest.raises(UsageError, match="--backbone was 'frozen' in that run"):
+    with pytest.raises(UsageError, match="backbone was 'frozen' there and is 'unfrozen' now"):
         main(["--resume", run, "--unfrozen"])
     (tmp_path / "more.yaml").write_text("epoch: 3\n")
-    with pytest.raises(UsageError, match=r"unknown setting 'epoch'; did you mean 'epochs'"):
-        main(["--resume", run, "--config", str(tmp_path / "more.yaml")])
+    code, error = failed(["--resume", run, "--config", str(tmp_path / "more.yaml")], capsys)
+    assert (code, "unknown setting 'epoch'; did you mean 'epochs'" in error) == (2, True), error
     with pytest.raises(UsageError, match="is not empty: choose another, or go on with --resume"):
         main([*arguments, "--output", run])
     assert main(["--resume", run, "--cache", "1MiB", "--keep", "1", "--epochs", "2"]) == 0
@@ -352,10 +364,10 @@ def test_a_run_goes_on_by_its_recipe_whatever_becomes_of_the_file(
     text = (FOLDER / "kws35.yaml").read_text()
     file.write_text(text.replace("epochs: 100", "epochs: 2") + "epsilon: 1.0e-7\n")
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", "logmel"]
-    settings = ["--recipe", str(file), "--set", "head-rate=2e-3", "--threads", "1"]
+    settings = ["--recipe", str(file), "--recipe.head-rate", "2e-3", "--threads", "1"]
     assert main([*arguments, *settings, "--output", str(run)]) == 0
     file.unlink()
-    kept = parse(["--resume", str(run)]).task_recipe()
+    kept = parsed("--resume", str(run)).recipe
     assert (kept.epochs, kept.epsilon, kept.head_rate) == (2, 1e-7, 2e-3)
     assert dataclasses.replace(kept, epochs=100, epsilon=1e-8, head_rate=1e-3) == recipe_of("kws35")
     assert main(["--resume", str(run)]) == 0
@@ -394,7 +406,7 @@ def test_features_are_computed_once_for_all_runs(
         assert not computed("second", "--seed", "1")
     assert computed("bf16", "--precision", "bf16")
     assert computed("convolutions", "--unfrozen")
-    assert not computed("waveforms", "--unfrozen", "--set", "train-extractor=true")
+    assert not computed("waveforms", "--unfrozen", "--recipe.train-extractor")
     assert not computed("off", "--cache", "0")
     assert content(tmp_path / "first").keys() == content(tmp_path / "off").keys()
 
@@ -405,13 +417,13 @@ def test_what_is_not_kept_is_said(
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", backbone, *OPTIONS]
     assert main([*arguments, "--cache", "20KiB", "--output", str(tmp_path / "a")]) == 0
     assert "some features are computed again in every epoch" in capsys.readouterr().out
-    whole = ["--unfrozen", "--set", "train-extractor=true"]
+    whole = ["--unfrozen", "--recipe.train-extractor", "true"]
     assert main([*arguments, *whole, "--output", str(tmp_path / "b")]) == 0
     assert "computed again" not in capsys.readouterr().out
 
 
 def spoil(root: Path) -> dict[str, int]:
-    """Spoil clips to train on, and make others unusual; the reasons to leave out the former."""
+    """Spoil clips to train on, and make others unusual; the reasons to skip the former."""
     folder = root / "up"
     soundfile.write(folder / "aa00c1e7_nohash_0.wav", np.zeros(4800), 16_000)
     write_tone(folder / "aa01_nohash_0.wav", 500, 300)
@@ -426,8 +438,8 @@ def spoil(root: Path) -> dict[str, int]:
     return {"silent": 1, "too short": 1, "truncated": 1, "not finite": 1}
 
 
-@pytest.mark.parametrize("options", [[], ["--unfrozen", "--set", "train-extractor=true"]])
-def test_clips_that_cannot_be_used_are_passed_over_and_reported(
+@pytest.mark.parametrize("options", [[], ["--unfrozen", "--recipe.train-extractor", "true"]])
+def test_clips_that_cannot_be_used_are_skipped_and_reported(
     options: list[str], backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = speech_commands(tmp_path / "words")
@@ -436,9 +448,9 @@ def test_clips_that_cannot_be_used_are_passed_over_and_reported(
     assert main([*arguments, *options, "--output", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
     for reason, count in reasons.items():
-        assert f"passed over, {reason}: {count}" in output
-    assert result(tmp_path / "run")["clips_passed_over"] == 4
-    assert [row["clips_passed_over"] for row in rows_of(tmp_path / "run")] == [4, 4]
+        assert f"skipped, {reason}: {count}" in output
+    assert result(tmp_path / "run")["clips_skipped"] == 4
+    assert [row["clips_skipped"] for row in rows_of(tmp_path / "run")] == [4, 4]
     assert all(np.isfinite(row["loss"]) for row in rows_of(tmp_path / "run"))
 
 
@@ -483,7 +495,7 @@ def test_silence_is_a_class_of_its_own(tmp_path: Path) -> None:
     soundfile.write(root / NOISE / "hum.wav", np.zeros(16_000 * 8), 16_000)
     arguments = ["--task", "kws12", "--data", str(root), "--checkpoint", "logmel", *OPTIONS]
     assert main([*arguments, "--output", str(tmp_path / "run")]) == 0
-    assert result(tmp_path / "run")["clips_passed_over"] == 0
+    assert result(tmp_path / "run")["clips_skipped"] == 0
     assert "silence" in column(predictions(tmp_path / "run"), "expected")
 
 
@@ -518,26 +530,30 @@ KWS = ["--task", "kws35", "--data", "{words}", "--checkpoint", "logmel"]
         ([*KWS, "--epochs", "two"], 2, "'two' is not a whole number"),
         ([*KWS, "--epochs", "-1"], 2, "epochs must be at least 1"),
         ([*KWS, "--unfrozen"], 2, "logmel has no backbone to unfreeze"),
-        ([*KWS, "--beam", "5"], 2, "are for texts; kws35 has classes"),
+        ([*KWS, "--beam", "5"], 2, "are for transcription; kws35 has classes"),
         ([*KWS, "--fold", "2"], 2, "--fold is for emotion"),
         ([*KWS, "--cache", "lots"], 2, "'lots' is not a size"),
         ([*KWS, "--micro-batch", "-2"], 2, "micro-batch"),
         ([*KWS, "--device", "tpu9"], 2, "tpu9"),
-        ([*KWS, "--set", "head-rat=1"], 2, "did you mean 'head-rate'"),
-        ([*KWS, "--set", "head-rate"], 2, "write NAME=VALUE"),
-        ([*KWS, "--set", "head-rate='1"], 2, "--set head-rate='1: No closing quotation"),
-        ([*KWS, "--set", "head-rate=0"], 2, "head-rate must be above zero"),
-        ([*KWS, "--set", "head-rate=.inf"], 2, "head-rate must be finite"),
-        ([*KWS, "--set", "weight-decay=.nan"], 2, "weight-decay must be finite"),
-        ([*KWS, "--set", "dropout=1"], 2, "dropout must be in [0, 1)"),
-        ([*KWS, "--set", "head=lstm"], 2, "'lstm' is not one of"),
-        ([*KWS, "--set", "head=lstm-ctc"], 2, "lstm-ctc cannot be scored by accuracy"),
-        ([*KWS, "--set", "head=lstm-ctc metric=wer"], 2, "not what kws35 asks"),
-        ([*KWS, "--set", "metric=eer"], 2, "kws35 has no trials"),
+        ([*KWS, "--recipe.head-rat", "1"], 2, "did you mean '--recipe.head-rate'"),
+        ([*KWS, "--recipe.head-rate"], 2, "--recipe.head-rate: expected one argument"),
+        ([*KWS, "--recipe.head-rate", "'1"], 2, "--recipe.head-rate: ''1' is not a number"),
+        ([*KWS, "--recipe.head-rate", "0"], 2, "head-rate must be above zero"),
+        ([*KWS, "--recipe.head-rate", ".inf"], 2, "head-rate must be finite"),
+        ([*KWS, "--recipe.weight-decay", ".nan"], 2, "weight-decay must be finite"),
+        ([*KWS, "--recipe.dropout", "1"], 2, "dropout must be in [0, 1)"),
+        ([*KWS, "--recipe.head", "lstm"], 2, "'lstm' is not one of"),
+        ([*KWS, "--recipe.head", "lstm-ctc"], 2, "lstm-ctc cannot be scored by accuracy"),
         (
-            ["--task", "verification", "--checkpoint", "logmel", "--set", "head=mean-linear"],
+            [*KWS, "--recipe.head", "lstm-ctc", "--recipe.metric", "wer"],
             2,
-            "verification needs a head x-vector",
+            "lstm-ctc transcribes; kws35 needs one to classify",
+        ),
+        ([*KWS, "--recipe.metric", "eer"], 2, "kws35 cannot be scored by eer: it has no trials"),
+        (
+            ["--task", "verification", "--checkpoint", "logmel", "--recipe.head", "mean-linear"],
+            2,
+            "verification needs the head x-vector",
         ),
         ([*KWS, "--recipe", "{tmp}/none.yaml"], 2, "cannot read"),
         ([*KWS, "--resume", "{tmp}/none"], 2, "no run is there"),
@@ -581,6 +597,20 @@ def test_wrong_input_is_one_clear_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["--recipe", "--config"])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("head: [", "while parsing a flow node"), ("heads: lstm-ctc", "unknown setting '")],
+)
+def test_bad_settings_files_are_one_clear_line(
+    option: str, content: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    arguments = ["--task", "kws35", "--data", "words", "--checkpoint", "logmel", option]
+    code, error = failed([*arguments, str(tmp_path / "own.yaml")], capsys)
+    assert (code, text in error, len(error.strip().splitlines())) == (2, True, 1), error
+
+
 def test_bad_corpora_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = speech_commands(tmp_path / "words")
     (root / "testing_list.txt").unlink()
@@ -615,7 +645,7 @@ def test_a_beam_search_reads_the_test_set(
     pytest.importorskip("flashlight.lib.text.decoder")
     root = utterances(tmp_path / "speech")
     arguments = ["--task", "asr", "--data", str(root), "--checkpoint", "logmel", *OPTIONS]
-    arguments += ["--set", "lstm-units=8", "--output", str(tmp_path / "run"), "--words"]
+    arguments += ["--recipe.lstm-units", "8", "--output", str(tmp_path / "run"), "--words"]
     code, error = failed([*arguments, str(tmp_path / "words")], capsys)
     assert (code, "need a beam search" in error) == (2, True), error
     code, error = failed([*arguments, str(tmp_path / "words"), "--beam", "5"], capsys)
@@ -631,7 +661,7 @@ def test_an_interrupt_exits_with_130(
     words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(finetune, "_Stop", StopAfter)
+    monkeypatch.setattr(finetune, "Stop", StopAfter)
     StopAfter.looks = 2
     arguments = ["--task", "kws35", "--data", str(words), "--checkpoint", "logmel", *OPTIONS]
     code, error = failed([*arguments, "--batch", "2", "--output", str(tmp_path / "run")], capsys)
@@ -650,7 +680,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on(
     calls = iter(range(1, 100))
 
     def full(path: Path, *rest: Any, **named: Any) -> None:
-        if next(calls) == save * 2:  # in the middle of a checkpoint: weights and moments
+        if next(calls) == save * 2:  # in the middle of a checkpoint: weights and optimizer state
             raise OSError(28, "No space left on device", str(path))
         write_tensors(path, *rest, **named)
 
@@ -711,9 +741,9 @@ def test_every_recipe_loads_and_is_the_papers() -> None:
         recipe = recipe_of(task)
         recipe.validate()
         assert recipe.transcribes == (recipe.metric in ("wer", "cer"))
-        settings = TaskSettings(task=task)
-        assert settings.task_recipe() == recipe
-        assert settings.task_plan(recipe).batch == recipe.batch
+        settings = from_mapping(TaskSettings, {"task": task}, "test")
+        assert settings.recipe == recipe
+        assert settings.step_plan().batch == recipe.batch
     batches = [recipe_of(task).batch for task in ("kws12", "slots", "emotion", "speaker", "asr")]
     assert batches == [32, 8, 4, 8, 6]  # Table 3
 
@@ -735,11 +765,14 @@ def test_a_bad_recipe_file_is_named(tmp_path: Path, text: str, problem: str) -> 
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     text = (FOLDER / "kws12.yaml").read_text().replace("batch: 32", "batch: 5")
     (tmp_path / "own.yaml").write_text(text)
-    settings = TaskSettings(task="kws12", recipe=str(tmp_path / "own.yaml"), set="head-rate=2e-3")
-    recipe = settings.task_recipe()
+    task = ["--task", "kws12", "--data", "words", "--checkpoint", "logmel"]
+    own = ["--recipe", str(tmp_path / "own.yaml"), "--recipe.head-rate", "2e-3"]
+    recipe = parsed(*task, *own).recipe
     assert (recipe.batch, recipe.head_rate, recipe.epochs) == (5, 0.002, 100)
-    assert change_recipe(recipe, "beta1=0.5  head-rate=1e-5").beta1 == 0.5
-    assert TaskSettings(task="kws12", epochs=7, batch=3).task_recipe().epochs == 7
+    changed = parsed(*task, *own, "--recipe.beta1", "0.5", "--recipe.head-rate", "1e-5").recipe
+    assert changed == dataclasses.replace(recipe, beta1=0.5, head_rate=1e-5)
+    short = parsed(*task, "--epochs", "7", "--batch", "3").recipe
+    assert short == dataclasses.replace(recipe_of("kws12"), epochs=7, batch=3)
 
 
 @pytest.mark.parametrize(
@@ -758,14 +791,12 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     ids=str,
 )
 def test_recipes_out_of_range_are_refused(changes: dict[str, Any]) -> None:
-    import dataclasses
-
     recipe: TaskRecipe = dataclasses.replace(recipe_of("kws12"), **changes)
     with pytest.raises(UsageError):
         recipe.validate()
 
 
 def test_words_of_the_corpus(words: Path) -> None:
-    data = TaskSettings(task="kws35", data=str(words)).read_data(recipe_of("kws35"))
+    data = parsed("--task", "kws35", "--data", str(words), "--checkpoint", "logmel").read_data(1)
     assert data.labels == WORDS
     assert [len(data.train), len(data.valid), len(data.test)] == [16, 8, 8]

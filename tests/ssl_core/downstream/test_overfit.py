@@ -16,10 +16,11 @@ SUBSETS = {"train-clean-100": (1, 20), "dev-clean": (2, 1), "test-clean": (3, 1)
 @pytest.mark.parametrize(
     "options",
     [
-        ["--epochs", "16", "--set", "lstm-units=64 lstm-layers=1 dropout=0 anneal=1 "
-         "head-rate=0.01"],
-        ["--unfrozen", "--epochs", "7", "--set", "head=linear-ctc anneal=1 backbone-anneal=1 "
-         "head-rate=0.01 backbone-rate=0.001"],
+        ["--epochs", "16", "--recipe.lstm-units", "64", "--recipe.lstm-layers", "1",
+         "--recipe.dropout", "0", "--recipe.anneal", "1", "--recipe.head-rate", "0.01"],
+        ["--unfrozen", "--epochs", "7", "--recipe.head", "linear-ctc", "--recipe.anneal", "1",
+         "--recipe.backbone-anneal", "1", "--recipe.head-rate", "0.01",
+         "--recipe.backbone-rate", "0.001"],
     ],
     ids=["lstm-ctc, frozen", "linear-ctc, unfrozen"],
 )  # fmt: skip

@@ -44,7 +44,8 @@ def test_a_frozen_backbone_learns_to_fill_slots(commands: Path, tmp_path: Path) 
     run = tmp_path / "run"
     arguments = [
         "--task", "slots", "--data", str(commands), "--checkpoint", "logmel", "--epochs", "40",
-        "--set", "lstm-units=96 head-rate=4e-3", "--output", str(run), "--threads", "1",
+        "--recipe.lstm-units", "96", "--recipe.head-rate", "4e-3", "--output", str(run),
+        "--threads", "1",
     ]  # fmt: skip
     assert main(arguments) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

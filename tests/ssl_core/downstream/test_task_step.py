@@ -57,7 +57,7 @@ def gradients(
     """Of a first update: Adam's first moments are then a tenth of them."""
     step = TaskStep(model, plan, unfrozen=unfrozen, seed=5)
     report = step.update(batch, 0, RATES)
-    return {n: v for n, v in step.moments().items() if n.startswith("exp_avg/")}, report
+    return {n: v for n, v in step.optimizer_state().items() if n.startswith("exp_avg/")}, report
 
 
 def moved(model: TaskModel, before: Weights) -> set[str]:
@@ -139,7 +139,7 @@ def test_an_unfrozen_backbone_is_trained_and_its_convolutions_if_the_recipe_says
 
 @pytest.mark.parametrize("unfrozen", [False, True], ids=["frozen", "unfrozen"])
 @pytest.mark.parametrize("micro_batch", [0, 2])
-def test_a_gradient_that_is_not_finite_leaves_weights_and_moments(
+def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_state(
     unfrozen: bool, micro_batch: int
 ) -> None:
     bad = batch_of("mean-linear")
