@@ -36,8 +36,8 @@ seed: 3
 keep: 2
 output: ''
 resume: ''
-set: recipe.learning-rate=5e-4 model.layerdrop=0.1 plan.recompute-layers=true plan.optimizer-state=int8
-  model.conv-dim=[32,48,64,96,128,128,160]
+set: recipe.learning-rate=5e-4 model.layerdrop=0.1 plan.recompute-layers=true
+  plan.optimizer-state=int8 model.conv-dim=[32,48,64,96,128,128,160]
 updates: 500
 eval-every: 50
 save-every: 200
@@ -261,7 +261,7 @@ def test_a_run_of_the_version_before_goes_on_with_the_same_settings_alone(tmp_pa
     free = ("output", "resume", "keep")
     assert open_run(same, "unused", free).path == tmp_path.resolve()
     other = dataclasses.replace(same, length=Seconds(5))
-    with pytest.raises(UsageError, match="--resume .*: length was '10s' there and is '5s' now"):
+    with pytest.raises(UsageError, match=r"--resume .*: length was '10s' there and is '5s' now"):
         open_run(other, "unused", free)
     nested = dataclasses.replace(same, recipe=RECIPES["tiny"])
     with pytest.raises(UsageError, match=r"recipe.learning-rate was 0.0005 there and is 0.001 now"):
