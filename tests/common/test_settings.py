@@ -280,6 +280,7 @@ def test_what_is_no_length_or_size_is_refused(text: str) -> None:
         ({"count": "x"}, "count: 'x' is not a whole number"),
         ({"count": 1.5}, "count: '1.5' is not a whole number"),
         ({"count": True}, "count: 'True' is not a whole number"),
+        ({"lengths": 3}, "lengths: '3' is not a list"),
         ({"verbose": 1}, "verbose: '1' is not true or false"),
         ({"count": -1}, "here: count must not be below zero, not -1"),
         ({1: 2}, "here: unknown setting '1'"),

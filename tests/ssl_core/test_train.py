@@ -90,7 +90,7 @@ def test_a_checkpoint_holds_the_optimizer_state_and_opens_as_a_model(
     ("options", "code", "text"),
     [
         (["--updates", "0"], 2, "at least 1"),
-        (["--updats", "5"], 2, "did you mean '--updates'"),
+        (["--updats", "5"], 2, "unknown setting 'updats'; did you mean 'updates'?"),
         (["--checkpoint", "{tmp}/none"], 1, "not a checkpoint"),
         (["--resume", "{tmp}/none"], 2, "no run"),
         (["--micro-batch", "1", "--recipe.negative-pool", "batch"], 2, "whole batch"),
