@@ -11,7 +11,7 @@ import torch
 from common.errors import ShortwaveError
 from fl_client.federation_settings import PretrainingFederation
 from ssl_core.training import checkpoint
-from ssl_core.training.run_directory import stored_settings
+from ssl_core.training.stored_settings import stored_settings
 
 _FAILURE = re.compile(r"^ *client (\d+): (.+)$", re.MULTILINE)
 _ROUND = re.compile(r"^round (\d+)/\d+  loss", re.MULTILINE)

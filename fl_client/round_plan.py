@@ -53,9 +53,9 @@ NO_BUDGET = Budget()
 
 
 def to_json(plan: Plan) -> str:
-    """How a plan takes a step, for `Budget.plan`."""
-    names = [field.name for field in dataclasses.fields(StepOptions)]
-    return json.dumps({name: getattr(plan, name) for name in ("micro_batch", *names)})
+    """How a plan takes a step, for `Budget.plan`; whether to compile is left to the run."""
+    names = {field.name for field in dataclasses.fields(StepOptions)} - {"compile"}
+    return json.dumps({name: getattr(plan, name) for name in ("micro_batch", *sorted(names))})
 
 
 def budget_of(node: Mapping[str, Any]) -> Budget:

@@ -31,10 +31,13 @@ from typing import Any
 
 APP = "flwr-clientapp"
 IMPORTED = (
+    "attrs",
+    "docstring_parser",
     "flwr.app",
     "flwr.clientapp",
     "flwr.supernode.cli",
     "jiwer",
+    "jsonargparse",
     "numpy.random",
     "psutil",
     "safetensors.torch",

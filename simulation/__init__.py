@@ -1,1 +1,1 @@
-"""Many clients on one machine or a Ray cluster, with the same apps as on devices."""
+"""Simulates many clients on one machine or a Ray cluster, with the same apps as on devices."""

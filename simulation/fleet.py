@@ -1,4 +1,4 @@
-"""A simulated fleet: which device each client is, and the plan it has for its step."""
+"""A simulated fleet: the device of each client, and the plan of its training step."""
 
 import dataclasses
 from collections import Counter
@@ -16,20 +16,23 @@ from ssl_core.planning.advice_report import explain
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile
 from ssl_core.planning.ladder import describe
+from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.training.randomness import generator
+from ssl_core.wav2vec2.config import preset
 
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """Devices by client, and what each kind of device does."""
+    """The device of each client, and the plan of each kind of device."""
 
     devices: tuple[str, ...]
-    """Of each client, by number."""
+    """Name of the device of each client, by client number."""
     advice: Mapping[str, Advice]
+    """By device name; each has a plan that fits."""
 
     def node(self, client: int) -> dict[str, Any]:
-        """What Flower's node config says of a client's device."""
+        """The part of a client's node config that describes its device."""
         name = self.devices[client]
         option = self.advice[name].chosen
         assert option is not None
@@ -37,10 +40,10 @@ class Fleet:
 
 
 def parse_fleet(text: str, clients: int) -> dict[str, int]:
-    """Clients by device, from `rpi4:60,jetson-xavier-nx:30,rtx2080ti:10`.
+    """Number of clients by device, from `rpi4:60,jetson-xavier-nx:30,rtx2080ti:10`.
 
     Raises:
-        UsageError: not of that form, an unknown device, or not as many as there are clients.
+        UsageError: not of that form, an unknown device, or a total other than `clients`.
     """
     counts: Counter[str] = Counter()
     for part in text.split(","):
@@ -55,10 +58,10 @@ def parse_fleet(text: str, clients: int) -> dict[str, int]:
 
 
 def make_fleet(settings: PretrainingFederation) -> Fleet:
-    """Deal the devices out by the seed, and plan for each kind.
+    """Assign devices to clients at random by the seed, and plan for each kind of device.
 
     Raises:
-        UsageError: see `parse_fleet`; or a device that nothing fits; the message says what would.
+        UsageError: as `parse_fleet`; or nothing fits a device (the message says what would).
     """
     counts = parse_fleet(settings.fleet, settings.clients)
     dealt = [name for name, count in counts.items() for _ in range(count)]
@@ -73,6 +76,7 @@ def make_fleet(settings: PretrainingFederation) -> Fleet:
 def _advise(profile: DeviceProfile, settings: PretrainingFederation) -> Advice:
     limit, length = settings.time_limit, settings.length
     asked = settings.step_plan().precision
+    tiny = PretrainingWork(architecture=preset("tiny"), recipe=RECIPES["tiny"])
     request = Request(
         work=PretrainingWork(architecture=settings.architecture, recipe=settings.recipe),
         lengths=candidate_lengths(None if limit else length, longest=length),
@@ -81,6 +85,7 @@ def _advise(profile: DeviceProfile, settings: PretrainingFederation) -> Advice:
         optimizer_state=settings.plan.optimizer_state,
         time_limit=limit,
         seconds=update_seconds,
+        smaller=None if settings.model == "tiny" else tiny,
     )
     advice = advise(profile, request)
     if advice.chosen is None:
@@ -91,7 +96,13 @@ def _advise(profile: DeviceProfile, settings: PretrainingFederation) -> Advice:
 def table(
     fleet: Fleet, settings: PretrainingFederation, rows: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Markdown: what each kind of device trained with, and how long a round would take it."""
+    """Markdown table of the devices: plan, peak memory and estimated time of a round.
+
+    Args:
+        fleet: devices of the clients.
+        settings: of the run.
+        rows: metrics of each round.
+    """
     heard: Counter[str] = Counter()
     took_part: Counter[str] = Counter()
     slowest = 0.0
@@ -105,7 +116,7 @@ def table(
         known = [seconds for seconds in times if seconds is not None]
         slowest += settings.local_updates * max(known, default=0.0)
     lines = [
-        "| device | clients | crops | plan | predicted peak | of | a round there (estimate) | "
+        "| device | clients | crops | plan | predicted peak | of | time of a round (estimate) | "
         "updates sent | audio trained on |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -124,7 +135,6 @@ def table(
     return [
         *lines,
         "",
-        f"Estimates follow from the seconds a batch that the paper measured (Table 2), training "
-        f"alone. All rounds together, each as long as its slowest device: about "
-        f"{format_seconds(slowest)}.",
+        "Times are estimated from the paper's seconds per batch (Table 2) and count training only. "
+        f"All rounds, each as long as its slowest device: about {format_seconds(slowest)}.",
     ]

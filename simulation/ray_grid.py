@@ -1,6 +1,6 @@
-"""A Flower Grid on Ray: resident workers, weights put once, replies read where they lie.
+"""A Flower Grid on Ray: workers that keep the model, and arrays in shared memory.
 
-The workers run the project's ClientApp. A message's arrays do not travel in it: they are put into
+The workers run the project's ClientApp. A message does not carry its arrays: they are put into
 Ray's object store once, however many clients get them, and are read there without copying.
 """
 
@@ -29,19 +29,19 @@ RUN_ID = 1
 SERVER_NODE = 0
 
 Buffers = dict[str, tuple[str, tuple[int, ...], str, npt.NDArray[np.uint8]]]
-"""An ArrayRecord's parts: dtype, shape, serialisation and bytes by tensor name."""
+"""An ArrayRecord's dtype, shape, serialisation type and bytes `[byte]` by tensor name."""
 
 
 class Letter(NamedTuple):
-    """A message whose arrays lie beside it."""
+    """A message without its arrays, and the arrays."""
 
     message: Message
     arrays: dict[str, Any]
-    """By record name: `Buffers`, or a reference to them."""
+    """By record name: `Buffers`, or a reference to them in the object store."""
 
 
 def to_buffers(record: ArrayRecord) -> Buffers:
-    """An ArrayRecord's bytes as NumPy arrays, which Ray stores and maps without copying."""
+    """An ArrayRecord's bytes as NumPy arrays `[byte]`, which Ray stores and maps uncopied."""
     return {
         name: (array.dtype, tuple(array.shape), array.stype, np.frombuffer(array.data, np.uint8))
         for name, array in record.items()
@@ -49,7 +49,7 @@ def to_buffers(record: ArrayRecord) -> Buffers:
 
 
 def from_buffers(buffers: Buffers) -> ArrayRecord:
-    """The ArrayRecord again, on the same memory."""
+    """The ArrayRecord of `to_buffers`, on the same memory."""
     record = ArrayRecord()
     for name, (dtype, shape, stype, data) in buffers.items():
         array = Array(dtype, shape, stype, b"")
@@ -59,7 +59,7 @@ def from_buffers(buffers: Buffers) -> ArrayRecord:
 
 
 def seal(message: Message) -> Letter:
-    """Take the arrays out of a message."""
+    """Split a message from its arrays."""
     if message.has_error():
         return Letter(message, {})
     content = RecordDict()
@@ -73,7 +73,7 @@ def seal(message: Message) -> Letter:
 
 
 def unseal(letter: Letter) -> Message:
-    """Put the arrays back into a message."""
+    """Put the arrays back into the message."""
     for name, buffers in letter.arrays.items():
         letter.message.content[name] = from_buffers(buffers)
     return letter.message
@@ -81,10 +81,10 @@ def unseal(letter: Letter) -> Message:
 
 @ray.remote
 class Worker:
-    """A process that holds the ClientApp and its model, and answers for any client."""
+    """A process that keeps the ClientApp and its model, and answers for any client."""
 
     def __init__(self, run_config: dict[str, Any]) -> None:
-        """Import the app once; all settings come from the run config."""
+        """Import the ClientApp; `run_config` has all settings."""
         from fl_client.client_app import app
 
         self.app, self.run_config = app, run_config
@@ -95,7 +95,7 @@ class Worker:
         Args:
             message: without its arrays.
             node: the client's node config.
-            arrays: record name and `Buffers`, in turn.
+            arrays: alternating record names and `Buffers`; Ray resolves no nested references.
         """
         pairs = dict(zip(arrays[::2], arrays[1::2], strict=True))
         node_id = message.metadata.dst_node_id
@@ -104,10 +104,10 @@ class Worker:
 
 
 class RayGrid(Grid):
-    """Clients as numbered partitions, answered for by a few workers.
+    """A Grid whose clients are numbered partitions that a few workers answer for.
 
-    Work is handed out only as replies are taken, so finished updates do not pile up: there are at
-    most two messages a worker under way or waiting to be pulled.
+    Finished updates must not pile up in memory, so at most two messages per worker are in progress
+    or waiting to be pulled.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class RayGrid(Grid):
         Args:
             run_config: Flower's run config.
             nodes: node config of each client.
-            workers: processes.
-            gpus: share of a GPU for each worker; 0 for none.
+            workers: number of processes.
+            gpus: GPUs of each worker, which may be a fraction of one; 0 for none.
         """
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 0
         self._run = Run.create_empty(RUN_ID)
@@ -153,7 +153,15 @@ class RayGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to a client."""
+        """A message to a client.
+
+        Args:
+            content: records to send.
+            message_type: one of Flower's `MessageType`.
+            dst_node_id: the client's node id.
+            group_id: group of messages, such as a round.
+            ttl: seconds that the message is valid; None takes Flower's default.
+        """
         metadata = Metadata(
             run_id=RUN_ID,
             message_id="",
@@ -168,11 +176,11 @@ class RayGrid(Grid):
         return Message(metadata=metadata, content=content)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids, the partition number plus one."""
+        """Node ids: partition numbers plus one."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; a record that several share is stored once."""
+        """Queue messages and return their ids; a record that several share is stored once."""
         stored: dict[int, Any] = {}
         identifiers = []
         for message in messages:
@@ -191,7 +199,7 @@ class RayGrid(Grid):
         return identifiers
 
     def _dispatch(self) -> None:
-        """Give queued messages to the least busy workers, up to two a worker."""
+        """Send queued messages to the least busy workers, up to two per worker."""
         while self._queue and len(self._under_way) + len(self._ready) < 2 * len(self._workers):
             identifier, letter = self._queue.popleft()
             index = min(range(len(self._workers)), key=self._load.__getitem__)
@@ -201,7 +209,8 @@ class RayGrid(Grid):
             self._under_way[reference] = (identifier, index, letter.message)
             self._load[index] += 1
 
-    def _collect(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
+        """Wait up to `seconds` for a reply, and send further messages in its place."""
         if not self._under_way:
             return
         done, _ = ray.wait(list(self._under_way), num_returns=1, timeout=seconds)
@@ -213,13 +222,9 @@ class RayGrid(Grid):
             self._ready[identifier] = (reference, message)
         self._dispatch()
 
-    def wait(self, seconds: float) -> None:
-        """Wait for a reply, at most so long."""
-        self._collect(seconds)
-
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are there, of the messages asked for."""
-        self._collect(0)
+        """Replies that have arrived to the given messages."""
+        self.wait(0)
         replies = []
         for identifier in message_ids:
             if identifier not in self._ready:
@@ -251,19 +256,19 @@ class RayGrid(Grid):
 
 
 def start_ray(workers: int, *, address: str, weights_bytes: int, gpu: bool) -> float:
-    """Start Ray on this machine, loopback only, or join a cluster.
+    """Start Ray on this machine, on loopback only, or join a cluster.
 
     Args:
-        workers: processes that will be started.
+        workers: number of worker processes to come.
         address: of a Ray cluster; empty starts Ray here.
-        weights_bytes: size of the model, which the object store must hold several times.
+        weights_bytes: size of the shared weights, which the object store holds several times.
         gpu: whether workers need GPUs.
 
     Returns:
-        Share of a GPU for each worker.
+        GPUs per worker, which may be a fraction of one; 0 without `gpu`.
 
     Raises:
-        ShortwaveError: Ray does not start, or has no GPU that is needed.
+        ShortwaveError: Ray does not start, or sees no GPU although `gpu` is set.
     """
     root = str(Path(__file__).resolve().parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(

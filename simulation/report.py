@@ -1,4 +1,4 @@
-"""The report of a finished run: what was trained, by whom, and how well; Markdown and figures."""
+"""Writes the report of a simulated pretraining run: Markdown and figures."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,8 @@ from partitions.speakers import seconds_of
 from simulation.fleet import Fleet
 from simulation.fleet import table as fleet_table
 from ssl_core.training.checkpoint import latest
-from ssl_core.training.run_directory import CONFIG, METRICS, RunDirectory
+from ssl_core.training.run_directory import METRICS, RunDirectory
+from ssl_core.training.stored_settings import CONFIG
 
 
 def write_report(
@@ -32,12 +33,12 @@ def write_report(
         run: a run with at least one round.
         settings: of the run.
         manifest: the recut corpus.
-        parts: the sequences of each client.
+        parts: indices of each client's sequences.
         held_out: speakers kept for evaluation.
-        fleet: devices that the clients are, if any.
+        fleet: devices of the clients; None without a fleet.
 
     Returns:
-        The report's path.
+        Path of the report.
     """
     rows = run.metrics()
     owned = [seconds_of(manifest, part) for part in parts]
@@ -123,7 +124,7 @@ def _plot_clients(owned: list[float], trained: list[float], path: Path) -> None:
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     axes = figure.subplots()
     order = sorted(range(len(owned)), key=owned.__getitem__, reverse=True)
-    axes.bar(range(len(order)), [owned[i] for i in order], color="0.8", label="has")
+    axes.bar(range(len(order)), [owned[i] for i in order], color="0.8", label="audio")
     axes.bar(
         range(len(order)), [trained[i] for i in order], width=0.45, label="trained on (all rounds)"
     )

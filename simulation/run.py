@@ -1,6 +1,6 @@
 """Simulate a federation on Ray: `python simulation/run.py --clients 100 --length 5s`.
 
-With `--task NAME` the clients fine-tune it; `--task NAME --help` lists the settings of that.
+With `--task NAME` the clients fine-tune that task; `--task NAME --help` lists its settings.
 """
 
 import argparse
@@ -47,17 +47,21 @@ from simulation.report import write_report  # noqa: E402
 from ssl_core.training.checkpoint import latest  # noqa: E402
 from ssl_core.training.crops import describe  # noqa: E402
 from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
-from ssl_core.training.run_directory import CONFIG, RunDirectory  # noqa: E402
+from ssl_core.training.run_directory import RunDirectory  # noqa: E402
+from ssl_core.training.stored_settings import CONFIG  # noqa: E402
 
 
 def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, str]:
-    """The settings, the number of workers and the address of a Ray cluster.
+    """Read the command line.
 
-    Options on the command line go before those of `--config`, which go before the defaults; with
-    `--resume` the run's own settings take the place of the defaults.
+    Options on the command line override those of `--config`, which override the defaults; with
+    `--resume` the defaults are the settings of that run.
+
+    Returns:
+        The settings, the number of workers, and the address of a Ray cluster or an empty text.
 
     Raises:
-        UsageError: an unknown setting or a bad value.
+        UsageError: values that do not fit together.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     kind: Any = federation_kind(_task(words))
@@ -67,16 +71,21 @@ def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, s
         type=PositiveInt | None,
         default=None,
         help="processes that train clients, with --threads threads each; does not change the "
-        "result; by default one for each CPU core, at most --clients-per-round",
+        "result; by default one per CPU core, at most --clients-per-round",
     )
-    parser.add_argument("--address", type=str, default="", help="Ray cluster to join")
+    parser.add_argument(
+        "--address",
+        type=str,
+        default="",
+        help="address of a Ray cluster to join; by default Ray starts here",
+    )
     settings, others = parse(kind, parser, words)
     workers = others.get("workers") or min(os.cpu_count() or 1, settings.clients_per_round)
     return settings, workers, others.get("address", "")
 
 
 def _task(words: Sequence[str]) -> str:
-    """The task that a command line, its YAML file or the run that it resumes names, or none."""
+    """The task that the command line, its YAML file or the run to resume names; may be empty."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--task", "--config", "--resume"):
         first.add_argument(name, default="")
@@ -87,7 +96,7 @@ def _task(words: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Simulate; returns the exit code."""
+    """Simulate a federation; returns the exit code."""
     settings, workers, address = parse_settings(arguments)
     if settings.clients_per_round > settings.clients:
         raise UsageError(
@@ -97,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(settings, TaskFederation):
         return _simulate_task(settings, workers, address)
     if settings.time_limit and not settings.fleet:
-        raise UsageError("--time-limit is for the devices of a --fleet")
+        raise UsageError("--time-limit needs a --fleet: it limits an update on its devices")
     return _simulate_pretraining(settings, workers, address)
 
 
@@ -107,7 +116,7 @@ def _simulate_pretraining(settings: PretrainingFederation, workers: int, address
     manifest = prepare(root, settings.subset, settings.length, progress=True)
     excluded = held_out(manifest, settings)
     parts = partition(manifest, settings.clients, settings.partition, settings.seed, excluded)
-    _say_what_there_is(manifest, parts, excluded, settings)
+    _print_data(manifest, parts, excluded, settings)
     fleet = make_fleet(settings) if settings.fleet else None
     run = open_federation(settings)
     file = run.path / "manifest.tsv"
@@ -137,10 +146,10 @@ def _simulate_task(settings: TaskFederation, workers: int, address: str) -> int:
     print(
         f"{settings.task}: {len(pool.clips)} clips, {len(pool.labels)} "
         f"{'symbols' if recipe.transcribes else 'classes'}; {len(parts)} clients with "
-        f"{counts[0]} to {counts[-1]} clips each, of which they keep a fraction of "
-        f"{settings.own_test:g} to be tested on"
+        f"{counts[0]} to {counts[-1]} clips each; they test on a fraction of "
+        f"{settings.own_test:g} of them"
     )
-    size = _say_what_is_shared(settings, len(pool.labels))
+    size = _print_shared(settings, len(pool.labels))
     run = open_federation(settings)
     nodes: list[dict[str, Any]] = [{} for _ in parts]
     _simulate(settings, run, nodes, size, workers, address)
@@ -149,8 +158,8 @@ def _simulate_task(settings: TaskFederation, workers: int, address: str) -> int:
     return 0
 
 
-def _say_what_is_shared(settings: TaskFederation, labels: int) -> int:
-    """The bytes that are shared; the model is gone again when this returns."""
+def _print_shared(settings: TaskFederation, labels: int) -> int:
+    """Print what is shared and return its bytes; the model is freed on return."""
     own = Resident(settings, labels)
     size = sum(value.numel() * 4 for value in own.state_dict().values())
     print(
@@ -168,14 +177,14 @@ def _simulate(
     workers: int,
     address: str,
 ) -> None:
-    """Run the rounds that are left on Ray.
+    """Run the remaining rounds on Ray.
 
     Args:
         settings: of the run.
         run: its directory.
-        nodes: what is particular to each client's node config.
-        size: bytes of the weights that are shared.
-        workers: processes.
+        nodes: each client's own part of its node config.
+        size: bytes of the shared weights.
+        workers: number of processes.
         address: of a Ray cluster, or empty.
     """
     done, plan = latest(run.checkpoints), settings.step_plan()
@@ -209,7 +218,7 @@ def _simulate(
         ray.shutdown()
 
 
-def _say_what_there_is(
+def _print_data(
     manifest: Manifest,
     parts: tuple[tuple[int, ...], ...],
     excluded: tuple[str, ...],
@@ -220,7 +229,7 @@ def _say_what_there_is(
     print(
         f"{len(manifest.sequences)} sequences of about {settings.length} from "
         f"{len(manifest.speakers)} speakers, {format_seconds(manifest.seconds)}; "
-        f"remainder not used: {format_seconds(manifest.remainder_seconds)}"
+        f"unused remainder: {format_seconds(manifest.remainder_seconds)}"
     )
     crops = [len(part) for part in parts]
     print(
@@ -230,8 +239,8 @@ def _say_what_there_is(
     few = sum(count < settings.batch for count in crops)
     if few:
         print(
-            f"{few} clients have fewer crops than a batch of {settings.batch}: theirs are repeated "
-            "in it (each counts once in the average)"
+            f"{few} clients have fewer crops than a batch of {settings.batch} and repeat them "
+            "(each counts once in the average)"
         )
 
 

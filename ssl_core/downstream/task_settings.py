@@ -10,7 +10,7 @@ from common.settings import to_yaml
 from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.compute_settings import ComputeSettings
-from ssl_core.training.run_directory import stored_settings
+from ssl_core.training.stored_settings import stored_settings
 
 _UNNAMED = recipe_of("kws12")
 """Placeholder until the task is known."""

@@ -10,7 +10,7 @@ from common.units import Names, Seconds
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.pretraining_recipe import RECIPES, Recipe
-from ssl_core.training.run_directory import stored_settings
+from ssl_core.training.stored_settings import stored_settings
 from ssl_core.wav2vec2.config import ModelConfig, preset
 
 

@@ -1,6 +1,5 @@
 """The run directory: configuration, metrics, TensorBoard events and checkpoints of a run."""
 
-import dataclasses
 import json
 import os
 import time
@@ -18,10 +17,9 @@ except ImportError:  # not on Windows
 
 from common import atomic
 from common.errors import DataError, UsageError
-from common.settings import Settings, flat, from_mapping, read_yaml
-from ssl_core.training.old_settings import upgraded
+from common.settings import flat
+from ssl_core.training.stored_settings import CONFIG, require_run, stored_settings
 
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK_WAIT = 60.0
@@ -66,8 +64,7 @@ class RunDirectory:
         Raises:
             UsageError: there is no run in this directory.
         """
-        if not (path / CONFIG).is_file():
-            raise UsageError(f"{path}: no run is there ({CONFIG} is missing)")
+        require_run(path)
         return cls(path)
 
     def lock(self) -> None:
@@ -152,23 +149,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def stored_settings(kind: type[Settings], path: Path) -> Settings:
-    """Read the settings a run was started with.
-
-    Args:
-        kind: dataclass of the settings.
-        path: the run directory.
-
-    Raises:
-        UsageError: no run is there, or its settings are unknown to this version.
-    """
-    RunDirectory.reopen(path)
-    known = {field.name for field in dataclasses.fields(kind)} | set(getattr(kind, "SHORT", {}))  # type: ignore[arg-type]
-    return from_mapping(
-        kind, upgraded(read_yaml(path / CONFIG), frozenset(known)), str(path / CONFIG)
-    )
 
 
 def open_run(settings: Any, name: str, free: Collection[str]) -> RunDirectory:

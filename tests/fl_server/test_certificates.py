@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
 
+from common import command
 from common.errors import DataError, UsageError
 from fl_server.__main__ import main, next_commands
 from fl_server.certificates import alternative_names, hosts_of, make_certificates, node_names
@@ -282,7 +283,7 @@ def test_the_superlink_listens_where_devices_call(
     [
         (["--hots", "a"], "did you mean '--host'?"),
         (["--days", "0"], "0 is not above zero"),
-        ([], "required: --output"),
+        ([], "--output: give the folder for the files"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -290,7 +291,7 @@ def test_bad_options_are_one_line(
 ) -> None:
     given = ["--output", str(tmp_path / "lab"), *options] if options else []
     with pytest.raises(SystemExit, match="2"):
-        main(["certificates", *given])
+        command.run(lambda _: main(["certificates", *given]))
     error = capsys.readouterr().err
     assert words in error
     assert len(error.splitlines()) == 1

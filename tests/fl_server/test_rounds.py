@@ -14,14 +14,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from common.units import Seconds
 from fl_client import protocol, updates
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import PretrainingFederation
 from fl_server.roster import Client, Roster, RoundFailed, choose_cohort
 from fl_server.rounds import Federation, RoundResult
 from fl_server.server_optimizer import ServerOptimizer
 
 Reply = Callable[[Message], Message]
-SETTINGS = FederationSettings(model="tiny", length="1s", clients_per_round=10, min_clients=1)
+SETTINGS = PretrainingFederation(
+    model="tiny", length=Seconds(1), clients_per_round=10, min_clients=1
+)
 SUPERLINK_NODE = 1
 
 
@@ -121,7 +124,7 @@ def description(key: int, seconds: float = 10.0) -> Reply:
     return lambda message: Message(RecordDict({protocol.METRICS: record}), reply_to=message)
 
 
-def federation(settings: FederationSettings = SETTINGS) -> Federation:
+def federation(settings: PretrainingFederation = SETTINGS) -> Federation:
     weights = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(0.5)}
     return Federation(weights, ServerOptimizer("fedavg", 1.0, 0.9), settings)
 
@@ -130,7 +133,7 @@ def run_round(
     answers: dict[int, list[Reply]],
     *,
     arrival: list[int] | None = None,
-    settings: FederationSettings = SETTINGS,
+    settings: PretrainingFederation = SETTINGS,
     unsendable: tuple[int, ...] = (),
 ) -> tuple[dict[str, torch.Tensor], RoundResult]:
     """A round of clients 0, 1, ... on nodes 100, 101, ...; `answers` is by client."""

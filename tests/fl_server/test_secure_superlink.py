@@ -16,7 +16,7 @@ DEVICES = ("rpi4", "jetson-xavier-nx", "auto")
 ACTIVE = "SuperNode ID:"
 # More clients a round than devices: had a stranger been let in, it would be among them.
 SETTINGS = (
-    "model='tiny' set='model.num-hidden-layers=1' length='1s' batch=2 local-updates=1 rounds=3 "
+    "model='tiny' architecture.num-hidden-layers=1 length='1s' batch=2 local-updates=1 rounds=3 "
     "clients-per-round=5 min-clients=3 eval-crops=0 seed=5"
 )
 

@@ -18,7 +18,7 @@ from transformers import Wav2Vec2ForSequenceClassification, Wav2Vec2Model
 from common.errors import DataError, Interrupted, ShortwaveError, UsageError
 from fl_client import protocol
 from fl_client.client_app import app
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.task_training import Resident
 from fl_client.updates import Views
 from fl_server.fine_tuning_job import FineTuning
@@ -30,7 +30,7 @@ from fl_server.status import view
 from ssl_core.downstream.lora import SCALE
 
 CLIENTS = 3
-EXACT = "head-rate=0.05 final-rate=0.02 backbone-rate=0.01"
+EXACT = {"recipe.head-rate": 0.05, "recipe.final-rate": 0.02, "recipe.backbone-rate": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,15 @@ class Lab:
     def config(self, **changes: Any) -> dict[str, Any]:
         values = {
             "task": "kws35", "data": str(self.data), "checkpoint": str(self.backbone), "rounds": 2,
-            "clients-per-round": 2, "local-updates": 2, "batch": 4, "recipe": EXACT,
+            "clients-per-round": 2, "local-updates": 2, "batch": 4, **EXACT,
             "share": "lora", "lora-rank": 2, "shared-layers": 1, "wait": 1.0,
         }  # fmt: skip
         return values | {name.replace("_", "-"): value for name, value in changes.items()}
 
-    def settings(self, **changes: Any) -> FederationSettings:
-        return FederationSettings.from_run_config(self.config(**changes))
+    def settings(self, **changes: Any) -> TaskFederation:
+        settings = from_run_config(self.config(**changes))
+        assert isinstance(settings, TaskFederation)
+        return settings
 
     def grid(self, name: str, **changes: Any) -> Grid:
         return Grid(self.config(**changes), self.folder / f"{name}-clients")
@@ -445,7 +447,7 @@ def test_scores_of_a_round_are_means_over_clients_each_counting_once(lab: Lab) -
 
 
 def test_a_report_says_what_each_client_got(tmp_path: Path) -> None:
-    settings = FederationSettings(task="speaker", method="local")
+    settings = TaskFederation(task="speaker", method="local")
     found = {
         10: {"test_after": 1.0, "test_clips": 2.0},
         2: {"test_after": 0.5, "test_clips": 6.0},
@@ -471,7 +473,7 @@ def test_a_report_says_what_each_client_got(tmp_path: Path) -> None:
 def test_a_report_of_thousands_of_clients_has_a_figure(tmp_path: Path) -> None:
     """All speakers of Speech Commands; a bar and a number for each would be too wide to draw."""
     found = {key: {"test_after": (key % 11) / 10, "test_clips": 4.0} for key in range(4000)}
-    write_personal_report(tmp_path, FederationSettings(task="kws35"), "accuracy", found, ())
+    write_personal_report(tmp_path, TaskFederation(task="kws35"), "accuracy", found, ())
     png = (tmp_path / "personal.png").read_bytes()
     assert 100 < int.from_bytes(png[16:20], "big") < 4000
     assert len(report_of(tmp_path)["by_client"]) == 4000
@@ -521,7 +523,7 @@ def test_weights_of_all_rounds_come_from_one_federation(lab: Lab) -> None:
 
     grid.push_messages = noted  # type: ignore[method-assign]
     before = {name: value.clone() for name, value in job.weights.items()}
-    serve(grid, dataclasses.replace(settings, output=str(lab.folder / "run")))
+    serve(grid, dataclasses.replace(settings, output=lab.folder / "run"))
     after = weights_of(lab.folder / "run", 1)
     trained = updates[:3]
     assert len(updates) == 6

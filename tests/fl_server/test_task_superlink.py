@@ -17,7 +17,7 @@ from benchmarks.flower_processes import ROOT, FlowerProcesses, free_port, wait_u
 SETTINGS = (
     "task='kws35' method='fedper' share='lora' lora-rank=2 rounds=2 clients-per-round=2 "
     "min-clients=2 local-updates=2 batch=4 seed=5 "
-    "recipe='head-rate=0.05 final-rate=0.02 backbone-rate=0.01'"
+    "recipe.head-rate=0.05 recipe.final-rate=0.02 recipe.backbone-rate=0.01"
 )
 
 
@@ -138,7 +138,7 @@ def test_ray_gives_the_same(lab: Lab, output: Path) -> None:
             "task": "kws35", "method": "fedper", "share": "lora", "lora-rank": "2",
             "rounds": "2", "clients": "2", "clients-per-round": "2", "local-updates": "2",
             "batch": "4", "seed": "5", "workers": "1", "data": str(lab.data),
-            "recipe": "head-rate=0.05 final-rate=0.02 backbone-rate=0.01",
+            "recipe.head-rate": "0.05", "recipe.final-rate": "0.02", "recipe.backbone-rate": "0.01",
             "checkpoint": str(lab.backbone), "output": str(lab.folder / "ray"),
         }.items()
         for part in ("--" + name, value)

@@ -8,16 +8,19 @@ import pytest
 from test_run import SMALL, Simulate, environment, simulate  # noqa: F401
 
 from common.errors import UsageError
-from fl_client.federation_settings import FederationSettings
+from fl_client.federation_settings import PretrainingFederation, from_run_config
 from fl_client.round_plan import budget_of
 from simulation.fleet import make_fleet, parse_fleet
+from ssl_core.planning.step_plan import Plan
 
 THREE = "rpi4:2,jetson-xavier-nx:1,rtx2080ti:1"
 
 
-def settings(**changes: object) -> FederationSettings:
+def settings(**changes: object) -> PretrainingFederation:
     values = {"model": "tiny", "length": "5s", "clients": 4, "batch": 2, "fleet": THREE}
-    return FederationSettings(**{**values, **changes})  # type: ignore[arg-type]
+    found = from_run_config({**values, **changes})
+    assert isinstance(found, PretrainingFederation)
+    return found
 
 
 def test_devices_are_dealt_by_the_seed() -> None:
@@ -35,6 +38,7 @@ def test_a_device_that_would_take_too_long_trains_on_shorter_crops() -> None:
     budget = budget_of(fleet.node(fleet.devices.index("rpi4")))
     assert budget.length == 1.0
     assert json.loads(budget.plan)["micro_batch"] == 0
+    assert budget.change(Plan(compile=True)).compile  # which is for the run to say
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, str(ROOT / "simulation" / "run.py")]
 SMALL = [
-    "--model", "tiny", "--set", "model.num-hidden-layers=1", "--length", "1s", "--clients", "4",
+    "--model", "tiny", "--architecture.num-hidden-layers", "1", "--length", "1s", "--clients", "4",
     "--clients-per-round", "3", "--local-updates", "2", "--batch", "2", "--eval-crops", "4",
     "--seed", "7",
 ]  # fmt: skip
@@ -242,8 +242,8 @@ WRONG = {
     "unknown model": (["--model", "bas"], 2, "did you mean 'base'"),
     "not a number": (["--rounds", "many"], 2, "whole number"),
     "no rounds": (["--rounds", "0"], 2, "at least 1"),
-    "unknown setting": (["--set", "recipe.learning-rat=1"], 2, "learning-rate"),
-    "unknown section": (["--set", "recip.learning-rate=1"], 2, "recipe.learning-rate"),
+    "unknown setting": (["--recipe.learning-rat", "1"], 2, "did you mean '--recipe.learning-rate'"),
+    "unknown section": (["--recip.learning-rate", "1"], 2, "did you mean '--recipe.learning-rate'"),
     "unknown YAML key": (["--config", "{tmp}/key.yaml"], 2, "did you mean 'rounds'"),
     "not YAML": (["--config", "{tmp}/broken.yaml"], 2, "not YAML"),
     "YAML list": (["--config", "{tmp}/list.yaml"], 2, "name: value"),

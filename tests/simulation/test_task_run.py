@@ -25,7 +25,8 @@ RUN = [sys.executable, str(ROOT / "simulation" / "run.py")]
 SMALL = [
     "--task", "kws35", "--method", "fedper", "--share", "lora", "--lora-rank", "2", "--clients",
     "3", "--clients-per-round", "3", "--local-updates", "2", "--batch", "4", "--rounds", "4",
-    "--recipe", "head-rate=0.05 final-rate=0.02 backbone-rate=0.01", "--seed", "7",
+    "--recipe.head-rate", "0.05", "--recipe.final-rate", "0.02", "--recipe.backbone-rate", "0.01",
+    "--seed", "7",
 ]  # fmt: skip
 
 
@@ -182,10 +183,14 @@ def wait_for(happens: Callable[[], bool], process: "subprocess.Popen[str]") -> N
 
 WRONG = {
     "unknown task": (["--task", "kws53"], 2, "did you mean 'kws35'"),
-    "unknown method": (["--method", "fedpre"], 2, "invalid choice: 'fedpre'"),
-    "unknown share": (["--share", "head"], 2, "invalid choice: 'head'"),
-    "unknown setting of the recipe": (["--recipe", "head-rat=1"], 2, "did you mean 'head-rate'"),
-    "not a setting": (["--recipe", "fast"], 2, "NAME=VALUE"),
+    "unknown method": (
+        ["--method", "fedpre"], 2, "'fedpre' is not one of fedavg, fedper, fedrep, local",
+    ),
+    "unknown share": (["--share", "head"], 2, "'head' is not one of backbone, layers, lora, none"),
+    "unknown setting of the recipe": (
+        ["--recipe.head-rat", "1"], 2, "did you mean '--recipe.head-rate'",
+    ),
+    "not a setting": (["--recipe", "fast"], 2, "--recipe: Unable to load config 'fast'"),
     "nothing to share": (["--share", "none"], 2, "fedper keeps the head on the device"),
     "too many layers": (
         ["--share", "layers", "--shared-layers", "9"], 2, "shared-layers must be from 1 to 2",
@@ -203,10 +208,10 @@ WRONG = {
         2, "partition labels is for tasks with classes",
     ),
     "labels without a task": (
-        ["--task", "", "--partition", "labels"], 2, "partition labels is for the clips of a task",
+        ["--task", "", "--partition", "labels"], 2, "'labels' is not one of speaker, iid, skewed",
     ),
-    "a fleet": (["--fleet", "rpi4:3"], 2, "fleet and time-limit are for pretraining"),
-    "own test": (["--own-test", "1.5"], 2, "own-test is a share of clips between 0 and 1"),
+    "a fleet": (["--fleet", "rpi4:3"], 2, "unrecognized arguments: --fleet"),
+    "own test": (["--own-test", "1.5"], 2, "own-test is a fraction of clips between 0 and 1"),
     "output not empty": (["--output", "{tmp}/full"], 2, "not empty"),
 }  # fmt: skip
 
@@ -258,11 +263,12 @@ def test_a_run_does_not_go_on_with_other_settings(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from fl_server.server_app import open_run
-    from simulation.run import parse
+    from fl_server.server_app import open_federation
+    from simulation.run import parse_settings
 
-    settings, _, _ = parse(simulator.command("--output", str(tmp_path / "run"))[len(RUN) :])
-    open_run(settings)
+    output = ["--output", str(tmp_path / "run")]
+    settings, _, _ = parse_settings(simulator.command(*output)[len(RUN) :])
+    open_federation(settings)
     assert_refused(["--resume", str(tmp_path / "run"), option, value], 2, reason, capsys)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 

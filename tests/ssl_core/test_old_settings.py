@@ -14,7 +14,8 @@ from ssl_core.planning.step_plan import StepOptions
 from ssl_core.training.central import CentralSettings
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_settings import PretrainingSettings
-from ssl_core.training.run_directory import open_run, stored_settings
+from ssl_core.training.run_directory import open_run
+from ssl_core.training.stored_settings import stored_settings
 from ssl_core.wav2vec2.config import preset
 
 TRAIN = """\
