@@ -131,7 +131,7 @@ class Parser(jsonargparse.ArgumentParser):
         if choices:
             close = nearest(found, choices)
             return f"--{name}: '{found}' is not one of {', '.join(choices)}{close}"
-        kind = re.match(r"Expected an? (?:<class ')?(\w+)", reason)
+        kind = re.match(r"Expected an? (?:<class ')?(?:\w+\.)*(\w+)", reason)
         if kind is not None:
             return f"--{name}: '{found}' is not {_WORDS.get(kind[1], f'of type {kind[1]}')}"
         if reason.startswith("does not conform"):
@@ -151,7 +151,14 @@ class Parser(jsonargparse.ArgumentParser):
 _UNKNOWN = re.compile(
     r"(?:unrecognized arguments: --|(?:Group '([\w.]+)' does not accept o|O)ption ')([\w.]+)"
 )
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple": "a list",
+    "Mapping": "a mapping",
+}
 
 
 def dashed(name: str) -> str:
