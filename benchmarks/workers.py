@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from partitions.sampling import SAMPLE_RATE
+from ssl_core.planning.decision import as_planned
 from ssl_core.planning.process_memory import peak_bytes, reset_peak, resident_bytes
 from ssl_core.planning.step_plan import Plan, Precision
-from ssl_core.profile import as_planned
 from ssl_core.training.pretraining_recipe import RECIPES, Recipe
 from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import ModelConfig, preset

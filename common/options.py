@@ -73,7 +73,8 @@ class Parser(jsonargparse.ArgumentParser):
         return super().parse_args(list(self._canonical(words)), *others, **options)
 
     def _canonical(self, words: list[str]) -> Iterator[str]:
-        """The words as jsonargparse knows them: underscores, and a value for each option."""
+        """The words as jsonargparse knows them: underscores, and one value for each option."""
+        lists: dict[str, list[str]] = {}
         while words:
             word = words.pop(0)
             if not word.startswith("--"):
@@ -83,18 +84,26 @@ class Parser(jsonargparse.ArgumentParser):
             name, *preset = self.short.get(name, name).split("=", 1)
             name = name[2:].replace("-", "_")
             hint = self.hints.get(name)
-            several = hint is Names or typing.get_origin(hint) is tuple
+            if hint is Names or typing.get_origin(hint) is tuple:
+                follow = itertools.takewhile(lambda each: not each.startswith("--"), words)
+                values = [value] if equals else list(follow)
+                if not equals:
+                    del words[: len(values)]
+                if values:
+                    lists.setdefault(name, []).extend(values)
+                else:
+                    yield f"--{name}"  # an error names it
+                continue
             if preset:
                 equals, value = "=", preset[0]
-            elif not equals and (hint is bool or several):
-                follow = list(itertools.takewhile(lambda each: not each.startswith("--"), words))
-                follow = follow if several else follow[:1]
-                del words[: len(follow)]
-                if follow or hint is bool:
-                    equals, value = "=", ",".join(follow) if follow else "true"
-            if equals and several and hint is not Names and not value.startswith("["):
-                value = f"[{value}]"
+            elif hint is bool and not equals:
+                flag = not words or words[0].startswith("--")
+                equals, value = "=", "true" if flag else words.pop(0)
             yield f"--{name}{equals}{value}"
+        for name, values in lists.items():
+            value = ",".join(values)
+            listed = self.hints[name] is Names or value.startswith("[")
+            yield f"--{name}={value if listed else f'[{value}]'}"
 
     def format_help(self, formatter: Any = None) -> str:
         """The help text, options with dashes."""
@@ -123,7 +132,7 @@ class Parser(jsonargparse.ArgumentParser):
         if choices:
             close = nearest(found, choices)
             return f"--{name}: '{found}' is not one of {', '.join(choices)}{close}"
-        kind = re.match(r"Expected an? (?:<class ')?(\w+)", reason)
+        kind = re.match(r"Expected an? (?:<class ')?(?:\w+\.)*(\w+)", reason)
         if kind is not None:
             return f"--{name}: '{found}' is not {_WORDS.get(kind[1], f'of type {kind[1]}')}"
         if reason.startswith("does not conform"):
@@ -143,7 +152,14 @@ class Parser(jsonargparse.ArgumentParser):
 _UNKNOWN = re.compile(
     r"(?:unrecognized arguments: (--)|(?:Group '([\w.]+)' does not accept o|O)ption ')([\w.]+)"
 )
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple": "a list",
+    "Mapping": "a mapping",
+}
 
 
 def dashed(name: str) -> str:

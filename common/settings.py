@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from jsonargparse.typing import PositiveInt
 
 from common.errors import UsageError
 from common.options import Parser, dashed, short_names, types_by_name, underscored
@@ -147,15 +148,20 @@ def flat(settings: Any) -> dict[str, str | int | float | bool]:
 
     A tuple is a text of its values, None an empty text.
     """
-    return {dashed(name): _scalar(value) for name, value in _flat(vars(settings))}
+    found = ((dashed(name), _plain(value)) for name, value in _flat(vars(settings)))
+    return {
+        name: "" if value is None else str(value) if isinstance(value, list) else value
+        for name, value in found
+    }
 
 
-def _scalar(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, tuple) and not isinstance(value, Names):
-        return str(list(value))
-    return str(value) if isinstance(value, Seconds | Size | Names | Path) else value
+def _plain(value: Any) -> Any:
+    """A value as YAML and JSON know it."""
+    if isinstance(value, Seconds | Size | Names | Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, PositiveInt) else value
 
 
 def unflat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,10 +171,7 @@ def unflat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_yaml(settings: Any) -> str:
     """The YAML of settings, names as on the command line."""
-    values = (
-        (name, None if value is None else list(value) if type(value) is tuple else _scalar(value))
-        for name, value in ((dashed(name), value) for name, value in _flat(vars(settings)))
-    )
+    values = ((dashed(name), _plain(value)) for name, value in _flat(vars(settings)))
     return yaml.safe_dump(_nested(values), sort_keys=False, allow_unicode=True)
 
 

@@ -1,6 +1,5 @@
 """`python -m fl_server`: what a SuperLink needs beside Flower's own commands."""
 
-import argparse
 import dataclasses
 import json
 import shlex
@@ -98,7 +97,7 @@ def _certificates(arguments: Sequence[str] | None) -> None:
     parser = settings_parser(
         CertificateSettings, prog=f"{PROG} certificates", description=description
     )
-    settings, _ = parse(CertificateSettings, parser, _hosts_together(arguments or []))
+    settings, _ = parse(CertificateSettings, parser, arguments)
     assert settings.output is not None
     nodes = node_names(settings.nodes or ([] if settings.extend else ["1"]))
     written = make_certificates(
@@ -108,14 +107,6 @@ def _certificates(arguments: Sequence[str] | None) -> None:
     print(f"made: {', '.join(path.name for path in written) or 'nothing, all was there'}\n")
     print(next_commands(folder, hosts_of(folder), nodes))
     print(f"certificates and keys: {folder}")
-
-
-def _hosts_together(words: Sequence[str]) -> list[str]:
-    """The words with repeated `--host` options joined; of other options the last one counts."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--host", nargs="*", action="extend", default=[])
-    given, others = first.parse_known_args(words)
-    return [*others, "--host", ",".join(given.host)] if given.host else list(words)
 
 
 def next_commands(folder: Path, hosts: Sequence[str], nodes: Sequence[str]) -> str:

@@ -11,21 +11,20 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
 
 from common import command
 from common.atomic import write_text
 from common.errors import UsageError
 from common.options import settings_parser
 from common.settings import parse
-from common.units import Seconds, format_bytes
+from common.units import Seconds
 from ssl_core.downstream.task_work import task_work
 from ssl_core.paper import planned_cell, table2_report, table3_report
 from ssl_core.paper.device_seconds import update_seconds
 from ssl_core.planning.advice import BATCHES, Request, advise, candidate_lengths
 from ssl_core.planning.advice_report import advice_result, explain
-from ssl_core.planning.device import AUTO, DeviceProfile
 from ssl_core.planning.device_profiles import find_profile, known_profiles
+from ssl_core.planning.device_report import describe_device, device_table
 from ssl_core.planning.this_machine import this_machine
 from ssl_core.training.pretraining_recipe import RECIPES, Recipe
 from ssl_core.training.pretraining_work import PretrainingWork
@@ -117,7 +116,7 @@ def show_figures(settings: PlanSettings) -> int:
     if settings.list:
         profiles = [*known_profiles(settings.devices).values(), this_machine()]
         name, table = "devices", device_table(profiles)
-        result = {"devices": [describe(profile) for profile in profiles]}
+        result = {"devices": [describe_device(profile) for profile in profiles]}
     elif settings.table2:
         name, rows = "table2", table2_report.table2_rows(progress)
         table, result = table2_report.table2_table(rows), table2_report.table2_result(rows)
@@ -209,46 +208,6 @@ def plan_device(settings: PlanSettings) -> int:
     for line in explain(advice):
         print(line)
     return 0 if advice.chosen else 1
-
-
-def describe(profile: DeviceProfile) -> dict[str, Any]:
-    """The figures of a profile for JSON; sizes in bytes."""
-    return {
-        "name": profile.name,
-        "description": profile.description,
-        "accelerator": profile.accelerator,
-        "shared": profile.shared,
-        "memory": profile.memory,
-        "system": profile.system_bytes,
-        "supernode": profile.supernode,
-        "clientapp": profile.clientapp,
-        "training": profile.training_bytes,
-        "cores": profile.cores,
-        "precisions": [*profile.precisions],
-        "sources": dict(profile.sources),
-    }
-
-
-def device_table(profiles: Sequence[DeviceProfile]) -> Table:
-    """A table of devices and their memory."""
-    table = Table()
-    heads = ("device", "computes on", "memory", "system", "SuperNode", "ClientApp", "for training")
-    for head in (*heads, "cores", "precisions"):
-        left = head in ("device", "computes on", "precisions")
-        table.add_column(head, justify="left" if left else "right")
-    for profile in profiles:
-        table.add_row(
-            "auto, this machine" if profile.name == AUTO else profile.name,
-            "cuda, shared" if profile.shared else profile.accelerator,
-            format_bytes(profile.memory),
-            format_bytes(profile.system_bytes),
-            format_bytes(profile.supernode),
-            format_bytes(profile.clientapp),
-            format_bytes(profile.training_bytes),
-            str(profile.cores),
-            ", ".join(profile.precisions),
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None
     table.add_column("", justify="right")
     for name, value in result.items():
         if isinstance(value, float):
-            shown = f"{value:.4f}" if not name.endswith("_share") else f"{100 * value:.2f} %"
+            shown = f"{value:.4f}"
         elif isinstance(value, int | str):
             shown = str(value)
         else:

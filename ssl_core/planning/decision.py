@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from common.errors import UsageError
 from common.units import format_bytes, format_length
@@ -11,6 +11,8 @@ from ssl_core.planning.ladder import ladder
 from ssl_core.planning.parts import Estimate
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Rung, Work
+
+PlanName = Literal["default", "fastest", "leanest"]
 
 
 class Option(NamedTuple):
@@ -100,3 +102,17 @@ class Decision:
             f"there are. Shorter {self.work.unit}, a smaller model, or optimizer state in 8 bits "
             "(--plan.optimizer-state int8, not exact) take less."
         )
+
+
+def as_planned(name: PlanName, work: Work, plan: Plan) -> Plan:
+    """Return a plan unchanged, or the fastest or leanest of the planner's ladder for it.
+
+    Args:
+        name: which plan.
+        work: what is trained.
+        plan: length, batch, precision and threads.
+    """
+    if name == "default":
+        return plan
+    decision = Decision(work, plan, available=0)
+    return decision.fastest.plan if name == "fastest" else decision.leanest.plan

@@ -8,6 +8,8 @@ _RENAMED = {"keep_moments": "keep_optimizer_state"}
 _SECTIONS = {"model": "architecture"}
 _TEXTS = ("train", "valid", "test")
 """Settings of subsets, where an empty text means no subset rather than the default."""
+_OF_RECIPE = ("batch", "epochs")
+"""Settings of a task that override those of its recipe; 0 means the recipe's."""
 
 
 def upgraded(values: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
@@ -21,16 +23,20 @@ def upgraded(values: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
     if "set" not in named:
         return named
     assigned = shlex.split(str(named.pop("set") or ""))
-    if isinstance(named.get("recipe"), str):
-        assigned = [f"recipe.{word}" for word in shlex.split(named.pop("recipe"))] + assigned
+    recipe = named.pop("recipe", None)
+    if "rounds" in named and named.get("task"):  # `recipe` alone counted, a round was an epoch
+        words = shlex.split(str(recipe or ""))
+        assigned = [word for word in words if not word.startswith("epochs=")]
     result: dict[str, Any] = {}
     for name, value in named.items():
+        unset = value == 0 if name in _OF_RECIPE else value == "" and name not in _TEXTS
         name = _RENAMED.get(name, name)
-        if name in known and (value != "" or name in _TEXTS):
+        if name in known and not unset:
             result[name] = value
     for word in assigned:
         name, _, text = word.partition("=")
-        section, _, field = name.rpartition(".")
+        section, _, field = name.replace("-", "_").rpartition(".")
         section = _SECTIONS.get(section, section or "recipe")
-        result.setdefault(section, {})[field.replace("-", "_")] = text
+        if section != "recipe" or field not in result.keys() & _OF_RECIPE:
+            result.setdefault(section, {})[field] = text
     return result

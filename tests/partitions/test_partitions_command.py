@@ -74,7 +74,7 @@ def test_split(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         (["recut", "--data", "nowhere"], 1, "error: no such folder: nowhere"),
         (["recut", "--length", "0s"], 2, "a length of '0s' holds no audio"),
         (["recut", "--length", "long"], 2, "'long' is not a length"),
-        (["recut", "--lenght", "5s"], 2, "did you mean 'length'?"),
+        (["recut", "--lenght", "5s"], 2, "unknown setting 'lenght'; did you mean 'length'?"),
         (["split", "--clients", "0"], 2, "0 is not above zero"),
         (
             ["split", "--partition", "speakers"],

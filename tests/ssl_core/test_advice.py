@@ -15,11 +15,10 @@ from ssl_core.paper.table2 import paper_cells
 from ssl_core.plan import main
 from ssl_core.planning.advice import LENGTHS, MATCHED, Request, advise, candidate_lengths
 from ssl_core.planning.advice_report import advice_result, explain
-from ssl_core.planning.decision import Decision
+from ssl_core.planning.decision import Decision, as_planned
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile
 from ssl_core.planning.step_plan import Plan
-from ssl_core.profile import as_planned
 from ssl_core.training.central import CentralSettings
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork

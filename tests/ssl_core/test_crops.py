@@ -1,4 +1,4 @@
-"""Crops: fixed lengths, seeded order, bad audio passed over and counted."""
+"""Crops: fixed lengths, seeded order, bad audio skipped and counted."""
 
 import collections
 import threading
@@ -54,7 +54,7 @@ def test_fewer_crops_than_a_batch_are_repeated(manifest: Manifest) -> None:
     assert collections.Counter(batch.sequences) == {3: 3, 4: 3}
 
 
-def test_bad_audio_is_passed_over_and_counted(manifest: Manifest) -> None:
+def test_bad_audio_is_skipped_and_counted(manifest: Manifest) -> None:
     soundfile.write(manifest.root / "2.wav", np.zeros(24_000), 16_000)
     (manifest.root / "5.wav").unlink()
     soundfile.write(

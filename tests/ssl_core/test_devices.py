@@ -106,7 +106,7 @@ def test_devices_of_a_users_own(own: Path) -> None:
         (
             "cores: 4",
             "cores: 4\n  sources: rumour",
-            "desk: --sources: 'rumour' is not of type Mapping",
+            "desk: --sources: 'rumour' is not a mapping",
         ),
     ],
 )

@@ -258,7 +258,7 @@ def test_the_parts_add_up_and_are_named() -> None:
     estimate = plain_step(BASE, 5, 4, "fp32", "cuda", runtime=MIB)
     assert estimate.parts["runtime"] == MIB
     assert estimate.parts["parameters"] == 4 * 95_044_608
-    assert estimate.parts["Adam moments"] == 8 * 95_044_608
+    assert estimate.parts["optimizer state"] == 8 * 95_044_608
     assert estimate.parts["transients"] == 4 * 249 * (12 * 640 * 128 + 16 * 512)
     moving = sum(estimate.parts.values()) - MIB - 12 * 95_044_608 - estimate.parts["allocator"]
     assert estimate.parts["allocator"] == int(0.435 * moving)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common import command
+from common.errors import UsageError
 from common.process_environment import tuned
 from ssl_core.train import main
 from ssl_core.training import checkpoint
@@ -75,6 +76,8 @@ def test_a_checkpoint_holds_the_optimizer_state_and_opens_as_a_model(
     model = hf.load_model(run / "checkpoints" / "update-0000002")
     for name, value in model.named_parameters():
         assert saved.optimizer_state[f"exp_avg/{name}"].shape == value.shape
+    with pytest.raises(UsageError, match=r"--resume .*: updates was 2 there and is 3 now"):
+        main(["--resume", str(run), "--updates", "3"])
     second = tmp_path / "second"
     again = ["--data", str(corpus), *OPTIONS, "--updates", "1", "--output", str(second)]
     assert main([*again, "--checkpoint", str(run / "checkpoints" / "update-0000002")]) == 0
@@ -87,7 +90,7 @@ def test_a_checkpoint_holds_the_optimizer_state_and_opens_as_a_model(
     ("options", "code", "text"),
     [
         (["--updates", "0"], 2, "at least 1"),
-        (["--updats", "5"], 2, "did you mean '--updates'"),
+        (["--updats", "5"], 2, "unknown setting 'updats'; did you mean 'updates'?"),
         (["--checkpoint", "{tmp}/none"], 1, "not a checkpoint"),
         (["--resume", "{tmp}/none"], 2, "no run"),
         (["--micro-batch", "1", "--recipe.negative-pool", "batch"], 2, "whole batch"),

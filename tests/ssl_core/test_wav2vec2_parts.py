@@ -137,7 +137,10 @@ def test_settings_change_presets_by_name(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stopped:
         central("--recipe.learnin-rate", "1")
     assert stopped.value.code == 2
-    assert "did you mean '--recipe.learning-rate'" in capsys.readouterr().err
+    assert (
+        "unknown setting 'recipe.learnin-rate'; did you mean 'recipe.learning-rate'?"
+        in capsys.readouterr().err
+    )
     with pytest.raises(UsageError, match="learning-rate must be above zero"):
         central("--recipe.learning-rate", "-1")
     with pytest.raises(SystemExit) as stopped:
