@@ -61,6 +61,7 @@ def test_a_nodes_budget_is_what_its_config_says() -> None:
     assert live.length == 2.0
 
 
+@pytest.mark.slow
 def test_stepping_down_takes_every_leaner_exact_plan_in_turn() -> None:
     run, messages = Plan(length=1.0, batch=2), 9 * 2**20
     chosen = RoundPlan(WORK, run, Budget(memory=2**40), messages)
