@@ -38,7 +38,7 @@ class ClientState:
     """The files of one client in one run."""
 
     def __init__(self, root: Path, run: str, key: int) -> None:
-        """Name the folder; nothing is created before the first `save`.
+        """Name the folder, which the first `save` creates.
 
         Args:
             root: folder of all runs and clients.
@@ -51,6 +51,8 @@ class ClientState:
         if not _NAME.fullmatch(run) or run.startswith("."):
             raise StateLost(f"'{run[:40]}' is not the name of a run")
         self.folder = root / run / str(key)
+        for path in self.folder.glob("moments-*.safetensors"):  # the name in version 0.1
+            path.rename(path.with_name(path.name.replace("moments", OPTIMIZER, 1)))
 
     def _path(self, kind: str, number: int) -> Path:
         return self.folder / f"{kind}-{number:05d}.safetensors"

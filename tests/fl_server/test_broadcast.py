@@ -132,3 +132,12 @@ def test_only_two_rounds_are_kept(tmp_path: Path) -> None:
     assert [name.split(".")[0] for name in names] == [
         "residual-00002", "residual-00003", "weights-00002", "weights-00003"
     ]  # fmt: skip
+
+
+def test_the_optimizer_state_of_version_0_1_is_read(tmp_path: Path) -> None:
+    before = state(tmp_path)
+    before.save("moments", 4, {"w.first": torch.ones(2)})
+    after = state(tmp_path)
+    assert after.rounds("optimizer") == [4]
+    assert torch.equal(dict(after.load("optimizer", 4))["w.first"], torch.ones(2))
+    assert after.rounds("moments") == []

@@ -54,7 +54,7 @@ def test_it_says_what_it_trains_on_and_where_the_results_are(
 def test_the_run_directory_is_complete(finished: "CompletedProcess[str]", output: Path) -> None:
     assert finished.returncode == 0, finished.stdout
     config = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    assert (config["model"], config["rounds"], config["data"]) == ("tiny", 2, "")
+    assert (config["model"], config["rounds"], config["data"]) == ("tiny", 2, None)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
