@@ -115,12 +115,11 @@ class Parser(jsonargparse.ArgumentParser):
         text = " ".join(message.split())
         unknown = _UNKNOWN.search(text)
         if unknown is not None:
-            dashes, *names = unknown.groups(default="")
-            name = dashed(".".join(filter(None, names)))
+            name = ".".join(filter(None, unknown.groups()))
             known = [*self.hints, *(each[2:] for each in self.short)]
             known += [text[2:] for action in self._actions for text in action.option_strings]
-            listed = [dashes + dashed(each) for each in known]
-            return f"unknown setting '{dashes}{name}'{nearest(dashes + name, listed)}"
+            listed = [dashed(each) for each in known]
+            return f"unknown setting '{dashed(name)}'{nearest(dashed(name), listed)}"
         # Of several types the first is meant; others are None.
         wrong = re.match(r"Parser key \"([\w.]+)\": (?:Does not validate.*?Errors: - )?(.*)", text)
         if wrong is None:
@@ -150,7 +149,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 _UNKNOWN = re.compile(
-    r"(?:unrecognized arguments: (--)|(?:Group '([\w.]+)' does not accept o|O)ption ')([\w.]+)"
+    r"(?:unrecognized arguments: --|(?:Group '([\w.]+)' does not accept o|O)ption ')([\w.]+)"
 )
 _WORDS = {
     "int": "a whole number",

@@ -61,7 +61,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     ("options", "code", "words"),
     [
         ([], 2, "--data: give the corpus that this device trains on"),
-        (["--data", "{corpus}", "--partitoin", "0/2"], 2, "did you mean '--partition'?"),
+        (
+            ["--data", "{corpus}", "--partitoin", "0/2"],
+            2,
+            "unknown setting 'partitoin'; did you mean 'partition'?",
+        ),
         (["--data", "{corpus}", "--partition", "2/2"], 2, "--partition '2/2' is not I/N"),
         (["--data", "{corpus}", "--partition", "0/2", "--speakers", "1"], 2, "exclude each other"),
         (["--data", "{corpus}", "--port", "none"], 2, "'none' is not a whole number"),
