@@ -5,7 +5,7 @@ Estimates follow from shapes; no tensor is allocated.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +26,16 @@ from ssl_core.planning.advice_report import advice_result, explain
 from ssl_core.planning.device_profiles import find_profile, known_profiles
 from ssl_core.planning.device_report import describe_device, device_table
 from ssl_core.planning.this_machine import this_machine
-from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.model_settings import ModelSettings
+from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork
-from ssl_core.wav2vec2.config import ModelConfig, preset
+from ssl_core.wav2vec2.config import preset
 
 SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanSettings:
+class PlanSettings(ModelSettings):
     """What to show. For a device, settings that are not given are chosen."""
 
     device: str = ""
@@ -49,12 +50,6 @@ class PlanSettings:
     """Show the paper's Table 3, fine-tuning of tasks (minutes at the first time)."""
     figure3: bool = False
     """Show memory over ten epochs of two tasks, as in the paper's Figure 3."""
-    model: str = "base"
-    """Preset of architecture and recipe: base or tiny."""
-    architecture: ModelConfig = ModelConfig()
-    """Architecture; by default the preset's."""
-    recipe: Recipe = Recipe()
-    """Pretraining recipe; by default the preset's."""
     length: Seconds | None = None
     """Length of crops or clips, as in 5s."""
     batch: PositiveInt | None = None
@@ -80,12 +75,6 @@ class PlanSettings:
     """Folder for the JSON and the figure."""
     json: bool = False
     """Print JSON only."""
-
-    @classmethod
-    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture and recipe of the preset; raises `UsageError` for an unknown one."""
-        name = str(given.get("model", cls.model))
-        return {"architecture": preset(name), "recipe": RECIPES[name]}
 
     def validate(self) -> None:
         """Check that exactly one thing is to be shown; raises `UsageError`."""

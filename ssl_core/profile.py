@@ -8,9 +8,9 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
@@ -24,21 +24,14 @@ from common.units import Seconds
 from ssl_core.planning.comparison import compare, comparison_table, plot_comparison
 from ssl_core.planning.decision import PlanName, as_planned
 from ssl_core.planning.step_plan import Plan, StepOptions
-from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.pretraining_work import PretrainingWork
-from ssl_core.wav2vec2.config import ModelConfig, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
+class ProfileSettings(ModelSettings):
     """What to measure."""
 
-    model: str = "base"
-    """Preset of architecture and recipe: base or tiny."""
-    architecture: ModelConfig = ModelConfig()
-    """Architecture; by default the preset's."""
-    recipe: Recipe = Recipe()
-    """Pretraining recipe; by default the preset's."""
     lengths: tuple[Seconds, ...] = (Seconds(1), Seconds(5), Seconds(10), Seconds(15))
     """Lengths of crops."""
     batches: tuple[PositiveInt, ...] = (PositiveInt(1), PositiveInt(2), PositiveInt(4))
@@ -55,12 +48,6 @@ class ProfileSettings:
     """Folder for profile.json and profile.png."""
     json: bool = False
     """Print JSON only."""
-
-    @classmethod
-    def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture and recipe of the preset; raises `UsageError` for an unknown one."""
-        name = str(given.get("model", cls.model))
-        return {"architecture": preset(name), "recipe": RECIPES[name]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,13 +9,12 @@ from common.settings import to_yaml
 from common.units import Names, Seconds
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.compute_settings import ComputeSettings
-from ssl_core.training.pretraining_recipe import RECIPES, Recipe
+from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.stored_settings import stored_settings
-from ssl_core.wav2vec2.config import ModelConfig, preset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainingSettings(ComputeSettings):
+class PretrainingSettings(ComputeSettings, ModelSettings):
     """Data, model and training settings of pretraining."""
 
     data: Path | None = None
@@ -24,8 +23,6 @@ class PretrainingSettings(ComputeSettings):
     """Subsets of the corpus, separated by commas; all `train-*` if not given."""
     length: Seconds = Seconds(5.0)
     """Length of every crop."""
-    model: str = "base"
-    """Preset of architecture and recipe: `base` or `tiny`."""
     checkpoint: Path | None = None
     """Checkpoint to start from, this project's or transformers'; random weights if not given."""
     batch: int = 4
@@ -42,10 +39,6 @@ class PretrainingSettings(ComputeSettings):
     """Run directory; a new one under `runs/` if not given."""
     resume: Path | None = None
     """Run directory to resume (with its own settings)."""
-    architecture: ModelConfig = ModelConfig()
-    """Architecture; by default the preset's."""
-    recipe: Recipe = Recipe()
-    """Recipe; by default the preset's."""
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,8 +49,7 @@ class PretrainingSettings(ComputeSettings):
         """
         if given.get("resume"):
             return vars(stored_settings(cls, Path(given["resume"])))
-        name = str(given.get("model", cls.model))
-        return {"architecture": preset(name), "recipe": RECIPES[name]}
+        return super().defaults(given)
 
     def validate(self) -> None:
         """Check ranges and combinations of settings.
