@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 from jsonargparse.typing import register_type
 
 from common.command import nearest
@@ -34,7 +35,7 @@ def underscored(values: Any) -> Any:
 
 
 _load_yaml: Any = jsonargparse.get_loader("yaml")
-jsonargparse.set_loader("yaml", lambda text: underscored(_load_yaml(text)))
+jsonargparse.set_loader("yaml", lambda text: underscored(_load_yaml(text)), (yaml.YAMLError,))
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -99,6 +100,10 @@ class Parser(jsonargparse.ArgumentParser):
             elif hint is bool and not equals:
                 flag = not words or words[0].startswith("--")
                 equals, value = "=", "true" if flag else words.pop(0)
+            elif not equals and words[:1] == [""]:
+                equals, value = "=", words.pop(0)
+            if equals and not value and type(None) in typing.get_args(hint):
+                value = "null"  # not the path "."
             yield f"--{name}{equals}{value}"
         for name, values in lists.items():
             value = ",".join(values)
@@ -120,11 +125,16 @@ class Parser(jsonargparse.ArgumentParser):
             known += [text[2:] for action in self._actions for text in action.option_strings]
             listed = [dashed(each) for each in known]
             return f"unknown setting '{dashed(name)}'{nearest(dashed(name), listed)}"
+        alone = re.match(r"argument --([\w.]+): (.*)", text)
+        if alone is not None:
+            return f"--{dashed(alone[1])}: {alone[2]}"
         # Of several types the first is meant; others are None.
         wrong = re.match(r"Parser key \"([\w.]+)\": (?:Does not validate.*?Errors: - )?(.*)", text)
         if wrong is None:
             return text
         name, reason = dashed(wrong[1]), re.sub(r"^Not of type \w+: | - Expected .*", "", wrong[2])
+        reason = re.sub(r"^Unable to load config '(.*?)' - ", r"cannot read \1: ", reason)
+        reason = reason.partition(": Parser key")[0]
         value = re.search(r"(?:Given value|Got value): (.*)", text)
         found = value[1] if value else ""
         choices = re.findall(r"'([^']*)'", reason) if "Literal" in reason else []

@@ -281,7 +281,7 @@ def test_the_superlink_listens_where_devices_call(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--hots", "a"], "did you mean '--host'?"),
+        (["--hots", "a"], "did you mean 'host'?"),
         (["--days", "0"], "0 is not above zero"),
         ([], "--output: give the folder for the files"),
     ],
