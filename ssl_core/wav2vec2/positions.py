@@ -1,5 +1,6 @@
 """The positional convolution of the context network."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,10 @@ from ssl_core.wav2vec2.spectral_convolution import spectral_convolution
 
 SPECTRA_FROM = 256
 """Frames in a batch from which the spectral convolution is faster on a CPU than the direct one."""
+
+NARROW = 16
+"""Channels in a group below which oneDNN's bf16 convolution of many taps is wrong on processors
+with AMX (torch 2.11, `findings/amx_grouped_convolution.sh`); such groups are convolved in fp32."""
 
 
 class PositionalConvolution(nn.Module):
@@ -55,7 +60,13 @@ class PositionalConvolution(nn.Module):
 
     def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
         taps, before = self._reaching(weight, x.shape[1])
-        mixed = F.conv1d(
-            x.transpose(1, 2), taps, self.conv.bias, padding=before, groups=self.conv.groups
-        )
+        narrow = x.device.type == "cpu" and weight.shape[1] < NARROW
+        with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():
+            mixed = F.conv1d(
+                x.transpose(1, 2).to(taps.dtype if narrow else x.dtype),
+                taps,
+                self.conv.bias,
+                padding=before,
+                groups=self.conv.groups,
+            )
         return F.gelu(mixed[:, :, : x.shape[1]]).transpose(1, 2)
