@@ -23,7 +23,7 @@ from common.atomic import write_text
 from common.errors import ShortwaveError, UsageError
 from common.options import settings_parser
 from common.settings import parse
-from ssl_core.downstream.tasks import asr
+from ssl_core.downstream.corpora import asr
 
 ROOT = Path(__file__).parents[1]
 SCORES = "scores.json"

@@ -19,12 +19,12 @@ from torch import Tensor
 from partitions.audio import read_piece
 from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import TaskData
+from ssl_core.downstream.corpora import emotion
 from ssl_core.downstream.frozen_part import FrozenPart
 from ssl_core.downstream.learning_rates import Rates
 from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
 from ssl_core.downstream.task_step import TaskStep
-from ssl_core.downstream.tasks import emotion
 from ssl_core.planning.process_memory import peak_bytes, reset_peak
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training import randomness

@@ -18,23 +18,22 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
-def estimates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for estimates of memory, which follow from the code alone, of all workers."""
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def shared_estimates(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep estimates of memory, which follow from the code alone, for the tests of all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "estimates"
     folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimates: Path) -> Path:
-    """A cache folder of the test's own, but for estimates."""
-    folder = tmp_path / "cache"
-    (folder / "shortwave").mkdir(parents=True)
-    (folder / "shortwave" / "estimates").symlink_to(estimates)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+    (cache / "shortwave").mkdir(parents=True, exist_ok=True)
+    (cache / "shortwave" / "estimates").symlink_to(folder)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from common.units import format_seconds
 from ssl_core.downstream import results
 from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import TaskData
+from ssl_core.downstream.corpora import slots
 from ssl_core.downstream.decoding import Decoder
 from ssl_core.downstream.export import export
 from ssl_core.downstream.finetune_settings import FinetuneSettings
@@ -23,7 +24,6 @@ from ssl_core.downstream.scoring import Scored, score_clips, verify
 from ssl_core.downstream.task_model import TaskModel
 from ssl_core.downstream.task_recipe import TaskRecipe
 from ssl_core.downstream.task_step import TaskStep
-from ssl_core.downstream.tasks import slots
 from ssl_core.training.run_directory import RunDirectory
 
 

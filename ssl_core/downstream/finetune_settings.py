@@ -8,10 +8,10 @@ from common.errors import UsageError
 from common.units import Names, Size
 from ssl_core.downstream import task_corpus
 from ssl_core.downstream.clips import TaskData
+from ssl_core.downstream.corpora import emotion
+from ssl_core.downstream.corpora.speaker import Split
 from ssl_core.downstream.task_model import LOGMEL
 from ssl_core.downstream.task_settings import TaskSettings
-from ssl_core.downstream.tasks import emotion
-from ssl_core.downstream.tasks.speaker import Split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_core.downstream.clips import TaskData
+from ssl_core.downstream.corpora import asr, emotion, kws, slots, speaker
 from ssl_core.downstream.task_recipe import TaskRecipe
-from ssl_core.downstream.tasks import asr, emotion, kws, slots, speaker
 
 ALL_FOLDS = "all"
 TRAIN, VALID, TEST = ("train-clean-100",), ("dev-clean",), ("test-clean",)

@@ -23,6 +23,8 @@ from ssl_core.training.planned_step import PlannedStep
 from ssl_core.training.pretraining_step import PretrainingStep, StepReport
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
 SPEAKERS = ("40711", "40712", "40713", "40714")
 RUN = {

@@ -15,6 +15,8 @@ from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 OTHER: dict[str, Any] = {
     "recompute_features": True, "recompute_layers": True, "keep_attention": True,
     "optimizer_state": "int8", "apply_in_backward": True,

@@ -13,6 +13,8 @@ from fl_client.round_plan import budget_of
 from simulation.fleet import make_fleet, parse_fleet
 from ssl_core.planning.step_plan import Plan
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 THREE = "rpi4:2,jetson-xavier-nx:1,rtx2080ti:1"
 
 

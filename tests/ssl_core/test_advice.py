@@ -24,6 +24,8 @@ from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 TINY = PretrainingWork(architecture=preset("tiny"), recipe=RECIPES["tiny"])
 BASE = PretrainingWork(architecture=preset("base"), recipe=RECIPES["base"])
 MIB = 2**20

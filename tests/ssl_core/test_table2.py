@@ -35,6 +35,8 @@ from ssl_core.planning.device_profiles import known_profiles
 from ssl_core.planning.parts import ALLOCATOR, Estimate
 from ssl_core.wav2vec2.config import ModelConfig, preset
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 MIB = 2**20
 BASE, TINY = preset("base"), preset("tiny")
 PAPER = Path(__file__).parents[2].parent / "shared" / "paper" / "table2.csv"

@@ -26,6 +26,8 @@ from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import trace
 from ssl_core.wav2vec2.config import preset
 
+pytestmark = pytest.mark.usefixtures("shared_estimates")
+
 TINY, BASE = preset("tiny"), preset("base")
 PLAN = Plan(length=2.0, batch=4)
 MIB = 2**20

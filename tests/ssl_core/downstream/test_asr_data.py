@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DataError, UsageError
-from ssl_core.downstream.tasks import asr
+from ssl_core.downstream.corpora import asr
 
 Writer = Callable[..., Path]
 

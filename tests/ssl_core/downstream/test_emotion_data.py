@@ -7,7 +7,7 @@ import pytest
 from noise_files import real_data, write_noise
 
 from common.errors import DataError, UsageError
-from ssl_core.downstream.tasks import emotion
+from ssl_core.downstream.corpora import emotion
 
 EMOTIONS = ("ang", "hap", "exc", "neu", "sad", "fru", "xxx")
 

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from common.errors import DataError, UsageError
+from ssl_core.downstream.corpora import asr
 from ssl_core.downstream.decoding import greedy
 from ssl_core.downstream.export import export
 from ssl_core.downstream.task_model import LogMel, TaskModel, load_upstream
 from ssl_core.downstream.task_recipe import recipe_of
-from ssl_core.downstream.tasks import asr
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import Backbone
 

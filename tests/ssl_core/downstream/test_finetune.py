@@ -479,7 +479,7 @@ def test_a_trial_of_a_broken_file_is_found_before_training(tmp_path: Path) -> No
 
 def test_silence_is_a_class_of_its_own(tmp_path: Path) -> None:
     """Digital silence is a clip like any other where silence is what is to be found."""
-    from ssl_core.downstream.tasks.kws import COMMANDS, NOISE
+    from ssl_core.downstream.corpora.kws import COMMANDS, NOISE
 
     root = tmp_path / "words"
     names: dict[str, list[str]] = {"validation": [], "testing": []}

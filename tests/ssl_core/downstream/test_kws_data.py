@@ -11,7 +11,7 @@ from noise_files import real_data, write_noise
 
 from common.errors import DataError, UsageError
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks import kws
+from ssl_core.downstream.corpora import kws
 
 OTHERS = ("bed", "cat", "dog")
 SPLITS = ("train", "valid", "test")

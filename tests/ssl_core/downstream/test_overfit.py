@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.downstream.tasks import asr
+from ssl_core.downstream.corpora import asr
 from ssl_core.finetune import main
 
 SUBSETS = {"train-clean-100": (1, 20), "dev-clean": (2, 1), "test-clean": (3, 1)}

@@ -8,8 +8,8 @@ import pytest
 from noise_files import real_data, write_noise
 
 from common.errors import DataError
-from ssl_core.downstream.tasks import slots
-from ssl_core.downstream.tasks.spoken_numbers import forms
+from ssl_core.downstream.corpora import slots
+from ssl_core.downstream.corpora.spoken_numbers import forms
 
 COLUMNS = ("path", "speakerId", "transcription", "semantics")
 SUM = "{'intent': 'SimpleMath', 'slots': {'number1': 78, 'op': ' plus ', 'number2': -2.5}}"

@@ -9,7 +9,7 @@ from noise_files import real_data, write_noise
 from common.errors import DataError, UsageError
 from partitions.manifest import Piece
 from ssl_core.downstream.clips import Clip, Trial
-from ssl_core.downstream.tasks import speaker
+from ssl_core.downstream.corpora import speaker
 
 SECOND = 16_000
 

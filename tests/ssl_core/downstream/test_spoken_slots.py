@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_core.downstream.tasks import slots
+from ssl_core.downstream.corpora import slots
 from ssl_core.finetune import main
 
 pytest.importorskip("espeakng_loader", reason="espeak-ng is an optional extra")

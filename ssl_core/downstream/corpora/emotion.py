@@ -12,7 +12,7 @@ from common.errors import DataError, UsageError
 from partitions.manifest import Piece, natural_order, path_problem
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.corpus_files import (
+from ssl_core.downstream.corpora.corpus_files import (
     check_folder,
     folders,
     lengths,

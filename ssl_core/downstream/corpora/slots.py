@@ -2,7 +2,8 @@
 
 A tag is a single symbol, since CTC predicts symbols. Each slot has its own opening tag, from U+E000
 in the sorted order of slot names; all slots have the closing tag U+E0FF. These are in Unicode's
-private use area, so no transcript contains them.
+private use area, so no transcript contains them. The recipe's `cer` scores tagged transcripts
+(`downstream/metrics.py`).
 """
 
 import ast
@@ -17,14 +18,14 @@ from common.errors import DataError
 from partitions.manifest import Piece, path_problem
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.corpus_files import (
+from ssl_core.downstream.corpora.corpus_files import (
     check_folder,
     lengths,
     other_layout,
     rows_of,
     task_data,
 )
-from ssl_core.downstream.tasks.spoken_numbers import forms
+from ssl_core.downstream.corpora.spoken_numbers import forms
 
 CORPUS = "Timers and Such v1.0"
 LAYOUT = "{train,dev,test}-{real,synth}.csv with path, speakerId, transcription and semantics"

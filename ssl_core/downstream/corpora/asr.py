@@ -11,7 +11,7 @@ from partitions.librispeech import Utterance, find_utterances
 from partitions.manifest import Piece
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData
-from ssl_core.downstream.tasks.corpus_files import task_data
+from ssl_core.downstream.corpora.corpus_files import task_data
 from ssl_core.training.randomness import generator
 
 LABELS = (" ", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")

@@ -12,7 +12,7 @@ from partitions.manifest import Piece, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips
 from ssl_core.downstream.clips import Clip, TaskData, Trial
-from ssl_core.downstream.tasks.corpus_files import (
+from ssl_core.downstream.corpora.corpus_files import (
     check_folder,
     folders,
     headers,
