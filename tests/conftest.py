@@ -1,6 +1,5 @@
 """Small corpora in LibriSpeech's layout, made by the tests themselves, and a cache of their own."""
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +26,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def shared_estimates(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep estimates of memory, which follow from the code alone, for the tests of all workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "estimates"
-    folder.mkdir(exist_ok=True)
+def shared_estimates(cache: Path, pytestconfig: pytest.Config) -> None:
+    """Keep estimates of memory, which follow from the code alone, for all tests and later runs."""
     (cache / "shortwave").mkdir(parents=True, exist_ok=True)
-    (cache / "shortwave" / "estimates").symlink_to(folder)
+    kept = pytestconfig.cache.mkdir("estimates") if pytestconfig.cache else cache / "kept"
+    (cache / "shortwave" / "estimates").symlink_to(kept)
 
 
 @pytest.fixture

@@ -243,6 +243,7 @@ def distance(one: Message, other: Message) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.slow
 def test_a_client_plans_its_step_for_the_memory_it_is_given(
     ask: Callable[..., Message],
 ) -> None:

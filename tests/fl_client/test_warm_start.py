@@ -123,6 +123,7 @@ def test_a_killed_app_is_noticed_and_the_next_one_runs(device: Device) -> None:
         device.end()
 
 
+@pytest.mark.slow
 @linux
 def test_it_ends_with_the_device_and_leaves_nothing(device: Device) -> None:
     (waiting,) = device.children()

@@ -25,6 +25,7 @@ def settings(**changes: object) -> PretrainingFederation:
     return found
 
 
+@pytest.mark.slow
 def test_devices_are_dealt_by_the_seed() -> None:
     first, again, other = (make_fleet(settings(seed=seed)).devices for seed in (0, 0, 3))
     assert first == again
@@ -58,6 +59,7 @@ def test_a_wrong_fleet_is_refused(fleet: str, reason: str) -> None:
         make_fleet(settings(fleet=fleet))
 
 
+@pytest.mark.slow
 def test_a_device_that_nothing_fits_stops_the_run_and_says_what_would() -> None:
     with pytest.raises(UsageError, match=r"nothing fits rpi4-2gb.*would fit: the model tiny"):
         make_fleet(settings(model="base", fleet="rpi4-2gb:4"))

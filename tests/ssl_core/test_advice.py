@@ -37,6 +37,7 @@ def tiny(**changes: object) -> Request:
     return Request(**{**given, **changes})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_length_matches_the_task() -> None:
     for task, length in MATCHED.items():
         assert advise(PI, tiny(lengths=candidate_lengths(None, task))).plan.length == length
@@ -51,6 +52,7 @@ def test_a_length_that_is_given_is_the_only_candidate() -> None:
     assert list(candidate_lengths(None, "speaker", longest=7.0)) == [5.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_free_length_is_the_longest_that_fits_memory_and_time() -> None:
     assert advise(PI, tiny(lengths=LENGTHS)).plan.length == 15.0
     limited = advise(PI, tiny(lengths=LENGTHS, time_limit=7.0))
@@ -79,6 +81,7 @@ def test_messages_take_room_where_they_are_in_the_same_memory() -> None:
     assert "message buffers" not in alone.estimate.parts | card.estimate.parts
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_what_would_is_named() -> None:
     full = dataclasses.replace(PI, memory=Size(PI.memory - 4700 * MIB))
     request = Request(work=BASE, lengths=(15.0,), batches=(1,))
@@ -108,6 +111,7 @@ def test_the_options_ask_for_the_same_plan() -> None:
     assert settings.step_plan() == plan
 
 
+@pytest.mark.slow
 def test_seconds_come_from_the_paper() -> None:
     errors = []
     for cell in paper_cells():
@@ -139,6 +143,7 @@ def test_the_largest_cell_of_the_paper_fits_when_it_is_planned(device: str, prec
     assert decision.chosen.estimate.total <= profile.process_bytes
 
 
+@pytest.mark.slow
 def test_the_command_plans_explains_and_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

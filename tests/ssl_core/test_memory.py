@@ -36,6 +36,7 @@ def test_the_parts_have_the_sizes_they_must_have() -> None:
     assert bytes_["optimizer state"] < 0.4 * parts["optimizer state"]
 
 
+@pytest.mark.slow
 def test_every_way_to_save_memory_saves_it() -> None:
     plan = Plan(length=5.0, batch=4)
     whole = peak(plan)
@@ -49,6 +50,7 @@ def test_every_way_to_save_memory_saves_it() -> None:
     assert trace(dropping, kept).peak > trace(dropping, plan).peak
 
 
+@pytest.mark.slow
 def test_an_estimate_allocates_nothing() -> None:
     trace(TINY, Plan(length=1.0, batch=1))  # what is imported late
     before = psutil.Process().memory_info().rss
@@ -76,6 +78,7 @@ def test_the_measured_peak_is_below_the_estimate_and_near_it(
     assert 0.85 * expected.total < measured.peak <= expected.total
 
 
+@pytest.mark.slow
 def test_the_fastest_plan_that_fits_is_chosen() -> None:
     plan = Plan(length=5.0, batch=8)
     rungs = [rung.plan for rung in ladder(plan, TINY)]
@@ -96,6 +99,7 @@ def test_the_fastest_plan_that_fits_is_chosen() -> None:
     assert "at a time" in describe(tight.chosen.plan)
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_the_missing_memory_is_named() -> None:
     decision = Decision(TINY, Plan(length=15.0, batch=4), 500 * MIB)
     assert decision.chosen is None

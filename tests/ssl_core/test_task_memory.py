@@ -130,6 +130,7 @@ def test_the_ladder_of_an_unfrozen_task() -> None:
         free.validate(rung)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1.0, 5.0])
 def test_the_fastest_plan_of_a_task_that_fits_is_chosen(length: float) -> None:
     task, plan = work(share="backbone"), Plan(length=length, batch=8)
@@ -224,6 +225,7 @@ def test_the_command_regenerates_table_3_and_figure_3(
     assert (tmp_path / "figure3.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--device", "rpi4", "--model", "tiny", "--task", "kws12", "--length", "1s"]
     assert main([*own, "--unfrozen", "--batch", "1", "--json"]) == 0
@@ -237,6 +239,7 @@ def test_the_command_plans_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "32 x 1s in fp32" in printed
 
 
+@pytest.mark.slow
 def test_bad_requests_say_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match=r"no task 'kws'.*did you mean 'kws"):
         main(["--device", "rpi4", "--task", "kws", "--frozen"])

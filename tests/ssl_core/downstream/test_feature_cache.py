@@ -477,6 +477,7 @@ def test_stopped_it_keeps_what_was_computed(audio: Path, monkeypatch: pytest.Mon
     assert loader(audio).prepare(CLIPS, show=False) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["limit", "off", "place", "broken"])
 def test_training_goes_on_without_room(audio: Path, cache: Path, trouble: str) -> None:
     def trained(step: TaskStep, each: ClipLoader) -> dict[str, torch.Tensor]:
