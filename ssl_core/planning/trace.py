@@ -106,7 +106,7 @@ class LiveMemory(Scalars):
     ) -> Any:
         """Run an operation and track the tensors it returns."""
         if func is torch.ops.prim.device.default:  # more than half of all calls
-            return func(*args)
+            return args[0].device
         body = BODIES.get(func._name)
         if body is not None and func._name != "shortwave::keep_mask":
             result = self._run_body(func, body, args, kwargs or {})
