@@ -179,7 +179,7 @@ def request_of(settings: PlanSettings) -> Request:
 def plan_device(settings: PlanSettings) -> int:
     """Choose a plan for a device and print it; returns 1 if nothing fits."""
     profile, request = find_profile(settings.device, settings.devices), request_of(settings)
-    with Console(stderr=True).status("estimating memory by running the step on fake tensors"):
+    with Console(stderr=True).status("estimating memory by running the step without data"):
         advice = advise(profile, request)
     result = advice_result(advice) | {
         "model": settings.model,

@@ -15,7 +15,6 @@ from ssl_core.downstream.sharing import divide
 from ssl_core.downstream.task_model import RANDOM, TaskModel, Upstream
 from ssl_core.downstream.task_recipe import Share, TaskRecipe, recipe_of
 from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
-from ssl_core.planning.fake_tensors import count_parameters
 from ssl_core.planning.ladder import (
     RECOMPUTED_ATTENTION,
     SPLIT,
@@ -23,6 +22,7 @@ from ssl_core.planning.ladder import (
     with_layers_recomputed,
     with_memory_given_back,
 )
+from ssl_core.planning.shape_tensors import count_parameters
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Batches, Rung, Started
 from ssl_core.training.pretraining_work import step_options

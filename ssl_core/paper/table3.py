@@ -12,7 +12,6 @@ from importlib import resources
 from typing import Literal
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from ssl_core.downstream.task_work import (
     TaskWork,
@@ -102,16 +101,17 @@ def _need(task: str, batch: int, unfrozen: bool, accelerator: Accelerator) -> in
 def trace_head(work: TaskWork, plan: Plan) -> dict[str, int]:
     """Trace the bytes of a head trained on cached features, by part."""
     memory, work = LiveMemory(), dataclasses.replace(work, share="none", cached=True)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with memory:
+        memory.label("backbone")
         model = make_model(work)
-        with memory:
-            memory.label("parameters")
-            for parameter in model.head.parameters():
-                memory.follow(parameter)
-            memory.label("optimizer state")
-            step = make_step(model, work, plan)
-            memory.label("activations")
-            step.update(make_batch(step, work, torch.zeros), 0, learning_rates(work))
+        for parameter in model.head.parameters():
+            memory.rename(parameter, "parameters")
+        memory.peak = 0
+        memory.label("optimizer state")
+        step = make_step(model, work, plan)
+        memory.label("activations")
+        step.update(make_batch(step, work, torch.zeros), 0, learning_rates(work))
     parts = memory.peak_parts
     fixed = {name: parts.get(name, 0) for name in ("parameters", "optimizer state")}
-    return fixed | {"activations": memory.peak - sum(fixed.values())}
+    others = memory.peak - parts["backbone"] - sum(fixed.values())
+    return fixed | {"activations": others}

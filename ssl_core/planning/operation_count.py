@@ -7,10 +7,9 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_core.planning.fake_tensors import Scalars
+from ssl_core.planning.shape_tensors import Shapes
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import without_layerdrop
 from ssl_core.planning.work import Work
@@ -35,13 +34,13 @@ def counter() -> FlopCounterMode:
 
 
 def count_operations(work: Work, plan: Plan) -> int:
-    """Count the operations of matrix products and convolutions in one update, on fake tensors.
+    """Count the operations of matrix products and convolutions in one update.
 
-    Operations that the plan recomputes are included.
+    The update runs on tensors without data. Operations that the plan recomputes are included.
     """
     work, plan = without_layerdrop(work), dataclasses.replace(plan, device="cpu")
     counted = counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), Scalars():
+    with Shapes():
         started = work.start(plan)
         with counted:
             started.update(0)

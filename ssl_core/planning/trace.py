@@ -1,21 +1,18 @@
-"""Traces the memory of a training step by running it on fake tensors.
+"""Traces the memory of a training step by running it on tensors without data.
 
-The real step runs once under torch's FakeTensorMode, which knows shapes and allocates nothing,
-while every storage is tracked from allocation to release. The estimate therefore includes all that
+The real step runs once on shapes alone, while the memory of each tensor is tracked from allocation
+to release. The estimate therefore includes all that
 the plan keeps, recomputes, casts or applies early, without a second description of the step.
 """
 
 import collections
 import dataclasses
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
-from ssl_core.planning.fake_tensors import Scalars
+from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import BODIES
@@ -25,15 +22,30 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_
 """On a CPU these hold copies of input, weights and output (or gradients) in oneDNN's layout."""
 
 
-class LiveMemory(Scalars):
-    """Tracks all storages allocated inside it, also inside the project's own operations."""
+class TrackedBlock(Block):
+    """Memory that counts in `LiveMemory` until the last tensor that uses it is gone."""
+
+    __slots__ = ("memory", "part")
+
+    def __init__(self, memory: "LiveMemory", size: int, part: str) -> None:
+        """Add `size` bytes, in whole pages, to the part."""
+        super().__init__(-(-size // PAGE) * PAGE)
+        self.memory, self.part = memory, part
+        memory.add(self.size, part)
+
+    def __del__(self) -> None:
+        """Release the memory."""
+        self.memory.subtract(self.size, self.part)
+
+
+class LiveMemory(Shapes):
+    """Tracks all memory allocated inside it, also inside the project's own operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
         self.peak_parts: dict[str, int] = {}
-        self._sizes: dict[int, tuple[int, str]] = {}
         self._parts: collections.Counter[str] = collections.Counter()
         self._label = "activations"
         self._body_bytes: dict[tuple[Any, ...], int] = {}
@@ -43,27 +55,27 @@ class LiveMemory(Scalars):
         self._label = name
 
     def rename(self, tensor: Tensor, part: str) -> None:
-        """Count a tracked tensor, of any shape `[...]`, as another part."""
-        key = tensor.untyped_storage()._cdata
-        size, before = self._sizes[key]
-        self._sizes[key] = (size, part)
-        self._parts[before] -= size
-        self._parts[part] += size
+        """Count a tensor made inside, of any shape `[...]`, as another part."""
+        block: TrackedBlock = tensor.block  # type: ignore[attr-defined]
+        self._parts[block.part] -= block.size
+        self._parts[part] += block.size
+        block.part = part
 
-    def follow(self, tensor: Tensor) -> None:
-        """Track the storage of a tensor, of any shape `[...]`; each storage counts once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        size = -(-storage.nbytes() // PAGE) * PAGE
-        part = self._part
-        self._sizes[key] = (size, part)
+    def take(self, size: int) -> TrackedBlock:
+        """Return memory of `size` bytes for a new tensor, and track it."""
+        return TrackedBlock(self, size, self._part)
+
+    def add(self, size: int, part: str) -> None:
+        """Count `size` bytes more in a part."""
         self._parts[part] += size
         self.live += size
-        weakref.finalize(storage, self._forget, key)
         if self.live > self.peak:
             self.peak, self.peak_parts = self.live, dict(self._parts)
+
+    def subtract(self, size: int, part: str) -> None:
+        """Count `size` bytes less in a part."""
+        self._parts[part] -= size
+        self.live -= size
 
     @property
     def _part(self) -> str:
@@ -75,7 +87,7 @@ class LiveMemory(Scalars):
 
         The temporary memory of an operation depends on shapes alone.
         """
-        key = (func._name, *(_signature(argument) for argument in args))
+        key = (func, *arguments_key(args, []))
         entry = self.live
         if key not in self._body_bytes:
             peak, parts = self.peak, self.peak_parts
@@ -92,11 +104,6 @@ class LiveMemory(Scalars):
             self.peak_parts[self._part] = self.peak_parts.get(self._part, 0) + taken
         return super().__torch_dispatch__(func, (), args, kwargs)
 
-    def _forget(self, key: int) -> None:
-        size, part = self._sizes.pop(key)
-        self._parts[part] -= size
-        self.live -= size
-
     def __torch_dispatch__(
         self,
         func: Any,
@@ -104,17 +111,11 @@ class LiveMemory(Scalars):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation and track the tensors it returns."""
-        if func is torch.ops.prim.device.default:  # more than half of all calls
-            return args[0].device
+        """Run an operation on shapes, with the memory that it holds while it runs."""
         body = BODIES.get(func._name)
         if body is not None and func._name != "shortwave::keep_mask":
-            result = self._run_body(func, body, args, kwargs or {})
-        else:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.follow(leaf)
+            return self._run_body(func, body, args, kwargs or {})
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func in _CONVOLUTIONS:
             involved = [x for x in (*args[:3], result) if isinstance(x, Tensor) and x.dim() > 1]
             with self:
@@ -123,15 +124,8 @@ class LiveMemory(Scalars):
         return result
 
 
-def _signature(argument: Any) -> Any:
-    """A cache key: shape, strides and type of a tensor; any other argument itself."""
-    if isinstance(argument, Tensor):
-        return tuple(argument.shape), argument.stride(), argument.dtype
-    return tuple(argument) if isinstance(argument, list) else argument
-
-
 def trace(work: Work, plan: Plan) -> LiveMemory:
-    """Run one update on fake tensors and track live memory by part.
+    """Run one update on tensors without data and track live memory by part.
 
     All layers run: layerdrop would only need less. Shapes do not depend on the device. For a task
     with cached features, the pass through the frozen part comes first.
@@ -139,7 +133,7 @@ def trace(work: Work, plan: Plan) -> LiveMemory:
     work = without_layerdrop(work)
     plan = dataclasses.replace(plan, device="cpu")
     memory = LiveMemory()
-    with FakeTensorMode(allow_non_fake_inputs=True), memory:
+    with memory:
         memory.label("parameters")
         started = work.start(plan, label=memory.label, fake=True)
         _name_gradients(started.model, memory)

@@ -86,7 +86,7 @@ class Work(Protocol):
             plan: how a step is taken.
             label: called with the name of the part that is built next: "optimizer state",
                 "computing features", "activations".
-            fake: tensors have no data (torch's FakeTensorMode); a split batch then needs only two
+            fake: tensors have no data (`planning.shape_tensors`); a split batch then needs only two
                 micro-batches, since all that follow are like the second.
             batches: speech for pretraining; None for noise.
         """

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 
 from common.units import format_length
-from ssl_core.planning.fake_tensors import count_parameters
 from ssl_core.planning.ladder import (
     RECOMPUTED_ATTENTION,
     SPLIT,
@@ -15,6 +14,7 @@ from ssl_core.planning.ladder import (
     with_layers_recomputed,
     with_memory_given_back,
 )
+from ssl_core.planning.shape_tensors import count_parameters
 from ssl_core.planning.step_plan import Plan, StepOptions
 from ssl_core.planning.work import Batches, Rung, Started
 from ssl_core.training.pretraining_recipe import Recipe

@@ -1,50 +1,14 @@
-"""Completes torch's FakeTensorMode (shapes without data) so that a training step runs under it."""
+"""Outputs and temporary memory of operations for which torch has no meta kernel."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 LSTM_KEPT, LSTM_GATES = 5.05, 4
 """Memory of oneDNN's LSTM relative to its output: the workspace in use after the forward pass
 (measured with AVX-512; 4.2 with AVX2), and the gates of all frames while it runs."""
-
-
-class Scalars(TorchDispatchMode):
-    """Returns 1 when code reads the value of a fake tensor.
-
-    Integer tensors, which hold lengths, stay real as long as they are computed from real ones.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation; a value read from a fake tensor is 1."""
-        kwargs = kwargs or {}
-        if _is_integer_only(func, args, kwargs):
-            with no_dispatch():
-                return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].dtype.is_floating_point else 1
-        if func in _SHAPES:
-            with self:
-                return _SHAPES[func](*args)
-        return func(*args, **kwargs)
-
-
-def _is_integer_only(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation takes only real integer tensors, or creates an integer tensor."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not tensors:
-        return (
-            func.overloadpacket is torch.ops.aten.arange or kwargs.get("dtype") is torch.int64
-        ) and torch.device(kwargs.get("device") or "cpu").type == "cpu"
-    return not any(isinstance(x, FakeTensor) or x.dtype.is_floating_point for x in tensors)
 
 
 def _lstm(x: Tensor, weight: Tensor, recurrent: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -98,17 +62,10 @@ def _ctc_loss_backward(
     return torch.empty_like(logits)
 
 
-_SHAPES: dict[Any, Callable[..., Any]] = {
+SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
 }
-"""Outputs of operations that torch cannot run on fake tensors."""
-
-
-def count_parameters(build: Callable[[], nn.Module], trained_only: bool = False) -> int:
-    """Count the parameters, or only the trained ones, of a model built on fake tensors."""
-    with FakeTensorMode():
-        parameters = build().parameters()
-        return sum(p.numel() for p in parameters if p.requires_grad or not trained_only)
+"""Outputs of operations for which torch has no meta kernel."""
