@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from common.errors import ShortwaveError
+from common import stop
+from common.errors import Interrupted, ShortwaveError
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -53,16 +54,22 @@ def describe_os_error(error: OSError) -> str:
 
 
 def run(main: Main) -> NoReturn:
-    """Run a command and exit with its code: 0 done, 1 failed, 2 bad arguments, 130 stopped.
+    """Run a command and exit with its code.
+
+    0 done, 1 failed, 2 bad arguments, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 
     `SHORTWAVE_TRACEBACK=1` shows the traceback of an error instead of one line.
     """
     code = 1
+    stop.stop_on_sigterm()
     try:
         code = main(None) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = stop.exit_code()
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        code = stop.exit_code()
     except (ShortwaveError, OSError) as error:
         if os.environ.get("SHORTWAVE_TRACEBACK"):
             raise

@@ -21,6 +21,6 @@ class DataError(ShortwaveError):
 
 
 class Interrupted(ShortwaveError):
-    """The user stopped the run, which can be resumed (exit code 130)."""
+    """The run was stopped and can be resumed (exit code 130 after Ctrl-C, 143 after SIGTERM)."""
 
     exit_code = 130

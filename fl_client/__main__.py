@@ -15,23 +15,23 @@ from common.process_environment import restart
 if __name__ == "__main__":
     restart()  # here, as ClientApps are forked from this process
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from jsonargparse.typing import PositiveInt
 
 from common import command
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.options import settings_parser
 from common.settings import parse
+from common.stop import signals
 from common.units import Names, Seconds, Size
 from fl_client import warm_start
+from fl_client.client_state import default_folder
+from fl_client.contact import Watch, diagnose
 from fl_client.environment import be_lean, be_quiet
+from fl_client.identity import identity
+from fl_client.link_security import link_security
 from partitions.librispeech import list_audio
 from ssl_core.planning.device import AUTO
 from ssl_core.planning.device_profiles import find_profile
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ class DeviceSettings:
     checkpoint: Path | None = None
     """With --task: this device's copy of the backbone's directory; by default the path that the run
     names."""
+    threads: PositiveInt | None = None
+    """CPU threads of this device; by default the run's, or all cores."""
     pause_temperature: float = 0.0
     """Pause training while the device is hotter than so many degrees Celsius."""
     pause_load: float = 0.0
@@ -103,10 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = _check_data(options)
     if code:
         return code
-    security = _security(
+    security = link_security(
         options.superlink, options.root_certificates, options.insecure, options.key
     )
-    node = _node_config(options)
+    key, _lock = _number(options)
+    node = _node_config(options, key)
     be_quiet()
     be_lean()
     # SuperNode looks for flower-superexec on PATH; it lies beside this interpreter.
@@ -134,8 +137,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     from flwr.supernode.cli import flower_supernode
 
-    flower_supernode()
+    watch = Watch(options.superlink, options.root_certificates, _say)
+    watch.start()
+    with signals() as received:
+        try:
+            flower_supernode()
+        except SystemExit as end:  # Flower's own handling of a signal ends with code 0
+            if not (stopped := received()):
+                return end.code if isinstance(end.code, int) else 1
+            return 128 + stopped
+        except Exception as error:  # of the HTTP library, which Flower does not try again
+            if watch.met:
+                raise
+            found = diagnose(options.superlink, options.root_certificates)
+            raise DataError(f"no contact with the SuperLink: {error}; {found}") from None
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _check_data(options: DeviceSettings) -> int:
@@ -149,52 +169,26 @@ def _check_data(options: DeviceSettings) -> int:
     return subprocess.run(command_line).returncode
 
 
-def _security(
-    superlink: str, certificates: Path | None, insecure: bool, key: Path | None = None
-) -> list[str]:
-    host, colon, port = superlink.rpartition(":")
-    if not colon or not port.isdigit():
-        raise UsageError(f"--superlink '{superlink}' is not HOST:PORT, as in 192.168.1.10:8000")
-    if certificates is not None:
-        if insecure:
-            raise UsageError("--insecure and --root-certificates exclude each other")
-        if not certificates.is_file():
-            raise UsageError(f"--root-certificates {certificates}: no such file")
-        security = ["--root-certificates", str(certificates)]
-        if key is not None:
-            _check_key(key)
-            security += ["--auth-supernode-private-key", str(key)]
-        return security
-    if key is not None:
-        raise UsageError(
-            "--key proves who this node is over an encrypted connection only: give "
-            "--root-certificates ca.crt of the SuperLink with it"
-        )
-    if insecure or host in LOOPBACK:
-        return ["--insecure"]
-    raise UsageError(
-        f"the connection to {superlink} leaves this machine and would not be encrypted: give "
-        "--root-certificates ca.crt of the SuperLink (`python -m fl_server certificates` makes "
-        "one there), or --insecure if the network is your own"
-    )
+def _number(options: DeviceSettings) -> tuple[int, object]:
+    """The number of a device without a partition, and a lock on it; 0 with one."""
+    if options.partition:
+        return 0, None
+    data = str(Path(options.data or "").resolve())
+    what = f"{data}\t{options.subset}\t{options.speakers}"
+    former = 1_000_000 + zlib.crc32(f"{socket.gethostname()}\t{what}".encode()) % 1_000_000_000
+    found = identity(options.state or default_folder(), what, former)
+    if found.note:
+        print(found.note, flush=True)
+    return found.number, found.lock
 
 
-def _check_key(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"--key {path}: no such file")
-    try:
-        key = load_ssh_private_key(path.read_bytes(), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp384r1":
-        raise UsageError(
-            f"--key {path}: not an ECDSA P-384 private key in OpenSSH's format without a "
-            "passphrase; `python -m fl_server certificates` makes one"
-        )
+def _node_config(options: DeviceSettings, key: int = 0) -> str:
+    """Flower's node config, as text: the values by which this device differs from others.
 
-
-def _node_config(options: DeviceSettings) -> str:
-    """Flower's node config, as text: the values by which this device differs from others."""
+    Args:
+        options: of the command.
+        key: the device's number, unless it has a partition.
+    """
     partition, speakers, subset = options.partition, str(options.speakers), str(options.subset)
     folder = str(Path(options.data or "").resolve())
     values: dict[str, str | int | float] = {"device": options.device, "data": folder}
@@ -206,8 +200,7 @@ def _node_config(options: DeviceSettings) -> str:
             raise UsageError(f"--partition '{partition}' is not I/N with I from 0 to N - 1")
         values |= {"partition-id": int(match[1]), "num-partitions": int(match[2])}
     else:
-        identity = f"{socket.gethostname()}\t{folder}\t{subset}\t{speakers}"
-        values["client-key"] = 1_000_000 + zlib.crc32(identity.encode()) % 1_000_000_000
+        values["client-key"] = key
     if speakers:
         values["speakers"] = speakers
     if options.checkpoint:
@@ -220,6 +213,7 @@ def _node_config(options: DeviceSettings) -> str:
     limits: dict[str, int | float | None] = {
         "memory": memory,
         "length": options.length,
+        "threads": options.threads,
         "pause-temperature": options.pause_temperature,
         "pause-load": options.pause_load,
         "pause-memory": options.pause_memory,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import command
 from common.units import Names
+from ssl_core.downstream.metrics import require_error_rates
 from ssl_core.downstream.task_corpus import TRAIN, read_task
 from ssl_core.downstream.task_recipe import recipe_of
 from ssl_core.training import hf_checkpoint
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task, data, subset, checkpoint = arguments or sys.argv[1:]
     train = Names.parse(subset) or TRAIN
     recipe = recipe_of(task)
+    if recipe.transcribes:
+        require_error_rates()
     found = read_task(task, Path(data), recipe, seed=0, train=train, valid=(), test=())
     if checkpoint:
         hf_checkpoint.load_config(Path(checkpoint))

@@ -61,7 +61,11 @@ def answering(handler: Handler) -> Handler:
 @app.query()
 @answering
 def describe(message: Message, context: Context) -> Message:
-    """Answer with this client's number and how much audio it has."""
+    """Answer with this client's number and how much audio it has; or show a notice."""
+    told = protocol.notice_text(message.content.config_records.get(protocol.INSTRUCTIONS) or {})
+    if told:
+        log.warning("%s", told)
+        return Message(RecordDict({protocol.METRICS: MetricRecord({})}), reply_to=message)
     settings = from_run_config(context.run_config)
     if isinstance(settings, TaskFederation):
         clips = client_clips(context.node_config, settings)

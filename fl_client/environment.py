@@ -1,4 +1,4 @@
-"""Environment variables for Flower and Ray: no telemetry, and freed memory returned.
+"""Environment variables for Flower and Ray: no telemetry, no proxy to oneself, memory returned.
 
 `eval "$(python -m fl_client.environment)"` sets them in a shell, for `flower-superlink` and `flwr`.
 In Python, set them before importing either.
@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import os
 import platform
+import shlex
+from collections.abc import Mapping
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -24,10 +26,32 @@ _NUMBERS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
 """Numbers of these options for `mallopt` (glibc's malloc.h)."""
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_NO_PROXY = ("no_proxy", "NO_PROXY")
+"""Both are read, by different libraries; of two values Python takes the first."""
+
+
 def be_quiet() -> None:
-    """Set each variable of `QUIET` that the user has not set."""
+    """Set each variable of `QUIET` that the user has not set, and exempt this machine from proxies.
+
+    A SuperNode and its ClientApps exchange weights and updates on 127.0.0.1 in clear text, which an
+    HTTP proxy must never see.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(without_proxies(os.environ))
+
+
+def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which programs reach this machine directly, whatever proxy is set.
+
+    Args:
+        environment: hosts that it already exempts stay exempt.
+    """
+    given = [environment.get(name, "") for name in _NO_PROXY]
+    hosts = [host.strip() for text in given for host in text.split(",") if host.strip()]
+    exempt = ["*"] if "*" in hosts else dict.fromkeys([*hosts, *LOOPBACK])
+    return dict.fromkeys(_NO_PROXY, ",".join(exempt))
 
 
 def be_lean() -> None:
@@ -42,5 +66,5 @@ def be_lean() -> None:
 
 
 if __name__ == "__main__":
-    for name, value in (QUIET | LEAN).items():
-        print(f"export {name}={value}")
+    for name, value in (QUIET | LEAN | without_proxies(os.environ)).items():
+        print(f"export {name}={shlex.quote(value)}")

@@ -31,8 +31,9 @@ class FederationSettings(ComputeSettings):
     """Size of the cohort of a round."""
     local_updates: int = 2
     """Updates a client takes in a round."""
-    threads: int = 1
-    """CPU threads of a client's step. Part of the result's last bits, so not tied to --workers."""
+    threads: int = 0
+    """CPU threads of a client's step; 0 is all cores of a device, and one in a simulation. Part of
+    the result's last bits, so not tied to --workers."""
     model: str = "base"
     """Preset: `base` or `tiny`."""
     subset: Names = Names()

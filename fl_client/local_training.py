@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from flwr.app import ArrayRecord
 
 from fl_client import updates
@@ -22,6 +21,7 @@ from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
 from ssl_core.training.pretraining_step import PretrainingStep, StepReport
 from ssl_core.training.pretraining_work import PretrainingWork
+from ssl_core.training.torch_device import use_threads
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 
@@ -76,8 +76,7 @@ def train_round(
     plan = budget.change(settings.step_plan())
     work.validate(plan)
     chosen = RoundPlan(work, plan, budget, updates.size(weights))
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    use_threads(plan.threads)
     model = _resident_model(settings.architecture)
     # Move first: the exchange refers to the model's tensors, and a later move would replace them.
     model.to(plan.device)

@@ -1,5 +1,7 @@
 """Messages of server and clients: record names, instructions, the fixed lists of metrics."""
 
+from collections.abc import Mapping
+
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import ShortwaveError
@@ -83,6 +85,43 @@ INFO_METRICS = ("partition", "crops", "seconds")
 """The only numbers that leave a client when it describes itself."""
 
 
+NOTICE = "notice"
+"""What a query asks that only tells the device's owner something."""
+_NOTICES = {
+    "double": "another device has the same number as this one, {number}: only one of them takes "
+    "part. If this card or its state was copied from another device, stop this one, remove "
+    "identity-*.json from its state folder (--state) and start it again; with --partition, give "
+    "each device its own",
+    "version": "the server does not understand this device: install the same version of Shortwave "
+    "on both",
+    "rejected": "the server could not use this device's update of round {number}; its log says why",
+}
+
+
+def notice(name: str, number: int = 0) -> ConfigRecord:
+    """A query that shows its owner one of a fixed list of notices, since servers are not trusted.
+
+    Args:
+        name: `double`, `version` or `rejected`.
+        number: of the device or round that the notice names.
+    """
+    return instructions(ask=NOTICE, notice=name, number=number)
+
+
+def notice_text(values: Mapping[str, object]) -> str:
+    """The text of a notice; empty for any other query.
+
+    Raises:
+        ProtocolError: an unknown notice.
+    """
+    if values.get("ask") != NOTICE:
+        return ""
+    text, number = _NOTICES.get(str(values.get("notice"))), values.get("number")
+    if text is None or not isinstance(number, int):
+        raise ProtocolError("an unknown notice")
+    return text.format(number=number)
+
+
 def metrics_of(task: str) -> tuple[str, ...]:
     """Names of the metrics sent with an update; `task` is empty in pretraining."""
     return TASK_METRICS if task else TRAIN_METRICS
@@ -106,7 +145,7 @@ def instructions(**values: int | float | str) -> ConfigRecord:
             (round to whose weights they are added; -1 for whole weights), `folded_round` (last
             round in which this client's update was folded; -1 for none) and, for a task, `backbone`
             (digest of the backbone that all clients start from). A query has only
-            `ask="describe"`.
+            `ask="describe"`, or is a `notice`.
     """
     return ConfigRecord(dict(values))
 

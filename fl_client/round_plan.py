@@ -28,13 +28,15 @@ class Budget(NamedTuple):
     """Bytes for this process, for which the step is planned; 0 plans nothing."""
     length: float = 0.0
     """Seconds in a crop, at most the run's; 0 is the run's."""
+    threads: int = 0
+    """CPU threads; 0 is the run's."""
     plan: str = ""
     """JSON of plan settings, where the step was planned elsewhere (a simulated fleet)."""
     live: bool = False
     """Whether the memory is this machine's own, to be watched while training."""
 
     def change(self, plan: Plan) -> Plan:
-        """A run's plan with the device's own length and what was planned for it elsewhere.
+        """A run's plan with the device's own length and threads, and what was planned elsewhere.
 
         Raises:
             UsageError: the device's length is longer than the run's.
@@ -46,6 +48,8 @@ class Budget(NamedTuple):
                     f"{format_length(plan.length)}: sequences are cut to that"
                 )
             plan = dataclasses.replace(plan, length=self.length)
+        if self.threads:
+            plan = dataclasses.replace(plan, threads=self.threads)
         return dataclasses.replace(plan, **json.loads(self.plan)) if self.plan else plan
 
 
@@ -59,15 +63,16 @@ def to_json(plan: Plan) -> str:
 
 
 def budget_of(node: Mapping[str, Any]) -> Budget:
-    """The budget by Flower's node config: `memory`, `length`; device `auto` is read live.
+    """The budget by Flower's node config: `memory`, `length`, `threads`; `auto` is read live.
 
     Raises:
         DataError: this machine's limits cannot be read.
     """
     memory, length = int(node.get("memory", 0)), float(node.get("length", 0.0))
+    threads = int(node.get("threads", 0))
     if memory or node.get("device") != AUTO:
-        return Budget(memory, length, str(node.get("plan", "")))
-    return Budget(this_machine().process_bytes, length, live=True)
+        return Budget(memory, length, threads, str(node.get("plan", "")))
+    return Budget(this_machine().process_bytes, length, threads, live=True)
 
 
 class RoundPlan:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_step import TaskReport, TaskStep
 from ssl_core.downstream.task_work import TaskWork
 from ssl_core.planning.step_plan import Plan
+from ssl_core.training.torch_device import use_threads
 
 PERSONAL = "personal"
 """Kind of the files with a client's personal part."""
@@ -118,8 +118,7 @@ def train_task_round(
     """
     started = time.monotonic()
     plan = settings.step_plan()
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    use_threads(budget.threads or plan.threads)
     same = dataclasses.replace(settings, data=None, output=None, resume=None)
     own = resident(same, len(clips.labels))
     chosen = _round_plan(own, clips, settings, plan, budget, updates.size(weights))

@@ -36,7 +36,6 @@ IMPORTED = (
     "flwr.app",
     "flwr.clientapp",
     "flwr.supernode.cli",
-    "jiwer",
     "jsonargparse",
     "numpy.random",
     "psutil",

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from common.atomic import write_text
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from fl_client.federation_settings import TaskFederation
 
 REPORT, FIGURE = "personal.json", "personal.png"
@@ -61,8 +61,20 @@ def write_personal_report(
     lines += [f"  client {key}: none of its test clips can be used, not scored" for key in unscored]
     if not keys:
         return [*lines, "no client could be evaluated"]
+    _plot_scores(folder / FIGURE, keys, scores, name)
+    lines.append(
+        f"{settings.method}, {len(keys)} clients on their own clips: {name} "
+        f"{100 * scores.mean():.2f} % (spread {100 * scores.std():.2f}, from "
+        f"{100 * scores.min():.1f} to {100 * scores.max():.1f})"
+    )
+    return lines
+
+
+@plots
+def _plot_scores(path: Path, keys: list[int], scores: NDArray[np.float64], name: str) -> None:
+    """Plot the score of each client, `[client]`."""
     shown = min(len(keys), _NAMED)
-    figure = Figure(figsize=(max(5.0, 0.22 * shown + 3), 3.4), layout="constrained")
+    figure = new_figure(max(5.0, 0.22 * shown + 3), 3.4)
     axes = figure.subplots()
     places = range(len(keys))
     if len(keys) <= _NAMED:
@@ -75,10 +87,4 @@ def write_personal_report(
     axes.set_ylabel(f"{name} on its own clips (%)")
     axes.tick_params(axis="x", rotation=90)
     axes.legend()
-    save_figure(figure, folder / FIGURE)
-    lines.append(
-        f"{settings.method}, {len(keys)} clients on their own clips: {name} "
-        f"{100 * scores.mean():.2f} % (spread {100 * scores.std():.2f}, from "
-        f"{100 * scores.min():.1f} to {100 * scores.max():.1f})"
-    )
-    return lines
+    save_figure(figure, path)

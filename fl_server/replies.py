@@ -1,9 +1,9 @@
-"""Sends messages over a Flower Grid and yields the replies as they come."""
+"""Sends messages and notices over a Flower Grid, and yields the replies as they come."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fl_client import protocol
@@ -11,6 +11,8 @@ from fl_client.protocol import ProtocolError
 
 _SHORTEST_PAUSE = 0.02
 _LONGEST_PAUSE = 1.0
+_TOLD_IN = 30.0
+"""Seconds for connected devices to confirm a notice."""
 _PAUSE = 0.01
 """Seconds between two polls for each reply awaited, within the limits above."""
 
@@ -56,6 +58,25 @@ def replies_of(
         elif waiting:
             wait(pause)
             pause = min(pause * 1.5, max(0.25, _PAUSE * len(waiting)), _LONGEST_PAUSE)
+
+
+def tell(grid: Grid, nodes: Iterable[int], notice: ConfigRecord) -> set[int]:
+    """Show the owners of devices a notice; the nodes that have confirmed it.
+
+    Args:
+        grid: connects to the clients.
+        nodes: whom to tell.
+        notice: see `protocol.notice`.
+    """
+    messages = [
+        Message(
+            RecordDict({protocol.INSTRUCTIONS: notice}), node, MessageType.QUERY, group_id="notice"
+        )
+        for node in nodes
+    ]
+    if not messages:
+        return set()
+    return {node for node, reply in replies_of(grid, messages, _TOLD_IN) if not reply.has_error()}
 
 
 def metrics_in(reply: Message, names: tuple[str, ...]) -> dict[str, float]:

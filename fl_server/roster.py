@@ -12,7 +12,7 @@ from common.errors import ShortwaveError
 from fl_client import protocol
 from fl_client.federation_settings import RunSettings
 from fl_client.protocol import ProtocolError
-from fl_server.replies import metrics_in, replies_of
+from fl_server.replies import metrics_in, replies_of, tell
 from ssl_core.training.randomness import generator
 
 _DOUBLE = "two clients say they are number"
@@ -50,6 +50,8 @@ class Roster:
         self.grid, self.settings, self.say = grid, settings, say
         self._known: dict[int, Client] = {}
         self._problems: dict[int, str] = {}
+        self._doubles: dict[int, int] = {}
+        """By node that was left out: the node that takes part in its place."""
 
     def gather(self) -> list[Client]:
         """Query every connected node until enough have answered; ordered by key.
@@ -85,11 +87,11 @@ class Roster:
         there = set(self.grid.get_node_ids())
         for node in [node for node in self._known if node not in there]:
             self.say(f"client {self._known.pop(node).key} has gone")
-        # A restarted device has a new node id while its old one may still be listed: ask again.
+        self._doubles = {node: kept for node, kept in self._doubles.items() if kept in there}
         self._problems = {
             node: text
             for node, text in self._problems.items()
-            if node in there and not text.startswith(_DOUBLE)
+            if node in there and (node in self._doubles or not text.startswith(_DOUBLE))
         }
         before = set(self._known)
         clients = self.gather()
@@ -107,6 +109,8 @@ class Roster:
             except ProtocolError as error:
                 self._problems[node] = str(error)
                 self.say(f"a client cannot take part: {error}")
+                if not reply.has_error():
+                    tell(self.grid, [node], protocol.notice("version"))
                 continue
             self._known[node] = Client(
                 int(values["partition"]), node, int(values["crops"]), values["seconds"]
@@ -115,15 +119,33 @@ class Roster:
 
     def _without_doubles(self) -> list[Client]:
         """One client for each key, ordered by key: two would count the same audio twice."""
-        chosen: dict[int, Client] = {}
+        by_key: dict[int, list[Client]] = {}
         for client in sorted(self._known.values(), key=lambda client: client.node):
-            if client.key in chosen:
-                self._problems[client.node] = f"{_DOUBLE} {client.key}"
-                self.say(f"{self._problems[client.node]}; only one of them takes part")
-                self._known.pop(client.node)
-            else:
-                chosen[client.key] = client
-        return [chosen[key] for key in sorted(chosen)]
+            by_key.setdefault(client.key, []).append(client)
+        return [self._one_of(by_key[key]) for key in sorted(by_key)]
+
+    def _one_of(self, same: list[Client]) -> Client:
+        """The one of several clients with the same key that takes part.
+
+        A restarted device has a new node id while its old one may still be listed: that one does
+        not answer. Who does is told.
+        """
+        if len(same) == 1:
+            return same[0]
+        key = same[0].key
+        notice = protocol.notice("double", key)
+        there = tell(self.grid, [client.node for client in same], notice)
+        kept = next((client for client in same if client.node in there), same[-1])
+        for client in same:
+            if client is kept:
+                continue
+            self._known.pop(client.node)
+            if client.node not in there:
+                self._problems[client.node] = f"client {key} does not answer as this node any more"
+                continue
+            self._problems[client.node], self._doubles[client.node] = f"{_DOUBLE} {key}", kept.node
+            self.say(f"{_DOUBLE} {key}; only one of them takes part, both are told")
+        return kept
 
 
 def choose_cohort(clients: list[Client], settings: RunSettings, number: int) -> list[Client]:

@@ -18,7 +18,7 @@ from fl_client.federation_settings import RunSettings, TaskFederation
 from fl_client.protocol import ProtocolError
 from fl_server.broadcast import PREFIX, WHOLE, Broadcast
 from fl_server.fold import RejectedUpdate
-from fl_server.replies import metrics_in, replies_of
+from fl_server.replies import metrics_in, replies_of, tell
 from fl_server.roster import Client, RoundFailed, choose_cohort
 from fl_server.round_updates import RoundUpdates
 from fl_server.server_optimizer import ServerOptimizer
@@ -147,7 +147,7 @@ class Federation:
         def refuse(key: int, reason: str) -> None:
             failures.append(f"client {key}: {reason}")
 
-        silent = self._collect(grid, messages, clients, take, refuse)
+        silent = self._collect(grid, messages, clients, take, refuse, number)
         if silent:
             failures.append(f"{len(silent)} clients did not answer")
         return found, tuple(sorted(failures))
@@ -235,7 +235,7 @@ class Federation:
             if observer is not None:
                 observer.replied(key, None, reason)
 
-        silent = self._collect(grid, messages, cohort, take, refuse)
+        silent = self._collect(grid, messages, cohort, take, refuse, received.number)
         limited = self.settings.deadline or self.settings.patience
         why = "no answer in time" if limited else "the message could not be sent"
         for key in silent:
@@ -249,14 +249,25 @@ class Federation:
         clients: list[Client],
         take: Callable[[Client, Message], None],
         refuse: Callable[[int, str], None],
+        number: int,
     ) -> set[int]:
         """Send messages and pass each reply to `take`; the keys of clients that did not answer.
 
-        Where `take` raises, `refuse` gets the client's key and the reason.
+        Where `take` raises, `refuse` gets the client's key and the reason. The owner of a device
+        whose answer is refused is told.
+
+        Args:
+            grid: connects to the clients.
+            messages: for each client.
+            clients: those asked.
+            take: uses a reply.
+            refuse: notes a failure.
+            number: round, from 0.
         """
         by_node = {client.node: client for client in clients}
         silent = {client.key for client in clients}
         limit = self.settings.deadline or math.inf
+        rejected = []
         for node, reply in replies_of(grid, messages, limit, self.settings.patience):
             client = by_node[node]
             silent.discard(client.key)
@@ -264,7 +275,10 @@ class Federation:
                 take(client, reply)
             except (ProtocolError, RejectedUpdate) as error:
                 refuse(client.key, str(error))
+                if not reply.has_error():
+                    rejected.append(node)
             del reply  # before the next one comes
+        tell(grid, rejected, protocol.notice("rejected", number + 1))
         return silent
 
     def _require_enough(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
-from matplotlib.figure import Figure
 
 from common import atomic, command
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.options import Parser, settings_parser
 from common.settings import parse
 from common.units import Names, Seconds, format_length, format_seconds
@@ -159,13 +158,14 @@ def _split(arguments: Sequence[str] | None) -> None:
     )
 
 
+@plots
 def plot_clients(seconds: Sequence[float], path: Path) -> None:
     """Draw the audio of each client, from the one with most to the one with least.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = new_figure(8, 3.5)
     axes = figure.subplots()
     axes.bar(range(len(seconds)), sorted(seconds, reverse=True), width=1.0)
     axes.set(xlabel="client, by its audio", ylabel="audio (s)", xlim=(-0.5, len(seconds) - 0.5))

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.units import format_length, format_seconds
 from partitions.manifest import Manifest
 from partitions.sampling import SAMPLE_RATE
@@ -75,6 +74,7 @@ def sequence_seconds(manifest: Manifest) -> np.ndarray[tuple[int], np.dtype[np.f
     return np.array(samples, dtype=np.float64) / SAMPLE_RATE
 
 
+@plots
 def plot_lengths(manifests: list[Manifest], path: Path) -> None:
     """Plot the lengths of the utterances and of each recut set, as in the paper's Figure 1.
 
@@ -88,7 +88,7 @@ def plot_lengths(manifests: list[Manifest], path: Path) -> None:
     if manifests and manifests[0].utterance_lengths:
         source = np.array(manifests[0].utterance_lengths) / SAMPLE_RATE
         sets.insert(0, ("utterances", source))
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     counts, extremes = figure.subplots(1, 2, width_ratios=(3, 2))
     longest = max(float(lengths.max()) for _, lengths in sets)
     edges = np.arange(0, longest + 0.5, 0.25)

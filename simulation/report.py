@@ -3,10 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from common import atomic
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.units import format_bytes, format_seconds
 from fl_client.federation_settings import PretrainingFederation
 from partitions.manifest import Manifest
@@ -120,8 +118,9 @@ def _skips(skipped: dict[str, int]) -> str:
     return ", ".join(found) or "none"
 
 
+@plots
 def _plot_clients(owned: list[float], trained: list[float], path: Path) -> None:
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    figure = new_figure(11, 3.5)
     axes = figure.subplots()
     order = sorted(range(len(owned)), key=owned.__getitem__, reverse=True)
     axes.bar(range(len(order)), [owned[i] for i in order], color="0.8", label="audio")
@@ -134,8 +133,9 @@ def _plot_clients(owned: list[float], trained: list[float], path: Path) -> None:
     save_figure(figure, path)
 
 
+@plots
 def _plot_data(manifest: Manifest, parts: tuple[tuple[int, ...], ...], path: Path) -> None:
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = new_figure(11, 3.2)
     left, right = figure.subplots(1, 2)
     speakers = [len({manifest.sequences[i].speaker for i in part}) for part in parts]
     left.hist(speakers, bins=[n + 0.5 for n in range(max(speakers) + 1)], rwidth=0.9)

@@ -4,6 +4,7 @@ With `--task NAME` the clients fine-tune that task; `--task NAME --help` lists i
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ from fl_client.environment import be_quiet
 
 be_quiet()
 
-import ray  # noqa: E402
+try:
+    import ray
+except ImportError:
+    needed = "simulations need Ray: pip install ray, or install the extra `simulation`"
+    print(f"error: {needed}", file=sys.stderr)
+    sys.exit(2)
 from flwr.app import Context, RecordDict  # noqa: E402
 from jsonargparse.typing import PositiveInt  # noqa: E402
 
@@ -80,6 +86,7 @@ def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, s
         help="address of a Ray cluster to join; by default Ray starts here",
     )
     settings, others = parse(kind, parser, words)
+    settings = dataclasses.replace(settings, threads=settings.threads or 1)
     workers = others.get("workers") or min(os.cpu_count() or 1, settings.clients_per_round)
     return settings, workers, others.get("address", "")
 

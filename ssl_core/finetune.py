@@ -10,7 +10,6 @@ from common.process_environment import restart
 if __name__ == "__main__":
     restart()
 
-import torch
 from rich.console import Console
 
 from common import command
@@ -25,6 +24,7 @@ from ssl_core.downstream.finetune_run import finetune, over_folds
 from ssl_core.downstream.finetune_settings import FinetuneSettings
 from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.training.run_directory import RunDirectory, open_run
+from ssl_core.training.torch_device import use_threads
 
 SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
 
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         FinetuneSettings, prog="python -m ssl_core.finetune", description=__doc__, short=SHORT
     )
     settings, _ = parse(FinetuneSettings, parser, arguments)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     runs = [(fold, settings.read_data(fold)) for fold in settings.folds()]
     for _, data in runs:
         check(data, settings.recipe)

@@ -7,7 +7,6 @@ from common.process_environment import restart
 if __name__ == "__main__":
     restart()
 
-import torch
 
 from common import command
 from common.options import settings_parser
@@ -19,6 +18,7 @@ from ssl_core.training import checkpoint
 from ssl_core.training.central import CentralRun, CentralSettings, divide
 from ssl_core.training.crops import describe
 from ssl_core.training.run_directory import open_run
+from ssl_core.training.torch_device import use_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = settings_parser(CentralSettings, prog="python -m ssl_core.train", description=__doc__)
     settings, _ = parse(CentralSettings, parser, arguments)
     plan = settings.step_plan()
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    use_threads(plan.threads)
     root = settings.data or demo_corpus()
     print(describe(root, settings.data is None))
     manifest = prepare(root, settings.subset, settings.length, progress=True)

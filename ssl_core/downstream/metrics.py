@@ -1,12 +1,12 @@
 """Metrics of downstream tasks: accuracy, word, character and equal error rates."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import jiwer
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import DataError
+from common.errors import DataError, UsageError
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,7 +28,7 @@ def word_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> float:
         DataError: nothing to score.
     """
     _check_not_empty(expected)
-    return float(jiwer.wer(list(expected), list(predicted)))
+    return float(_jiwer().wer(list(expected), list(predicted)))
 
 
 def character_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> float:
@@ -38,7 +38,7 @@ def character_error_rate(expected: Sequence[str], predicted: Sequence[str]) -> f
         DataError: nothing to score.
     """
     _check_not_empty(expected)
-    return float(jiwer.cer(list(expected), list(predicted)))
+    return float(_jiwer().cer(list(expected), list(predicted)))
 
 
 def equal_error_rate(scores: Sequence[float], same: Sequence[bool]) -> tuple[float, float]:
@@ -81,3 +81,22 @@ def equal_error_rate(scores: Sequence[float], same: Sequence[bool]) -> tuple[flo
 def _check_not_empty(expected: Sequence[str]) -> None:
     if not expected:
         raise DataError("nothing to score")
+
+
+def require_error_rates() -> None:
+    """Check that word and character error rates can be computed.
+
+    Raises:
+        UsageError: jiwer is not installed.
+    """
+    _jiwer()
+
+
+def _jiwer() -> Any:
+    try:
+        import jiwer
+    except ImportError:
+        raise UsageError(
+            "tasks that transcribe need jiwer: pip install jiwer, or install the extra `tasks`"
+        ) from None
+    return jiwer

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from common.atomic import write_text
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Trial
 from ssl_core.downstream.scoring import Scored
@@ -57,20 +56,20 @@ def write_trials(folder: Path, trials: Sequence[Trial], cosines: Sequence[float]
     write_text(folder / PREDICTIONS, "\n".join(lines) + "\n")
 
 
-def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path | None:
+@plots
+def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> None:
     """Plot the confusion matrix, each row divided by its sum, to `confusion.png`.
+
+    With fewer than 2 or more than 60 classes there is no figure.
 
     Args:
         folder: of the results.
         scored: the clips.
         labels: all classes, in the order of rows and columns.
-
-    Returns:
-        The file, or None if fewer than 2 or more than 60 classes occur.
     """
     present = [label for label in labels if label in {*scored.expected, *scored.predicted}]
     if not 1 < len(present) <= _MOST_CLASSES:
-        return None
+        return
     places = {label: place for place, label in enumerate(present)}
     counts = np.zeros((len(present), len(present)))
     for expected, found in zip(scored.expected, scored.predicted, strict=True):
@@ -78,7 +77,7 @@ def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path 
             counts[places[expected], places[found]] += 1
     fractions = counts / counts.sum(1, keepdims=True).clip(1)
     side = max(4.0, 0.28 * len(present) + 2)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     image = axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues")
     axes.set_xticks(range(len(present)), present, rotation=90)
@@ -92,12 +91,11 @@ def plot_confusion(folder: Path, scored: Scored, labels: Sequence[str]) -> Path 
                 text = f"{int(counts[row, column])}"
                 axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="fraction of the clips of a class")
-    path = folder / "confusion.png"
-    save_figure(figure, path)
-    return path
+    save_figure(figure, folder / "confusion.png")
 
 
-def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> Path:
+@plots
+def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
     """Plot loss and metric by epoch to `curves.png`.
 
     Args:
@@ -105,7 +103,7 @@ def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) 
         rows: metrics of the epochs.
         metric: name of the recipe's metric.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     name = "accuracy" if metric == "eer" else metric
     panels = (
         ("loss (nats)", (("loss", "training"), ("valid_loss", "validation"))),
@@ -120,9 +118,7 @@ def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) 
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    path = folder / "curves.png"
-    save_figure(figure, path)
-    return path
+    save_figure(figure, folder / "curves.png")
 
 
 def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None:

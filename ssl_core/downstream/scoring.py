@@ -1,4 +1,7 @@
-"""Predictions of a model on clips, without dropout, and their scores."""
+"""Predictions of a model on clips, without dropout, and their scores.
+
+Slots are scored by the character error rate of transcripts with slots as tags.
+"""
 
 import dataclasses
 from collections.abc import Sequence

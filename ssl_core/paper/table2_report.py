@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.progress import track
 from common.units import format_bytes, format_length
 from ssl_core.paper.plain_step import plain_operations, plain_step
@@ -101,12 +100,13 @@ def table2_table(rows: Rows) -> Table:
     return table
 
 
+@plots
 def plot_table2(rows: Rows, path: Path) -> None:
     """Plot a panel for each device: the paper's outcomes, coloured by a plain step's need / room.
 
     Blue fits, red does not; a cell that disagrees with the paper is framed.
     """
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = new_figure(13, 5)
     panels = figure.subplots(2, 2).flat
     for axes, device in zip(panels, DEVICES, strict=True):
         own = [row for row in rows if row["device"] == device]
@@ -202,9 +202,10 @@ def figure2_table(rows: Rows) -> Table:
     return table
 
 
+@plots
 def plot_figure2(rows: Rows, path: Path) -> None:
     """Plot memory and operations against crop length, a line for each batch."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     panels = (("bytes", 2**30, "memory (GiB)"), ("operations", 1e12, "operations (TFLOP)"))
     for axes, (name, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for batch in BATCHES:

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.progress import track
 from common.units import format_bytes, format_length, format_seconds
 from ssl_core.downstream.task_work import task_work
@@ -132,9 +131,10 @@ def figure3_table(rows: Rows) -> Table:
     return table
 
 
+@plots
 def plot_figure3(rows: Rows, path: Path) -> None:
     """Plot memory over ten epochs, a panel for each task: predicted peaks, measured footprints."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(10, 3.8)
     for axes, task in zip(figure.subplots(1, len(FIGURE_TASKS)), FIGURE_TASKS, strict=True):
         for number, row in enumerate([row for row in rows if row["task"] == task]):
             colour = f"C{number}"

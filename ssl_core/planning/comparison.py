@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from common.errors import ShortwaveError
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 from common.units import format_bytes, format_length
 from ssl_core.planning.estimate import estimate
 from ssl_core.planning.measure import measure
@@ -72,9 +71,10 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
+@plots
 def plot_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot predicted against measured peaks, a point for each row."""
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    figure = new_figure(5, 4.5)
     axes = figure.subplots()
     points = [(r["measured"] / 2**30, r["predicted"] / 2**30) for r in rows if r["measured"]]
     axes.plot([x for x, _ in points], [y for _, y in points], "o", markersize=4, label="cells")

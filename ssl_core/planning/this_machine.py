@@ -30,6 +30,8 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
     """
     import torch
 
+    from ssl_core.planning.processor import cpu_precisions
+
     own = psutil.Process().memory_info().rss
     available = psutil.virtual_memory().available
     sources = {"memory": "available memory of this machine"}
@@ -39,9 +41,7 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
             sources = {"memory": f"limit of the memory cgroup {path}"}
     memory, clientapp = available + own, max(own, _CLIENTAPP)
     if not torch.cuda.is_available():
-        precisions: tuple[Precision, ...] = ("fp32",)
-        if torch.cpu._is_amx_tile_supported():
-            precisions = ("fp32", "bf16")
+        precisions: tuple[Precision, ...] = cpu_precisions()
         accelerator: Literal["cpu", "cuda"] = "cpu"
         shared = False
     else:

@@ -15,12 +15,12 @@ class ComputeSettings:
     micro_batch: int = 0
     """Crops or clips in memory at a time; 0 for the whole batch. Does not change the result."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Precision of matrix products; `bf16` and `fp16` are not exact; `auto`: bf16 if the device has
-    matrix units for it, else fp32."""
+    """Precision of matrix products; `bf16` and `fp16` are not exact; `auto`: bf16 if the device
+    multiplies faster in it, else fp32."""
     device: str = "auto"
     """Torch device; `auto` is CUDA if available, else the CPU."""
     threads: int = 0
-    """CPU threads; 0 for torch's choice."""
+    """CPU threads; 0 for all cores that the process may use."""
     seed: int = 0
     """Seed of everything random: weights, splits, cohorts, order, crops, masks, dropout."""
     plan: StepOptions = StepOptions()

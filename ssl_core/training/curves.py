@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from common.figures import save_figure
+from common.figures import new_figure, plots, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -24,6 +22,7 @@ _PANELS = (
 )
 
 
+@plots
 def plot_curves(
     runs: Mapping[str, Rows], path: Path, *, negatives: int, unit: str = "update"
 ) -> None:
@@ -35,7 +34,7 @@ def plot_curves(
         negatives: per masked frame, for the chance level.
         unit: label of the horizontal axis.
     """
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = new_figure(13, 3.8)
     for axes, (title, series) in zip(figure.subplots(1, 3), _PANELS, strict=True):
         for number, (run, rows) in enumerate(runs.items()):
             for name, label in series:

@@ -1,29 +1,40 @@
 """The run directory: configuration, metrics, TensorBoard events and checkpoints of a run."""
 
+import functools
 import json
+import logging
 import os
 import time
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TextIO
-
-from torch.utils.tensorboard import SummaryWriter
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from typing import IO, TYPE_CHECKING, Any
 
 from common import atomic
 from common.errors import DataError, UsageError
+from common.lock import Locked, lock
 from common.settings import flat
 from ssl_core.training.stored_settings import CONFIG, require_run, stored_settings
 
+if TYPE_CHECKING:  # a device has no TensorBoard
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("shortwave.run")
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOCK_WAIT = 60.0
-"""Seconds to wait for another process to release a run's lock."""
+"""Seconds to wait for another process to release a run's lock: a server that was killed may leave a
+child behind."""
+
+
+@functools.cache
+def _has_board() -> bool:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        log.warning("no TensorBoard events: it is missing (the extra `reports` has it)")
+        return False
+    return True
 
 
 class RunDirectory:
@@ -34,7 +45,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self._board: SummaryWriter | None = None
-        self._lock: TextIO | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, path: Path, config: str) -> "RunDirectory":
@@ -73,23 +84,12 @@ class RunDirectory:
         Raises:
             UsageError: another process holds the lock.
         """
-        if fcntl is None:
-            return
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115, held until close
-        end = time.monotonic() + LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() < end:  # a server that was killed may leave a child behind
-                    time.sleep(0.5)
-                    continue
-                raise UsageError(
-                    f"{self.path}: another process still writes into this run; end it first"
-                ) from None
-            except OSError:
-                return  # a file system without locks
+        try:
+            self._lock = lock(self.path / ".lock", LOCK_WAIT)
+        except Locked:
+            raise UsageError(
+                f"{self.path}: another process still writes into this run; end it first"
+            ) from None
 
     def identity(self) -> str:
         """The unique name of the run, created at its first use."""
@@ -104,7 +104,15 @@ class RunDirectory:
         if path.exists():
             rows = [row for row in self.metrics() if row["step"] < step]
             atomic.write_text(path, "".join(_line(row) for row in rows))
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        self._board = self._open_board(purge_step=step)
+
+    def _open_board(self, **options: Any) -> "SummaryWriter | None":
+        """TensorBoard's writer; None if TensorBoard is not installed."""
+        if not _has_board():
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.path / "tensorboard"), **options)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line of metrics, and the same numbers to TensorBoard."""
@@ -113,7 +121,9 @@ class RunDirectory:
             stream.flush()
             os.fsync(stream.fileno())
         if self._board is None:
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
+            self._board = self._open_board()
+        if self._board is None:
+            return
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)

@@ -1,11 +1,16 @@
-"""Chooses the torch device and precision of this machine."""
+"""Chooses the torch device, precision and number of threads of this machine."""
 
+import functools
+import logging
 from typing import Literal
 
 import torch
 
 from common.errors import UsageError
+from ssl_core.planning.processor import cpu_precisions, product_speed, usable_threads
 from ssl_core.planning.step_plan import Precision
+
+log = logging.getLogger("shortwave.device")
 
 
 def choose_device(name: str) -> str:
@@ -30,9 +35,50 @@ def choose_device(name: str) -> str:
 
 
 def choose_precision(name: Literal["auto"] | Precision, device: str) -> Precision:
-    """Resolve `auto` to bf16 if the device has matrix units for it, else fp32."""
-    if name != "auto":
-        return name
+    """Resolve `auto` to bf16 if the device multiplies faster in it than in fp32, else fp32.
+
+    A warning names the factor by which a processor is slower in the precision that was asked for.
+
+    Raises:
+        UsageError: the processor cannot multiply in the precision.
+    """
     if device.startswith("cuda"):
+        if name != "auto":
+            return name
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    if name == "auto":
+        return "bf16" if "bf16" in cpu_precisions() else "fp32"
+    if name != "fp32":
+        speed = product_speed(name)
+        if not speed:
+            raise UsageError(
+                f"precision {name}: torch cannot multiply in {name} on this processor; choose auto "
+                "or fp32"
+            )
+        if speed < 1:
+            _warn_once(
+                f"in {name} a product takes this processor {1 / speed:.1f} times as long as in "
+                "fp32: choose auto or fp32 for speed"
+            )
+    return name
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def use_threads(threads: int) -> None:
+    """Compute with so many threads; 0 for all cores that this process may use.
+
+    It is one thread where torch's library would end the process with more.
+    """
+    most = usable_threads()
+    if most and (threads or torch.get_num_threads()) > most:
+        _warn_once(
+            f"one thread only: to use more, torch {torch.__version__} needs instructions of "
+            "ARMv8.1, which this processor lacks; torch 2.9.1 uses all cores"
+        )
+        threads = most
+    if threads:
+        torch.set_num_threads(threads)

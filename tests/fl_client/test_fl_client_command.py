@@ -27,8 +27,9 @@ from flwr.common.config import parse_config_args
 from common.errors import UsageError
 from common.process_environment import tuned
 from common.units import Names, Seconds, Size
-from fl_client.__main__ import DeviceSettings, _node_config, _security
+from fl_client.__main__ import DeviceSettings, _node_config, _number
 from fl_client.environment import LEAN, QUIET
+from fl_client.link_security import link_security
 from ssl_core.planning.device_profiles import find_profile
 
 ROOT = Path(__file__).parents[2]
@@ -95,9 +96,7 @@ def test_bad_arguments_are_one_line_and_an_exit_code(
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_it_and_all_that_it_started(
-    start: Start, write: Writer, root: Path
-) -> None:
+def test_sigterm_ends_it_and_all_that_it_started(start: Start, write: Writer, root: Path) -> None:
     write("train-a", 1, 1, 0)
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
@@ -105,8 +104,8 @@ def test_an_interrupt_ends_it_and_all_that_it_started(
         process, log = start("--data", str(root), "--superlink", superlink)
         until(lambda: "Starting Flower SuperExec" in log.read_text(encoding="utf-8"))
         assert tuned(found := psutil.Process(process.pid).environ()) == found
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
     assert "SuperNode terminated gracefully" in log.read_text(encoding="utf-8")
     until(lambda: not group_lives(process.pid))
 
@@ -130,32 +129,35 @@ def group_lives(leader: int) -> bool:
 def test_connections_off_this_machine_are_encrypted_or_said_to_be_open(tmp_path: Path) -> None:
     certificate = tmp_path / "ca.crt"
     certificate.write_text("x")
-    assert _security("127.0.0.1:8000", None, False) == ["--insecure"]
-    assert _security("pi.lan:8000", None, True) == ["--insecure"]
-    assert _security("pi.lan:8000", certificate, False) == ["--root-certificates", str(certificate)]
+    assert link_security("127.0.0.1:8000", None, False) == ["--insecure"]
+    assert link_security("pi.lan:8000", None, True) == ["--insecure"]
+    assert link_security("pi.lan:8000", certificate, False) == [
+        "--root-certificates",
+        str(certificate),
+    ]
     with pytest.raises(UsageError, match="exclude each other"):
-        _security("pi.lan:8000", certificate, True)
+        link_security("pi.lan:8000", certificate, True)
 
 
 def test_a_key_goes_to_flower_with_the_certificate(tmp_path: Path) -> None:
     make_keys(tmp_path)
     certificate, key = tmp_path / "ca.crt", tmp_path / "good.key"
-    assert _security("pi.lan:8000", certificate, False, key) == [
+    assert link_security("pi.lan:8000", certificate, False, key) == [
         "--root-certificates", str(certificate), "--auth-supernode-private-key", str(key),
     ]  # fmt: skip
     for host in ("127.0.0.1", "pi.lan"):
         for insecure in (False, True):
             with pytest.raises(UsageError, match="--key proves who this node is"):
-                _security(f"{host}:8000", None, insecure, key)
+                link_security(f"{host}:8000", None, insecure, key)
 
 
 @pytest.mark.parametrize("name", ["good.pub", "curve", "rsa", "locked", "pkcs8", "ca.crt"])
 def test_a_key_that_flower_cannot_use_is_refused(tmp_path: Path, name: str) -> None:
     make_keys(tmp_path)
     with pytest.raises(UsageError, match="not an ECDSA P-384 private key in OpenSSH's format"):
-        _security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / name)
+        link_security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / name)
     with pytest.raises(UsageError, match=r"none\.key: no such file"):
-        _security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / "none.key")
+        link_security("pi.lan:8000", tmp_path / "ca.crt", False, tmp_path / "none.key")
 
 
 def make_keys(folder: Path) -> None:
@@ -188,7 +190,7 @@ def string(value: bytes) -> bytes:
 
 def test_off_this_machine_without_certificates_it_says_how_to_make_them() -> None:
     with pytest.raises(UsageError, match="`python -m fl_server certificates` makes one there"):
-        _security("pi.lan:8000", None, False)
+        link_security("pi.lan:8000", None, False)
 
 
 def node(data: Path, **changes: Any) -> DeviceSettings:
@@ -213,10 +215,14 @@ def test_a_nodes_config_is_read_by_flower_as_it_was_given(tmp_path: Path) -> Non
 def test_a_device_has_the_same_number_after_a_restart_and_others_have_another(
     tmp_path: Path,
 ) -> None:
-    configs = [_node_config(node(tmp_path, speakers=Names.parse(name))) for name in ("", "", "84")]
-    assert configs[0] == configs[1]
-    mine, other = (parse_config_args([config])["client-key"] for config in configs[1:])
-    assert mine != other
+    numbers = []
+    for name in ("", "", "84"):
+        number, held = _number(node(tmp_path, speakers=Names.parse(name), state=tmp_path / "state"))
+        numbers.append(number)
+        assert parse_config_args([_node_config(node(tmp_path), number)])["client-key"] == number
+        del held
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert _number(node(tmp_path, partition="1/2")) == (0, None)
 
 
 def test_a_node_is_told_what_its_device_has_and_what_its_owner_wants(tmp_path: Path) -> None:
@@ -241,7 +247,9 @@ def test_the_shell_gets_every_variable_that_keeps_flower_quiet() -> None:
         check=True,
         capture_output=True,
         text=True,
+        env=os.environ | {"NO_PROXY": "10.0.0.1, localhost"},
     ).stdout
-    wanted = QUIET | LEAN
+    exempt = dict.fromkeys(("no_proxy", "NO_PROXY"), "10.0.0.1,localhost,127.0.0.1,::1")
+    wanted = QUIET | LEAN | exempt
     assert printed.splitlines() == [f"export {name}={value}" for name, value in wanted.items()]
     assert {"FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"} < QUIET.keys()

@@ -54,8 +54,8 @@ def test_a_device_changes_nothing_but_a_shorter_length() -> None:
 
 def test_a_nodes_budget_is_what_its_config_says() -> None:
     text = to_json(Plan(recompute_layers=True))
-    node = {"device": "rpi4", "memory": 7, "length": 0.5, "plan": text}
-    assert budget_of(node) == Budget(7, 0.5, text)
+    node = {"device": "rpi4", "memory": 7, "length": 0.5, "threads": 2, "plan": text}
+    assert budget_of(node) == Budget(7, 0.5, 2, text)
     assert budget_of({}) == NO_BUDGET
     live = budget_of({"device": "auto", "length": 2.0})
     assert live.live

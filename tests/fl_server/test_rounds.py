@@ -1,6 +1,7 @@
 """The round loop against a small Grid in this process."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -92,6 +93,8 @@ def update(
     arrays: dict[str, Any] = {name: np.array(values, dtype), "b": np.zeros((), dtype)}
 
     def answer(message: Message) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:  # a notice
+            return Message(RecordDict(), reply_to=message)
         asked = message.content.config_records[protocol.INSTRUCTIONS]["round"]
         numbers.update({"round": asked} if "round" not in (metrics or {}) else {})
         content = RecordDict(
@@ -103,6 +106,10 @@ def update(
         return Message(content, reply_to=message)
 
     return answer
+
+
+def notice_of(message: Message) -> str:
+    return protocol.notice_text(message.content.config_records[protocol.INSTRUCTIONS])
 
 
 def error(reason: str) -> Reply:
@@ -337,9 +344,55 @@ def test_a_client_that_cannot_take_part_is_named_and_skipped() -> None:
 def test_two_clients_with_one_number_take_part_once() -> None:
     said: list[str] = []
     answers = {12: [description(4)], 11: [description(4)], 13: [description(5)]}
-    clients = Roster(FakeGrid(answers), SETTINGS, said.append).gather()
+    grid = FakeGrid(answers)
+    clients = Roster(grid, SETTINGS, said.append).gather()
     assert [(client.key, client.node) for client in clients] == [(4, 11), (5, 13)]
-    assert said == ["two clients say they are number 4; only one of them takes part"]
+    assert said == ["two clients say they are number 4; only one of them takes part, both are told"]
+    told = [m.metadata.dst_node_id for m in grid.sent if notice_of(m)]
+    assert told == [11, 12]
+    assert "number as this one, 4: only one of them takes part" in notice_of(grid.sent[-1])
+
+
+def test_of_a_device_that_was_restarted_the_node_that_answers_takes_part() -> None:
+    said: list[str] = []
+
+    def once(message: Message) -> Message:
+        grid.silent.add(11)  # from now on
+        return description(4)(message)
+
+    grid = FakeGrid({11: [once], 12: [description(4)]})
+    roster = Roster(grid, SETTINGS, said.append)
+    assert [client.node for client in roster.gather()] == [12]
+    assert not said
+    del grid.answers[11]
+    assert [client.node for client in roster.refresh()] == [12]
+
+
+def test_when_one_of_two_doubles_goes_the_other_takes_its_place() -> None:
+    grid = FakeGrid({11: [description(4)], 12: [description(4)]})
+    said: list[str] = []
+    roster = Roster(grid, SETTINGS, said.append)
+    assert [client.node for client in roster.gather()] == [11]
+    sent = len(grid.sent)
+    assert [client.node for client in roster.refresh()] == [11]
+    assert len(grid.sent) == sent, "nobody is told again"
+    del grid.answers[11]
+    assert [client.node for client in roster.refresh()] == [12]
+
+
+def test_owners_are_told_what_the_server_cannot_use() -> None:
+    grid = FakeGrid(
+        {
+            11: [update([1.0, 0.0], 2, metrics={"loss": math.nan})],
+            12: [update([1.0, 0.0], 2)],
+        }
+    )
+    clients = [Client(0, 11, 5, 1.0), Client(1, 12, 5, 1.0)]
+    result = federation().round(grid, clients, 2)
+    assert len(result.failures) == 1
+    assert [(m.metadata.dst_node_id, notice_of(m)) for m in grid.sent if notice_of(m)] == [
+        (11, "the server could not use this device's update of round 3; its log says why")
+    ]
 
 
 def test_too_few_clients_end_the_wait_with_their_reasons() -> None:

@@ -143,7 +143,7 @@ def test_any_number_of_workers_gives_the_same_bytes(simulator: Simulator) -> Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole")
-def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(simulator: Simulator) -> None:
+def test_sigterm_leaves_a_run_that_goes_on_to_the_same_bytes(simulator: Simulator) -> None:
     run = simulator.folder / "stopped"
     process = subprocess.Popen(
         simulator.command("--output", str(run), "--workers", "1"),
@@ -155,13 +155,13 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(simulator: Simulator
     )
     try:
         wait_for((run / "checkpoints" / "round-00001").exists, process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         _, stderr = process.communicate(timeout=100)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert process.returncode == 130, stderr
+    assert process.returncode == 143, stderr
     assert f"--resume {run}" in stderr
     assert "Traceback" not in stderr
     assert not (run / "checkpoints" / "round-00004").exists()
