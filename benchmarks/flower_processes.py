@@ -84,12 +84,12 @@ class FlowerProcesses:
                 process.kill()
 
 
-def wait_until(happens: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds; fails after 90 s with its description `what`."""
+def wait_until(happens: Callable[[], bool], what: str, pause: float = 0.2) -> None:
+    """Wait until a condition holds, looking every `pause` seconds; fails after 90 s."""
     end = time.monotonic() + 90
     while not happens():
         assert time.monotonic() < end, f"not within 90 s: {what}"
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def write_tones(root: Path) -> Path:

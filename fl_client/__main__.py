@@ -24,11 +24,11 @@ from common.settings import parse
 from common.stop import signals
 from common.units import Names, Seconds, Size
 from fl_client import warm_start
-from fl_client.client_state import default_folder
 from fl_client.contact import Watch, diagnose
 from fl_client.environment import be_lean, be_quiet
-from fl_client.identity import identity
+from fl_client.identity import default_folder, identity
 from fl_client.link_security import link_security
+from fl_client.polling import quicken
 from partitions.librispeech import list_audio
 from ssl_core.planning.device import AUTO
 from ssl_core.planning.device_profiles import find_profile
@@ -139,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     watch = Watch(options.superlink, options.root_certificates, _say)
     watch.start()
+    quicken()
     with signals() as received:
         try:
             flower_supernode()

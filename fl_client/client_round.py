@@ -12,9 +12,10 @@ import torch
 from flwr.app import ArrayRecord
 
 from fl_client import protocol
-from fl_client.client_state import ClientState, default_folder
+from fl_client.client_state import ClientState
 from fl_client.exchange import Weights, exchange_of
 from fl_client.federation_settings import RunSettings
+from fl_client.identity import default_folder
 from fl_client.limits import Limits
 from fl_client.round_plan import Budget, RoundPlan
 from ssl_core.planning.allocator import is_out_of_memory

@@ -8,7 +8,6 @@ written under a temporary name and renamed, so a client that is killed finds the
 position in the data follows from the global update number and is not stored.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +25,6 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 class StateLost(ShortwaveError):
     """The server relies on state that this client no longer has."""
-
-
-def default_folder() -> Path:
-    """Where clients keep their state by default."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "shortwave"
 
 
 class ClientState:

@@ -7,6 +7,7 @@ the rest (`fl_server/roster.py`).
 
 import hashlib
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -20,6 +21,12 @@ SMALLEST, LARGEST = 2**32, 2**53
 WAIT = 15.0
 """Seconds for which a ClientApp may outlive a device that was killed."""
 _SERIAL = Path("/sys/firmware/devicetree/base/serial-number")
+
+
+def default_folder() -> Path:
+    """Where devices keep their state by default."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "shortwave"
 
 
 class Identity(NamedTuple):

@@ -1,14 +1,15 @@
 """Starts ClientApps by forking a process that has already imported PyTorch.
 
 Flower starts a new `flwr-clientapp` for every message, and each imports PyTorch first, which takes
-seconds of a board's processor in every round. Here the device imports a ClientApp's third-party
-packages once and forks a server process. A stand-in for `flwr-clientapp`, first on PATH, sends its
-arguments to that server, which forks a child; the child runs Flower's own `flwr_clientapp` with
-them, on the app's code as sent by the SuperLink. Every message still has a process of its own,
-whose death harms no other; the imported packages are in memory once, for the SuperNode too. Without
-the server the stand-in starts Flower's command as usual.
+seconds of a board's processor in every round. Here the device forks a server process, which imports
+a ClientApp's third-party packages while the SuperNode looks for its SuperLink. A stand-in for
+`flwr-clientapp`, first on PATH, sends its arguments to that server, which forks a child; the child
+runs Flower's own `flwr_clientapp` with them, on the app's code as sent by the SuperLink. Every
+message still has a process of its own, whose death harms no other. `flower-superexec`, which starts
+the ClientApps, is forked likewise. Flower itself is imported once for all of them. Without the
+server the stand-ins start Flower's commands as usual.
 
-The stand-in is this file, run as a script with only the standard library.
+The stand-ins run this file as a script, with only the standard library.
 """
 
 import array
@@ -29,13 +30,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-APP = "flwr-clientapp"
+if __name__ != "__main__":  # the stand-ins have the standard library only
+    from fl_client.page_release import release_program_pages
+
+APP, EXECUTOR = "flwr-clientapp", "flower-superexec"
+COMMANDS = {
+    APP: ("flwr.supernode.cli", "flwr_clientapp"),
+    EXECUTOR: ("flwr.supercore.cli", "flower_superexec"),
+}
+"""Commands that are forked: module and function of each."""
+SHARED = tuple(module for module, _ in COMMANDS.values())
+"""What every process of the device imports, before the first fork."""
 IMPORTED = (
     "attrs",
     "docstring_parser",
     "flwr.app",
     "flwr.clientapp",
-    "flwr.supernode.cli",
     "jsonargparse",
     "numpy.random",
     "psutil",
@@ -54,25 +64,27 @@ _LARGEST_ORDER = 2**22
 
 
 def begin() -> bool:
-    """Fork the server process, which ends with this one, and put the stand-in first on PATH.
+    """Fork the server process, which ends with this one, and put the stand-ins first on PATH.
 
     Call it while this process has a single thread.
 
     Returns:
-        False if forking is not safe with PyTorch (on anything but Linux), or if the stand-in cannot
-        be written: the disk is full, or `TMPDIR` is too long for a socket.
+        False if forking is not safe with PyTorch (on anything but Linux), or if the stand-ins
+        cannot be written: the disk is full, or `TMPDIR` is too long for a socket.
     """
-    real = shutil.which(APP)
-    if sys.platform != "linux" or real is None:
+    real = {name: shutil.which(name) for name in COMMANDS}
+    if sys.platform != "linux" or None in real.values():
         return False
     listener = socket.socket(socket.AF_UNIX)
     folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="shortwave-"))
-        stand_in, here = folder / APP, str(Path(__file__).resolve())
-        words = [sys.executable, "-I", "-S", here, str(folder / _SOCKET), real]
-        stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-        stand_in.chmod(0o700)
+        here = str(Path(__file__).resolve())
+        for name, path in real.items():
+            words = [sys.executable, "-I", "-S", here, str(folder / _SOCKET), name, str(path)]
+            stand_in = folder / name
+            stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+            stand_in.chmod(0o700)
         listener.bind(str(folder / _SOCKET))
         listener.listen()
     except OSError:
@@ -80,10 +92,7 @@ def begin() -> bool:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         return False
-    for name in IMPORTED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a child would copy every page that it touches
+    _import(SHARED)
     # The kernel closes `kept` when this process ends, however it ends.
     alive, kept = os.pipe()
     if os.fork() == 0:
@@ -106,8 +115,15 @@ def begin() -> bool:
     return True
 
 
+def _import(names: tuple[str, ...]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that it touches
+
+
 def _wait(listener: socket.socket, alive: int) -> int:
-    """Fork a ClientApp for each connection, until the other end of `alive` is closed.
+    """Fork a command for each connection, until the other end of `alive` is closed.
 
     Raises:
         SystemExit: in the children, when their app has ended.
@@ -121,8 +137,16 @@ def _wait(listener: socket.socket, alive: int) -> int:
     for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
         del sys.modules[name]  # the app has its own copy
     waiting: list[Any] = [listener, alive]
+    todo = list(IMPORTED)
     while True:
-        ready, _, _ = select.select(waiting, [], [])
+        # Between two imports, look for the executor, which needs none of them.
+        ready, _, _ = select.select(waiting, [], [], 0 if todo else None)
+        if not ready:
+            importlib.import_module(todo.pop(0))
+            if not todo:
+                _import(())
+                release_program_pages()
+            continue
         if alive in ready:
             return 0
         connection, _ = listener.accept()
@@ -130,11 +154,16 @@ def _wait(listener: socket.socket, alive: int) -> int:
             if os.fork() == 0:
                 listener.close()
                 os.close(alive)
-                _run_app(connection)
+                _run(connection, todo)
 
 
-def _run_app(connection: socket.socket) -> None:
-    """Run the requested ClientApp in this process, to its end."""
+def _run(connection: socket.socket, todo: list[str]) -> None:
+    """Run the requested command in this process, to its end.
+
+    Args:
+        connection: to the stand-in.
+        todo: packages of a ClientApp that are still to be imported.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -156,12 +185,16 @@ def _run_app(connection: socket.socket) -> None:
         os.chdir(order["folder"])
         os.environ.clear()
         os.environ.update(order["environment"])
-        sys.argv = [APP, *order["arguments"]]
-        _be_called(APP)
+        name = order["name"]
+        sys.argv = [name, *order["arguments"]]
+        _be_called(name)
         random.seed()
-        from flwr.supernode.cli import flwr_clientapp
-
-        flwr_clientapp()
+        if name == EXECUTOR:
+            connection.send(b"\0")  # nobody waits for its end
+        else:
+            _import(tuple(todo))
+        module, function = COMMANDS[name]
+        getattr(importlib.import_module(module), function)()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -179,15 +212,24 @@ def _be_called(name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
-def hand_over(path: str, real: str, arguments: list[str]) -> int:
-    """Let the server process run a ClientApp; returns the app's exit code when it has ended.
+def hand_over(path: str, name: str, real: str, arguments: list[str]) -> int:
+    """Let the server process run a command.
 
     Args:
         path: socket of the server process.
+        name: of the command.
         real: Flower's own command, run if there is no server.
         arguments: of the command.
+
+    Returns:
+        A ClientApp's exit code, when it has ended; 0 for the executor, when it has started.
     """
-    order = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    order = {
+        "name": name,
+        "arguments": arguments,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+    }
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
@@ -205,4 +247,4 @@ def hand_over(path: str, real: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(hand_over(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    sys.exit(hand_over(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.supercore.logger import LOGGER_NAME
 
 from fl_client.contact import Watch, diagnose
 from fl_client.environment import without_proxies
@@ -112,7 +113,7 @@ def test_the_owner_is_told_again_and_again_until_there_is_contact(closed: str) -
         told.set()
 
     watch = Watch(closed, None, say, patience=0.05)
-    log = logging.getLogger("flwr")
+    log = logging.getLogger(LOGGER_NAME)
     watch.start()
     try:
         for count in (1, 2):

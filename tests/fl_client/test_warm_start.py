@@ -179,7 +179,7 @@ def test_a_client_app_imports_nothing_of_others_that_is_not_there_already() -> N
     code = (
         "import importlib, sys\n"
         "from fl_client import warm_start\n"
-        "for name in warm_start.IMPORTED: importlib.import_module(name)\n"
+        "for name in warm_start.SHARED + warm_start.IMPORTED: importlib.import_module(name)\n"
         "before = set(sys.modules)\n"
         "import fl_client.client_app\n"
         "new = {n.partition('.')[0] for n in set(sys.modules) - before}\n"
