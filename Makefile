@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python simulation/run.py --config demo.yaml
 
-# Three tests at a time, for two cores: some wait for processes that they started. Each has one
+# Four tests at a time, for two cores: some wait for processes that they started. Each has one
 # thread unless it says otherwise.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 
 test: $(STAMP)
 	$(PYTEST)

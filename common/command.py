@@ -12,9 +12,29 @@ from common.errors import Interrupted, ShortwaveError
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return `; did you mean 'x'?` for the known word closest to `word`, or an empty text."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    """Return `; did you mean 'x' or 'y'?` for the known words nearest to `word`, or an empty text.
+
+    The nearest, at most five, are those that equal `word` but for case and punctuation; without
+    any, those that begin with it; then those that contain it; then the one spelled most alike.
+    """
+    sought = _letters(word)
+    letters = {each: _letters(each) for each in known if _letters(each)}
+    found = [each for each in letters if letters[each] == sought]
+    if not found and sought:
+        found = [each for each in letters if letters[each].startswith(sought)]
+    if not found and len(sought) > 2:
+        found = [each for each in letters if sought in letters[each]]
+    if not found:
+        alike = difflib.get_close_matches(sought, letters.values(), n=1, cutoff=0.5)
+        found = [each for each in letters if letters[each] in alike][:1]
+    names = [f"'{each}'" for each in found[:5]]
+    listed = " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    return f"; did you mean {listed}?" if listed else ""
+
+
+def _letters(word: str) -> str:
+    """The letters and digits of a word, in lower case."""
+    return "".join(filter(str.isalnum, word)).lower()
 
 
 Main = Callable[[Sequence[str] | None], int | None]

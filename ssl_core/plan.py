@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from common import command
 from common.atomic import write_text
@@ -24,7 +26,12 @@ from ssl_core.paper.device_seconds import update_seconds
 from ssl_core.planning.advice import BATCHES, Request, advise, candidate_lengths
 from ssl_core.planning.advice_report import advice_result, explain
 from ssl_core.planning.device_profiles import find_profile, known_profiles
-from ssl_core.planning.device_report import describe_device, device_table
+from ssl_core.planning.device_report import (
+    describe_device,
+    device_lines,
+    device_table,
+    table_notes,
+)
 from ssl_core.planning.this_machine import this_machine
 from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.pretraining_recipe import RECIPES
@@ -32,6 +39,8 @@ from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
 SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
+_WIDEST = 1000
+"""Columns of the widest table in a pipe or file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,7 @@ def show_figures(settings: PlanSettings) -> int:
         profiles = [*known_profiles(settings.devices).values(), this_machine()]
         name, table = "devices", device_table(profiles)
         result = {"devices": [describe_device(profile) for profile in profiles]}
+        lines = table_notes(profiles)
     elif settings.table2:
         name, rows = "table2", table2_report.table2_rows(progress)
         table, result = table2_report.table2_table(rows), table2_report.table2_result(rows)
@@ -132,13 +142,22 @@ def show_figures(settings: PlanSettings) -> int:
     if settings.json:
         print(json.dumps(result))
         return 0
-    console = Console()
+    console = console_for(table)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False)
     if settings.output:
         print(settings.output)
     return 0
+
+
+def console_for(table: Table) -> Console:
+    """A console on stdout that, unless it is a terminal, is wide enough for the table."""
+    console = Console()
+    if not console.is_terminal:
+        options = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, Measurement.get(console, options, table).maximum)
+    return console
 
 
 def request_of(settings: PlanSettings) -> Request:
@@ -185,13 +204,15 @@ def plan_device(settings: PlanSettings) -> int:
         "model": settings.model,
         "task": settings.task,
         "backbone": settings.backbone,
+        "profile": describe_device(profile),
     }
     if settings.output:
         write_text(settings.output / "plan.json", json.dumps(result, indent=2) + "\n")
     if settings.json:
         print(json.dumps(result))
         return 0 if advice.chosen else 1
-    print(f"{profile.name}: {profile.description}")
+    for line in device_lines(profile):
+        print(line)
     if advice.chosen:
         print(advice.chosen.estimate.describe())
     for line in explain(advice):

@@ -43,6 +43,8 @@ class DeviceProfile:
     """Device of the paper's Table 2 from which step times are estimated; empty for none."""
     times_faster: float = 1.0
     """Speed relative to the device `timed_as`."""
+    software: str = ""
+    """Limits of software: which system and torch reach the GPU; empty for none."""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Source of each figure, by field."""
 

@@ -52,9 +52,7 @@ def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
         return this_machine()
     if name not in profiles:
         names = [AUTO, *profiles]
-        raise UsageError(
-            f"no device '{name}': choose from {', '.join(names)}{nearest(name, names)}"
-        )
+        raise UsageError(f"no device '{name}'{nearest(name, names)} (known: {', '.join(names)})")
     return profiles[name]
 
 

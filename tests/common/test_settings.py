@@ -112,7 +112,7 @@ def test_without_words_every_value_is_the_default() -> None:
         (("--recipe.keep-fred",), "did you mean 'recipe.keep-freed'?"),
         (("--quik",), "did you mean 'quick'?"),
         (("--rat", "1"), "did you mean 'rate'?"),
-        (("--con", "1"), "unknown setting 'con'; did you mean 'count'?"),
+        (("--con", "1"), "unknown setting 'con'; did you mean 'config'?"),
         (("--verbos",), "unknown setting 'verbos'; did you mean 'verbose'?"),
         (("--xyzzy", "1"), "unknown setting 'xyzzy' (see outer --help)"),
         (("stray",), "unrecognized arguments: stray"),

@@ -1,20 +1,30 @@
 """Device profiles, packaged and a user's own, and this machine read live from cgroup files."""
 
 import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from common.errors import DataError, UsageError
-from common.units import Size
+from common.units import Size, format_bytes
+from ssl_core.plan import main
 from ssl_core.planning.device import DeviceProfile
 from ssl_core.planning.device_profiles import find_profile, known_profiles, read_profiles
+from ssl_core.planning.device_report import device_table
 from ssl_core.planning.this_machine import this_machine
 
 MIB = 2**20
+CARDS = ("a100-40gb", "a100-80gb", "h100-80gb", "h200", "rtx3090", "rtx4090", "rtx5090")
+LONG = "a-device-with-a-name-that-is-longer-than-a-line-of-a-terminal-" * 2
 OWN = """
 desk:
   description: a computer
@@ -39,15 +49,15 @@ def test_the_packaged_profiles_are_those_promised() -> None:
     assert set(known_profiles()) == {
         "rpi4", "rpi4-2gb", "rpi4-4gb", "rpi5-8gb", "rpi5-16gb", "jetson-xavier-nx",
         "jetson-xavier-agx", "rtx2080ti", "jetson-orin-nano", "jetson-orin-nx", "jetson-orin-agx",
-        "phone-4gb",
+        "phone-4gb", *CARDS,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", known_profiles().values(), ids=lambda profile: profile.name)
 def test_every_packaged_figure_says_where_it_is_from(profile: DeviceProfile) -> None:
     room = "system" if profile.tensor_fraction is None else "tensor_fraction"
-    timed = {"timed_as"} if profile.timed_as else set()
-    assert set(profile.sources) == timed | {
+    optional = {name for name in ("timed_as", "software") if getattr(profile, name)}
+    assert set(profile.sources) == optional | {
         "memory",
         room,
         "supernode",
@@ -70,11 +80,127 @@ def test_what_is_left_for_training() -> None:
     assert find_profile("rtx2080ti").training_bytes == (11018 - 870) * MIB
 
 
-def test_the_nearest_name_is_told() -> None:
-    with pytest.raises(UsageError, match=r"no device 'rpi44'.*did you mean 'rpi4"):
-        find_profile("rpi44")
-    with pytest.raises(UsageError, match="did you mean 'jetson-xavier-nx'"):
-        find_profile("jetson-xavier-nz")
+def test_a_discrete_gpu_leaves_all_but_the_cuda_context_for_training() -> None:
+    gib = {"a100-40gb": 39.5, "a100-80gb": 79.25, "h100-80gb": 79.1, "h200": 139.8}
+    gib |= {"rtx3090": 23.68, "rtx4090": 23.64, "rtx5090": 31.36}
+    assert set(gib) == set(CARDS)
+    for name, total in gib.items():
+        card = find_profile(name)
+        assert (card.accelerator, card.shared, card.timed_as) == ("cuda", False, "")
+        assert card.precisions == ("fp32", "bf16", "fp16")
+        assert card.memory == int(1024 * total) * MIB
+        assert card.training_bytes == card.memory - 700 * MIB
+
+
+def test_only_jetsons_have_limits_of_software() -> None:
+    limited = {name for name, profile in known_profiles().items() if profile.software}
+    assert limited == {name for name in known_profiles() if name.startswith("jetson-")}
+    for name in ("jetson-xavier-nx", "jetson-xavier-agx"):
+        profile = find_profile(name)
+        assert profile.accelerator == "cuda"  # as in the paper's Table 2
+        for fact in ("does not reach the GPU", "JetPack 5", "Python 3.8", "torch 2.1;", "its CPU"):
+            assert fact in profile.software
+    for name in ("jetson-orin-nano", "jetson-orin-nx", "jetson-orin-agx"):
+        software = find_profile(name).software
+        for fact in ("untested", "JetPack 6", "Python 3.10", "JetPack 7.2", "sm_87", "the CPU"):
+            assert fact in software
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("rpi5", "'rpi5-8gb' or 'rpi5-16gb'"),
+        ("rpi", "'rpi4', 'rpi4-4gb', 'rpi4-2gb', 'rpi5-8gb' or 'rpi5-16gb'"),
+        ("jetson-orin", "'jetson-orin-nano', 'jetson-orin-nx' or 'jetson-orin-agx'"),
+        ("Jetson_Xavier", "'jetson-xavier-nx' or 'jetson-xavier-agx'"),
+        ("a100", "'a100-40gb' or 'a100-80gb'"),
+        ("RPI4", "'rpi4'"),
+        ("rtx-2080ti", "'rtx2080ti'"),
+        ("RTX 4090", "'rtx4090'"),
+        ("2080ti", "'rtx2080ti'"),
+        ("orin-nx", "'jetson-orin-nx'"),
+        ("rpi44", "'rpi4-4gb'"),
+        ("jetson-xavier-nz", "'jetson-xavier-nx'"),
+    ],
+)
+def test_the_nearest_names_are_told(name: str, nearest: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_profile(name)
+    assert f"no device '{name}'; did you mean {nearest}? (known: auto, rpi4," in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zx81", "--"])
+def test_a_name_like_no_other_has_no_nearest(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"^no device '{name}' \(known: auto, "):
+        find_profile(name)
+
+
+def shown(profile: DeviceProfile) -> set[str]:
+    """What the list must show of a device in full, each in one piece."""
+    return {
+        profile.name,
+        format_bytes(profile.memory),
+        format_bytes(profile.training_bytes),
+        ", ".join(profile.precisions),
+    }
+
+
+def test_the_list_fits_80_columns() -> None:
+    profiles = known_profiles().values()
+    file = io.StringIO()
+    Console(file=file, width=80, force_terminal=True, no_color=True).print(
+        device_table([*profiles])
+    )
+    lines = file.getvalue().splitlines()
+    assert len(lines) >= len(profiles) + 2
+    for profile in profiles:
+        (line,) = (each for each in lines if f"{profile.name} " in each)
+        assert all(part in line for part in shown(profile)), line
+
+
+def test_a_name_wider_than_the_terminal_is_folded() -> None:
+    file = io.StringIO()
+    profile = dataclasses.replace(find_profile("h200"), name=LONG)
+    Console(file=file, width=80).print(device_table([profile]))
+    head, _, *lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(line[: head.index("computes on")].strip() for line in lines) == LONG
+
+
+def test_the_list_in_a_pipe_shows_everything(own: Path) -> None:
+    own.write_text(OWN.replace("desk:", f"{LONG}:"))
+    command = [sys.executable, "-m", "ssl_core.plan", "--list", "--devices", str(own)]
+    printed = subprocess.run(
+        command, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True, check=True
+    ).stdout
+    assert "…" not in printed
+    for profile in known_profiles(own).values():
+        (line,) = (each for each in printed.splitlines() if each.startswith(f"{profile.name} "))
+        assert all(part in line for part in shown(profile)), line
+    assert "limits of software, see --device NAME: jetson-xavier-nx, " in printed
+
+
+def test_the_plan_for_a_jetson_says_which_software_reaches_its_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny = ["--model", "tiny", "--length", "1s", "--batch", "1"]
+    xavier = find_profile("jetson-xavier-nx")
+    assert main(["--device", "jetson-xavier-nx", *tiny]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"software: {xavier.software}" in lines
+    assert (
+        "memory 7.59 GiB: system 929 MiB, SuperNode 190 MiB, ClientApp 1.83 GiB, for training "
+        "4.67 GiB" in lines
+    )
+    assert main(["--device", "jetson-xavier-nx", *tiny, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["profile"]
+    assert shown["software"] == xavier.software
+    assert "forums.developer.nvidia.com" in shown["sources"]["software"]
+    assert main(["--device", "h100-80gb", *tiny]) == 0
+    printed = capsys.readouterr().out
+    assert "memory 79.10 GiB: ClientApp 700 MiB, for training 78.42 GiB\n" in printed
+    assert "1 x 1s in bf16" in printed
+    assert "software" not in printed
 
 
 def test_devices_of_a_users_own(own: Path) -> None:
