@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import soundfile
 
-from fl_client.environment import QUIET
+from fl_client.environment import QUIET, without_proxies
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,7 @@ class FlowerProcesses:
         self.environment = {
             **os.environ,
             **QUIET,
+            **without_proxies(os.environ),
             "FLWR_HOME": str(home),
             "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
             "COLUMNS": "200",

@@ -55,7 +55,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
-    processes = FlowerProcesses(folder / "home", XDG_CACHE_HOME=str(folder / "cache"))
+    # A proxy that refuses: nothing on this machine may go through it.
+    processes = FlowerProcesses(
+        folder / "home",
+        XDG_CACHE_HOME=str(folder / "cache"),
+        XDG_STATE_HOME=str(folder / "state"),
+        http_proxy=f"http://127.0.0.1:{free_port()}",
+    )
     port = free_port()
     (processes.home / "config.toml").write_text(
         f'[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', encoding="utf-8"
@@ -69,6 +75,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Lab]:
         )
         devices = [
             processes.start(
+                "env", "-u", "no_proxy", "-u", "NO_PROXY",
                 sys.executable, "-m", "fl_client", "--device", "rpi4", "--data", str(data),
                 "--partition", f"{number}/2", "--superlink", f"127.0.0.1:{port}", log=logs[number],
             )
