@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--root-certificates (`python -m fl_server certificates` makes them)",
             flush=True,
         )
+    import httpx
     from flwr.supernode.cli import flower_supernode
 
     watch = Watch(options.superlink, options.root_certificates, _say)
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not (stopped := received()):
                 return end.code if isinstance(end.code, int) else 1
             return 128 + stopped
-        except Exception as error:  # of the HTTP library, which Flower does not try again
+        except (httpx.HTTPError, ImportError) as error:  # Flower does not try these again
             if watch.met:
                 raise
             found = diagnose(options.superlink, options.root_certificates)

@@ -42,7 +42,6 @@ COMMANDS = {
 SHARED = tuple(module for module, _ in COMMANDS.values())
 """What every process of the device imports, before the first fork."""
 IMPORTED = (
-    "attrs",
     "docstring_parser",
     "flwr.app",
     "flwr.clientapp",

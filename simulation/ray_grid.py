@@ -23,6 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import ShortwaveError
 from common.process_environment import tuned
+from common.stop import stop_on_sigterm
 from fl_client import protocol
 
 RUN_ID = 1
@@ -292,6 +293,7 @@ def start_ray(workers: int, *, address: str, weights_bytes: int, gpu: bool) -> f
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ShortwaveError(f"Ray does not start: {error}") from None
+    stop_on_sigterm()  # Ray has put a handler of its own in its place, which aborts
     if not gpu:
         return 0.0
     gpus = ray.cluster_resources().get("GPU", 0.0)

@@ -1,11 +1,15 @@
 """A device works with the base dependencies alone: none of the extras is imported."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
@@ -72,6 +76,49 @@ def test_commands_start_without_the_extras(environment: dict[str, str], module: 
 def test_apps_start_without_the_extras(environment: dict[str, str]) -> None:
     done = run(environment, "-c", "import fl_client.client_app, fl_server.server_app")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_device_imports_is_among_its_dependencies() -> None:
+    code = (
+        "import importlib, sys\n"
+        "from fl_client import warm_start\n"
+        "for name in warm_start.SHARED + warm_start.IMPORTED: importlib.import_module(name)\n"
+        "import fl_client.__main__, fl_client.client_app\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    owners = importlib.metadata.packages_distributions()
+    used = {owner for name in done.stdout.split() for owner in owners.get(name, ())}
+    names = {canonicalize_name(name) for name in used}
+    assert {"flwr", "torch", "soundfile"} <= names
+    assert names - {"shortwave"} <= _with_dependencies(_base()) | {"pip", "setuptools"}
+
+
+def _base() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [Requirement(text) for text in project["dependencies"]]
+
+
+def _with_dependencies(needed: list[Requirement]) -> set[str]:
+    """Names of packages and, recursively, of what they need here."""
+    found: set[str] = set()
+    todo = [each for each in needed if each.marker is None or each.marker.evaluate()]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            continue
+        found.add(name)
+        for text in importlib.metadata.requires(name) or ():
+            further = Requirement(text)
+            extras = [*requirement.extras, ""]
+            if further.marker is None or any(
+                further.marker.evaluate({"extra": extra}) for extra in extras
+            ):
+                todo.append(further)
+    return found
 
 
 def test_a_command_that_needs_an_extra_names_it(environment: dict[str, str]) -> None:

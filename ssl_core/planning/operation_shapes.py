@@ -62,10 +62,18 @@ def _ctc_loss_backward(
     return torch.empty_like(logits)
 
 
+def _weight_norm_backward(
+    grad: Tensor, direction: Tensor, gain: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """Outputs of `_weight_norm_interface_backward`: gradients of `direction` and `gain`."""
+    return torch.empty_like(direction), torch.empty_like(gain)
+
+
 SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
+    torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,  # torch 2.9
 }
 """Outputs of operations for which torch has no meta kernel."""

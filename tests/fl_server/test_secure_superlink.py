@@ -50,7 +50,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, librispeech: Path) -> Iterator
     def device(name: object, *options: str) -> "subprocess.Popen[bytes]":
         return processes.start(
             sys.executable, "-m", "fl_client", "--data", str(librispeech.resolve()),
-            "--superlink", f"127.0.0.1:{port}", *options, log=folder / f"{name}.log",
+            "--superlink", f"127.0.0.1:{port}", "--state", str(folder / f"state-{name}"), *options,
+            log=folder / f"{name}.log",
         )  # fmt: skip
 
     def known(number: int) -> tuple[str, ...]:

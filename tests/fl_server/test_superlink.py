@@ -159,7 +159,7 @@ def test_an_interrupt_ends_a_device_and_all_that_it_started(lab: Lab) -> None:
         family = psutil.Process(device.pid).children(recursive=True)
         assert family
         os.killpg(device.pid, signal.SIGINT)  # as a terminal does at Ctrl-C
-        assert device.wait(60) == 0
+        assert device.wait(60) == 130
         _, left = psutil.wait_procs(family, timeout=30)
         assert not left
         text = log.read_text(encoding="utf-8")

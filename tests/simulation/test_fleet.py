@@ -50,7 +50,7 @@ def test_a_device_that_would_take_too_long_trains_on_shorter_crops() -> None:
         ("rpi4", "not DEVICE:CLIENTS"),
         ("rpi4:x", "not DEVICE:CLIENTS"),
         ("rpi4:0", "not DEVICE:CLIENTS"),
-        ("rpi5:4", "did you mean 'rpi4'"),
+        ("rpi5:4", "did you mean 'rpi5-8gb'"),
         ("rpi4:3", "--fleet has 3 devices, --clients is 4"),
     ],
 )
