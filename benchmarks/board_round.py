@@ -1,5 +1,9 @@
 """One federated round of a board, emulated or not, against a SuperLink on this machine."""
 
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,8 +19,6 @@ SETTINGS = (
     "clients-per-round=1 min-clients=1 eval-crops=2 held-out=0.2 seed=5"
 )
 DEVICE = "rpi4"
-NUMBERS = ("loss", "contrastive", "held_out_loss", "failures", "cohort")
-"""Of a round's metrics."""
 
 
 def one_round(machine: Machine) -> dict[str, Any]:
@@ -42,36 +44,46 @@ def one_round(machine: Machine) -> dict[str, Any]:
             )
             device = _start_device(machine, address, folder)
             run = folder / "run"
-            given = f"{SETTINGS} data='{machine_data(machine)}' output='{run}'"
-            try:
-                text = processes.run(
-                    "flwr", "run", str(ROOT), "lab", "--stream", "-c", given, timeout=machine.limit
-                ).stdout
-            except subprocess.TimeoutExpired:
-                text = f"no end within {machine.limit:.0f} s"
+            given = f"{SETTINGS} data='{machine.work / 'tones'}' output='{run}'"
+            words = ("flwr", "run", str(ROOT), "lab", "--stream", "-c", given)
+            started = processes.start(*words, log=folder / "run.log")
+            while started.poll() is None and device.poll() is None:
+                if time.monotonic() - begin > machine.limit:
+                    break
+                time.sleep(0.5)
             rows = read_metrics(run)
         finally:
             if device is not None:
-                end(device)
+                _stop(device)
             processes.end()
-        log = (folder / "device.log").read_text(errors="replace")
+        logs = [_tail(folder / name) for name in ("device.log", "run.log")]
     result: dict[str, Any] = {"verdict": "ok", "seconds": round(time.monotonic() - begin, 1)}
     if not rows or rows[0]["failures"] or not rows[0].get("applied"):
-        return result | {"verdict": "no update arrived", "device": log[-2000:], "run": text[-2000:]}
+        return result | {"verdict": "no update arrived", "device": logs[0], "run": logs[1]}
     losses = [rows[0][name] for name in ("contrastive", "held_out_loss") if name in rows[0]]
-    return result | {"losses": losses, "warnings": _warnings(log)}
+    return result | {"losses": losses, "warnings": _warnings(logs[0])}
 
 
-def machine_data(machine: Machine) -> str:
-    """The corpus as the server, which is always on this machine, sees it."""
-    return str(machine.work / "tones")
+def _stop(device: "subprocess.Popen[bytes]") -> None:
+    """Stop a device as the README's systemd unit does, and after 60 s kill it."""
+    if device.poll() is None:
+        os.killpg(device.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            device.wait(60)
+    end(device)
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
 
 def _start_device(machine: Machine, address: str, folder: Path) -> "subprocess.Popen[bytes]":
+    state = machine.work / f"state-{machine.name}"
+    shutil.rmtree(state, ignore_errors=True)
     words = machine.words(
         "-m", "fl_client", "--device", DEVICE, "--data", machine.seen(machine.work / "tones"),
         "--partition", "0/1", "--superlink", address,
-        "--state", machine.seen(machine.work / f"state-{machine.name}-{time.time_ns()}"),
+        "--state", machine.seen(state),
         folder="/",
     )  # fmt: skip
     with (folder / "device.log").open("ab") as stream:

@@ -8,7 +8,7 @@ a federated round against a SuperLink here. All of it as Cortex-A72 (Raspberry P
 (Raspberry Pi 5). The last line is one JSON object.
 
 The root file system and finished trials are kept in `--root` and used again while the checkout
-stays the same. Emulation is 10 to 50 times slower than x86-64: its seconds say nothing of a board.
+stays the same. The emulator's seconds say nothing of a board's.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from common import command
 from common.atomic import write_text
 from common.errors import UsageError
 from common.options import settings_parser
-from common.progress import track
+from common.progress import bar_of
 from common.settings import parse
 from common.units import Names, Seconds
 
@@ -87,12 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     installed = install(root, settings.extras, settings.cpus[0], settings.install_limit)
     done = _Kept(settings.root / f"{settings.suite}-results.json", digest(settings.extras))
     jobs = list(_jobs(settings, root))
-    for name, trial in track(jobs, len(jobs), "trials", show=True):
-        if settings.again or done.rows.get(name, {}).get("verdict") != "ok":
-            done.keep(name, trial())
-        row = done.rows[name]
-        seconds = f", {row['seconds']:.0f} s" if "seconds" in row else ""
-        console.print(f"{name}: {row['verdict'][:200]}{seconds}", highlight=False, soft_wrap=True)
+    with bar_of(console) as bar:
+        task = bar.add_task("trials", total=len(jobs))
+        for name, trial in jobs:
+            bar.update(task, description=name)
+            if settings.again or done.rows.get(name, {}).get("verdict") != "ok":
+                done.keep(name, trial())
+            row = done.rows[name]
+            seconds = f", {row['seconds']:.0f} s" if "seconds" in row else ""
+            text = f"{name}: {row['verdict'][:200]}{seconds}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            bar.advance(task)
     rows = {name: done.rows[name] for name, _ in jobs}
     print(json.dumps(_result(settings, installed, rows)))
     return 0
