@@ -20,6 +20,11 @@ PYTHON = f"{CHECKOUT}/.venv/bin/python"
 REPORT = f"{HOME}/pip-report.json"
 STAMP = f"{HOME}/installed"
 """Digest of the files that were installed."""
+INSTALLED = (
+    "pyproject.toml", "constraints.txt", "common/", "partitions/", "ssl_core/", "fl_client/",
+    "fl_server/", "simulation/",
+)  # fmt: skip
+"""Files and folders of the checkout that an installation depends on."""
 LARGEST = 8
 """Wheels that are listed by name."""
 
@@ -39,13 +44,10 @@ def source_files() -> list[str]:
 
 
 def digest(extras: Sequence[str]) -> str:
-    """Digest of all that an installation depends on.
-
-    The benchmarks, tests and texts are not installed, and do not count.
-    """
+    """Digest of the files that are installed, and of the chosen extras."""
     found = hashlib.sha256(",".join(extras).encode())
     for name in source_files():
-        if not name.startswith(("benchmarks/", "tests/", "docs/", "findings/")):
+        if name.startswith(INSTALLED):
             found.update(f"\0{name}\0".encode() + (ROOT / name).read_bytes())
     return found.hexdigest()
 

@@ -42,7 +42,7 @@ def one_round(machine: Machine) -> dict[str, Any]:
                 lambda: link.poll() is None and b"Uvicorn running" in processes.log.read_bytes(),
                 "the SuperLink is up",
             )
-            device = _start_device(machine, address, folder)
+            device = _start_device(machine, address, processes.home, folder / "device.log")
             run = folder / "run"
             given = f"{SETTINGS} data='{machine.work / 'tones'}' output='{run}'"
             words = ("flwr", "run", str(ROOT), "lab", "--stream", "-c", given)
@@ -53,9 +53,11 @@ def one_round(machine: Machine) -> dict[str, Any]:
                 time.sleep(0.5)
             rows = read_metrics(run)
         finally:
-            if device is not None:
-                _stop(device)
-            processes.end()
+            try:
+                if device is not None:
+                    _stop(device)
+            finally:
+                processes.end()
         logs = [_tail(folder / name) for name in ("device.log", "run.log")]
     result: dict[str, Any] = {"verdict": "ok", "seconds": round(time.monotonic() - begin, 1)}
     if not rows or rows[0]["failures"] or not rows[0].get("applied"):
@@ -77,7 +79,10 @@ def _tail(path: Path) -> str:
     return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
 
-def _start_device(machine: Machine, address: str, folder: Path) -> "subprocess.Popen[bytes]":
+def _start_device(
+    machine: Machine, address: str, home: Path, log: Path
+) -> "subprocess.Popen[bytes]":
+    """Start `fl_client`; on this machine with `home` as FLWR_HOME, as the other processes."""
     state = machine.work / f"state-{machine.name}"
     shutil.rmtree(state, ignore_errors=True)
     words = machine.words(
@@ -86,10 +91,11 @@ def _start_device(machine: Machine, address: str, folder: Path) -> "subprocess.P
         "--state", machine.seen(state),
         folder="/",
     )  # fmt: skip
-    with (folder / "device.log").open("ab") as stream:
+    own = {"FLWR_HOME": str(home)} if machine.root is None else {}
+    with log.open("ab") as stream:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, cwd=ROOT,
-            env=machine.environment(), start_new_session=True,
+            env=machine.environment() | own, start_new_session=True,
         )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class EmulationSettings:
     install_limit: Seconds = Seconds.parse("7200s")
     """Longest time for making the root file system, and for installing."""
     again: bool = False
-    """Repeat trials that are done."""
+    """Repeat trials that are done, as after a change of this benchmark."""
 
     def validate(self) -> None:
         """Check values; raises `UsageError`."""
