@@ -172,7 +172,7 @@ class ArmRoot:
                 shutil.copyfile(name, self.inside(str(name)))
         if not self.inside(HOME).exists():
             words = ["useradd", "--create-home", "--uid", str(USER), "pi"]
-            added = self.run(words, limit=300, user=0)
+            added = self.run(words, limit=300, folder="/", user=0)
             if added.code != 0:
                 raise ShortwaveError(f"useradd in {self.path}: {added.verdict()}")
 
