@@ -156,19 +156,17 @@ def _result(
         "install": installed,
         HERE: {},
     }
+    first: list[float] = []  # later updates amplify rounding
     for name, row in rows.items():
         machine, _, trial = name.partition(" ")
         result.setdefault(machine, {})[trial] = row
         expected = result[HERE].get(trial, {}).get("losses", [])
         losses = row.get("losses", [])
         if machine != HERE and losses and len(losses) == len(expected):
-            row["difference_from_x86"] = max(
-                abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)
-            )
-    differences = [
-        row["difference_from_x86"] for row in rows.values() if "difference_from_x86" in row
-    ]
-    result["largest_difference_from_x86"] = max(differences, default=None)
+            relative = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
+            row["differences_from_x86"] = [float(f"{each:.2g}") for each in relative]
+            first.append(relative[0])
+    result["largest_difference_of_a_first_loss"] = max(first, default=None)
     result["failed"] = [name for name, row in rows.items() if row["verdict"] != "ok"]
     return result
 
