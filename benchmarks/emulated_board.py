@@ -14,7 +14,9 @@ stays the same. The emulator's seconds say nothing of a board's.
 import dataclasses
 import functools
 import json
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         EmulationSettings, prog="python -m benchmarks.emulated_board", description=__doc__
     )
     settings, _ = parse(EmulationSettings, parser, arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     arm_root.require()
     console, root = Console(stderr=True), ArmRoot(settings.root, settings.suite)
     console.print(f"root file system {root.path}; the first time takes minutes", highlight=False)
