@@ -73,11 +73,10 @@ class Machine:
 
 def write_data(work: Path) -> None:
     """Write tones in LibriSpeech's layout and words in Speech Commands' layout, and the probe."""
-    if not (work / "words").exists():
-        shutil.rmtree(work, ignore_errors=True)
-        write_tones(work / "tones")
-        _write_words(work / "partial")
-        (work / "partial").rename(work / "words")
+    for folder in ("tones", "words"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    write_tones(work / "tones")
+    _write_words(work / "words")
     shutil.copyfile(ROOT / "benchmarks" / "board_probe.py", work / "board_probe.py")
 
 
