@@ -72,7 +72,15 @@ def install(root: ArmRoot, extras: Sequence[str], cpu: str, limit: float) -> dic
         stamp.unlink(missing_ok=True)
         _copy_checkout(root)
         target = f".[{','.join(extras)}]" if extras else "."
-        pip = [".venv/bin/pip", "install", "--constraint", "constraints.txt", "--report", REPORT]
+        pip = [
+            ".venv/bin/pip",
+            "install",
+            "--no-compile",
+            "--constraint",
+            "constraints.txt",
+            "--report",
+            REPORT,
+        ]
         seconds = 0.0
         for words in (["python3", "-m", "venv", ".venv"], [*pip, target]):
             done = root.run(words, limit, cpu, CHECKOUT)
