@@ -1,6 +1,6 @@
 """Outputs and temporary memory of operations for which torch has no meta kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,27 @@ def _weight_norm_backward(
     return torch.empty_like(direction), torch.empty_like(gain)
 
 
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    bias: Tensor | None, needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Outputs of `native_layer_norm_backward`, where they are needed."""
+    inputs = (x, weight, bias)
+    return tuple(
+        torch.empty_like(each, memory_format=torch.contiguous_format)
+        if each is not None and wanted
+        else None
+        for each, wanted in zip(inputs, needed, strict=True)
+    )
+
+
 SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
-    torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,  # torch 2.9
+    # torch 2.9 lacks this kernel, and gives gradients of weights the type of activations here
+    torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward,
 }
-"""Outputs of operations for which torch has no meta kernel."""
+"""Outputs of operations for which torch has no meta kernel, or a wrong one."""

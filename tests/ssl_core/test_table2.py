@@ -88,6 +88,8 @@ def transformers_step(
     Returns:
         Bytes above the parameters that autograd keeps, and at most; operations.
     """
+    if device == "cuda" and torch.__version__ < "2.11":
+        pytest.skip("before torch 2.11 a fake CUDA tensor asks for the driver")
     live, counter = Live(), FlopCounterMode(display=False)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
