@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from common import command
 from common.atomic import write_text
 from common.errors import UsageError
 from common.options import settings_parser
 from common.settings import parse
+from common.tables import console_for
 from common.units import Seconds
 from ssl_core.downstream.task_work import task_work
 from ssl_core.paper import planned_cell, table2_report, table3_report
@@ -39,8 +38,6 @@ from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
 
 SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
-_WIDEST = 1000
-"""Columns of the widest table in a pipe or file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,15 +146,6 @@ def show_figures(settings: PlanSettings) -> int:
     if settings.output:
         print(settings.output)
     return 0
-
-
-def console_for(table: Table) -> Console:
-    """A console on stdout that, unless it is a terminal, is wide enough for the table."""
-    console = Console()
-    if not console.is_terminal:
-        options = console.options.update(max_width=_WIDEST)
-        console.width = max(console.width, Measurement.get(console, options, table).maximum)
-    return console
 
 
 def request_of(settings: PlanSettings) -> Request:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
 
 from common import command
 from common.atomic import write_text
 from common.options import settings_parser
 from common.progress import track
 from common.settings import parse
+from common.tables import console_for
 from common.units import Seconds
 from ssl_core.planning.comparison import compare, comparison_table, plot_comparison
 from ssl_core.planning.decision import PlanName, as_planned
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.json:
         print(json.dumps(result))
         return 0
-    Console().print(comparison_table(rows))
+    table = comparison_table(rows)
+    console_for(table).print(table)
     if settings.output:
         print(settings.output)
     return 0

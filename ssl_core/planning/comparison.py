@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from common.errors import ShortwaveError
@@ -49,11 +50,11 @@ def compare(work: Work, name: str, plan: Plan) -> dict[str, Any]:
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows as a table."""
-    result = Table()
+    """The rows as a table; TFLOP are of an update."""
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head in ("plan", "length", "batch", "precision", "predicted", "measured", "over"):
         result.add_column(head, justify="right")
-    result.add_column("TFLOP an update", justify="right")
+    result.add_column("TFLOP", justify="right")
     result.add_column("seconds", justify="right")
     for row in rows:
         measured = row["measured"] is not None
