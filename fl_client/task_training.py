@@ -32,8 +32,8 @@ from ssl_core.downstream.sharing import Parts, divide
 from ssl_core.downstream.task_model import TaskModel, load_upstream
 from ssl_core.downstream.task_step import TaskReport, TaskStep
 from ssl_core.downstream.task_work import TaskWork
+from ssl_core.planning.processor import use_threads
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training.torch_device import use_threads
 
 PERSONAL = "personal"
 """Kind of the files with a client's personal part."""

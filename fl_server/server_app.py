@@ -24,6 +24,7 @@ from fl_server.rounds import Federation, RoundResult
 from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
 from ssl_core.downstream.task_model import LOGMEL, RANDOM
+from ssl_core.planning.processor import use_threads
 from ssl_core.training import checkpoint
 from ssl_core.training.crops import describe
 from ssl_core.training.run_directory import RunDirectory, open_run
@@ -119,6 +120,7 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
         """Print a line as it is: text from a client must not be read as markup."""
         console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
+    use_threads(0)
     job = job_of(settings, manifest)  # before the run directory, as it checks the data
     run = open_federation(settings)
     run.lock()

@@ -23,8 +23,8 @@ from ssl_core.downstream.decoding import beam_search, greedy
 from ssl_core.downstream.finetune_run import finetune, over_folds
 from ssl_core.downstream.finetune_settings import FinetuneSettings
 from ssl_core.downstream.task_model import TaskModel, load_upstream
+from ssl_core.planning.processor import use_threads
 from ssl_core.training.run_directory import RunDirectory, open_run
-from ssl_core.training.torch_device import use_threads
 
 SHORT = {"--frozen": "--backbone=frozen", "--unfrozen": "--backbone=unfrozen"}
 

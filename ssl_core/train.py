@@ -14,11 +14,11 @@ from common.settings import parse
 from common.units import format_seconds
 from partitions.demo_corpus import demo_corpus
 from partitions.prepared import prepare
+from ssl_core.planning.processor import use_threads
 from ssl_core.training import checkpoint
 from ssl_core.training.central import CentralRun, CentralSettings, divide
 from ssl_core.training.crops import describe
 from ssl_core.training.run_directory import open_run
-from ssl_core.training.torch_device import use_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

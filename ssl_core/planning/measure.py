@@ -85,10 +85,8 @@ def measure(
 
 
 def _run_updates(order: Order) -> Measurement:
-    import torch
 
-    if order.plan.threads:
-        torch.set_num_threads(order.plan.threads)
+    use_threads(order.plan.threads)
     imports = resident_bytes()
     reset_peak()
     seconds = 0.0

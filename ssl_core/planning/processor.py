@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import platform
 import time
 
@@ -9,6 +10,7 @@ import torch
 
 from ssl_core.planning.step_plan import Precision
 
+log = logging.getLogger("shortwave.device")
 FASTER = 1.5
 """A precision is worth taking if a product is at least so many times as fast as in fp32. A step has
 other work too: at 0.8 (AVX-512 without bf16 units) it is slower, at 4.5 (with them) 3 times as
@@ -66,6 +68,28 @@ def usable_threads() -> int:
     if platform.machine() != "aarch64" or "BLAS_INFO=nvpl" not in torch.__config__.show():
         return 0
     return 0 if _hardware_capabilities() & _ATOMICS else 1
+
+
+def use_threads(threads: int) -> None:
+    """Compute with so many threads; 0 for all cores that this process may use.
+
+    It is one thread where torch's library would end the process with more.
+    """
+    most = usable_threads()
+    if most and (threads or torch.get_num_threads()) > most:
+        warn_once(
+            f"one thread only: to use more, torch {torch.__version__} needs instructions of "
+            "ARMv8.1, which this processor lacks; torch 2.9.1 uses all cores"
+        )
+        threads = most
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning that this process has not logged before."""
+    log.warning("%s", text)
 
 
 def _hardware_capabilities() -> int:

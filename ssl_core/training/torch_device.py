@@ -1,16 +1,12 @@
-"""Chooses the torch device, precision and number of threads of this machine."""
+"""Chooses the torch device and precision of this machine."""
 
-import functools
-import logging
 from typing import Literal
 
 import torch
 
 from common.errors import UsageError
-from ssl_core.planning.processor import cpu_precisions, product_speed, usable_threads
+from ssl_core.planning.processor import cpu_precisions, product_speed, warn_once
 from ssl_core.planning.step_plan import Precision
-
-log = logging.getLogger("shortwave.device")
 
 
 def choose_device(name: str) -> str:
@@ -56,29 +52,8 @@ def choose_precision(name: Literal["auto"] | Precision, device: str) -> Precisio
                 "or fp32"
             )
         if speed < 1:
-            _warn_once(
+            warn_once(
                 f"in {name} a product takes this processor {1 / speed:.1f} times as long as in "
                 "fp32: choose auto or fp32 for speed"
             )
     return name
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
-
-
-def use_threads(threads: int) -> None:
-    """Compute with so many threads; 0 for all cores that this process may use.
-
-    It is one thread where torch's library would end the process with more.
-    """
-    most = usable_threads()
-    if most and (threads or torch.get_num_threads()) > most:
-        _warn_once(
-            f"one thread only: to use more, torch {torch.__version__} needs instructions of "
-            "ARMv8.1, which this processor lacks; torch 2.9.1 uses all cores"
-        )
-        threads = most
-    if threads:
-        torch.set_num_threads(threads)

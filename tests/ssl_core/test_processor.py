@@ -12,13 +12,13 @@ from common.errors import UsageError
 from ssl_core.planning import processor
 from ssl_core.planning.step_plan import Precision
 from ssl_core.training import torch_device
-from ssl_core.training.torch_device import choose_precision, use_threads
+from ssl_core.training.torch_device import choose_precision
 
 
 @pytest.fixture(autouse=True)
 def afresh() -> Iterator[None]:
     threads, speed = torch.get_num_threads(), processor.product_speed
-    for clear in (speed.cache_clear, torch_device._warn_once.cache_clear):
+    for clear in (speed.cache_clear, processor.warn_once.cache_clear):
         clear()
     yield
     speed.cache_clear()
@@ -125,12 +125,12 @@ def test_one_thread_where_more_would_be_an_illegal_instruction(
     monkeypatch.setattr(torch.__config__, "show", lambda: f"  - Build settings: {blas}, CUDA")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(getauxval=GetAuxVal(bits)))
     assert processor.usable_threads() == most
-    use_threads(2)
+    processor.use_threads(2)
     assert torch.get_num_threads() == (most or 2)
     told = [record.message for record in caplog.records]
     assert bool(told) == bool(most)
     if most:
         assert told[0].startswith("one thread only: ")
         torch.set_num_threads(2)
-        use_threads(0)
+        processor.use_threads(0)
         assert torch.get_num_threads() == 1
