@@ -85,6 +85,7 @@ def measure(
 
 
 def _run_updates(order: Order) -> Measurement:
+    from ssl_core.planning.processor import use_threads  # with torch
 
     use_threads(order.plan.threads)
     imports = resident_bytes()
