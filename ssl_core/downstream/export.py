@@ -21,6 +21,7 @@ from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.task_model import TaskModel
 from ssl_core.training import hf_checkpoint as hf
 from ssl_core.training.tensor_file import write_tensors
+from ssl_core.training.weight_files import WEIGHTS
 
 TASK = "task.json"
 
@@ -51,7 +52,7 @@ def export(
         "recipe": dataclasses.asdict(model.recipe),
     }
     with atomic.directory(path) as partial:
-        write_tensors(partial / hf.WEIGHTS, tensors, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS, tensors, metadata={"format": "pt"})
         _write(partial / TASK, about)
         if not config:
             return

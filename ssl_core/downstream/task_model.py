@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.errors import DataError
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.heads import Prediction, TaskHead, make_head, mean_over_frames
 from ssl_core.downstream.task_recipe import TaskRecipe
@@ -122,7 +121,7 @@ def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
     with Undrawn():
         backbone = Backbone(config)
     load_backbone(backbone, hf.load_weights(path), checkpoint)
-    return Upstream(backbone, checkpoint, _normalises(path))
+    return Upstream(backbone, checkpoint, hf.normalises(path))
 
 
 def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> None:
@@ -145,16 +144,6 @@ def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) ->
     if "masked_spec_embed" not in weights:
         weights["masked_spec_embed"] = torch.zeros_like(own["masked_spec_embed"])
     hf.load_into(backbone, weights, where)
-
-
-def _normalises(path: Path) -> bool:
-    file = path / "preprocessor_config.json"
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("do_normalize", False))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
 
 
 class TaskModel(nn.Module):

@@ -3,18 +3,16 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import DataError
 from ssl_core.training.tensor_file import write_tensors
+from ssl_core.training.weight_files import WEIGHTS, read_weights
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+_PREPROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _WEIGHT_NORM = {
     "pos_conv_embed.conv.weight_g": "pos_conv_embed.conv.parametrizations.weight.original0",
     "pos_conv_embed.conv.weight_v": "pos_conv_embed.conv.parametrizations.weight.original1",
@@ -50,8 +48,38 @@ def load_config(directory: Path) -> ModelConfig:
     return ModelConfig.from_hf(values, str(path))
 
 
+def normalises(directory: Path) -> bool:
+    """Whether a model expects waveforms of mean 0 and variance 1, by its preprocessor's settings.
+
+    They are in `preprocessor_config.json`, or since transformers 5 in `processor_config.json`.
+
+    Raises:
+        DataError: a file cannot be read, or the two files contradict each other.
+    """
+    found: dict[str, bool] = {}
+    for name in (_PREPROCESSOR, _PROCESSOR):
+        file = directory / name
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if name == _PROCESSOR:
+                values = values.get("feature_extractor", {})
+            stated = values.get("do_normalize")
+            if stated is not None:
+                found[name] = bool(stated)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from None
+    if len(set(found.values())) > 1:
+        raise DataError(
+            f"{directory}: {_PREPROCESSOR} and {_PROCESSOR} contradict each other in do_normalize; "
+            "remove the one that is wrong"
+        )
+    return any(found.values())
+
+
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint directory: safetensors, else `pytorch_model.bin`.
+    """Read all tensors of a checkpoint directory, in every published form (`weight_files`).
 
     Returns:
         Tensors by parameter name, `[*parameter shape]` each.
@@ -59,19 +87,8 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
     Raises:
         DataError: missing or broken files.
     """
-    path = directory / WEIGHTS
-    try:
-        if path.exists():
-            tensors = load_file(path)
-        else:
-            binary = directory / "pytorch_model.bin"
-            if not binary.exists():
-                raise DataError(f"{directory} is not a checkpoint: {WEIGHTS} is missing")
-            tensors = torch.load(binary, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise DataError(f"cannot read the weights in {directory}: {error}") from None
     renamed = {}
-    for name, value in tensors.items():
+    for name, value in read_weights(directory).items():
         for old, new in _WEIGHT_NORM.items():
             if name.endswith(old):
                 name = name.removesuffix(old) + new
