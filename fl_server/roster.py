@@ -16,6 +16,8 @@ from fl_server.replies import metrics_in, replies_of, tell
 from ssl_core.training.randomness import generator
 
 _DOUBLE = "two clients say they are number"
+_LOOK = 0.25
+"""Seconds between two looks for new clients while too few are ready."""
 
 
 class RoundFailed(ShortwaveError):
@@ -76,7 +78,7 @@ class Roster:
             if not told:
                 self.say(f"waiting for clients: {len(clients)} of {needed} are ready")
                 told = True
-            time.sleep(1)
+            time.sleep(_LOOK)
 
     def refresh(self) -> list[Client]:
         """Query new nodes and drop those that have gone; the clients connected now.
