@@ -61,20 +61,13 @@ def test_a_device_pretrains_without_the_extras(
     assert "no TensorBoard events" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "fl_client", "fl_server", "partitions", "ssl_core.plan", "ssl_core.profile",
-        "ssl_core.train", "ssl_core.finetune", "ssl_core.download",
-    ],
-)  # fmt: skip
-def test_commands_start_without_the_extras(environment: dict[str, str], module: str) -> None:
-    done = run(environment, "-m", module, "--help")
-    assert done.returncode == 0, done.stderr
-
-
-def test_apps_start_without_the_extras(environment: dict[str, str]) -> None:
-    done = run(environment, "-c", "import fl_client.client_app, fl_server.server_app")
+def test_commands_and_apps_start_without_the_extras(environment: dict[str, str]) -> None:
+    modules = (
+        "fl_client.__main__", "fl_server.__main__", "partitions.__main__", "ssl_core.plan",
+        "ssl_core.profile", "ssl_core.train", "ssl_core.finetune", "ssl_core.download",
+        "fl_client.client_app", "fl_server.server_app",
+    )  # fmt: skip
+    done = run(environment, "-c", f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr
 
 
