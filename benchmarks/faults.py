@@ -2,7 +2,8 @@
 
 `python -m benchmarks.faults --runs 10` starts a SuperLink and three SuperNodes on loopback for each
 run and injects one fault. A run whose server side fails is resumed. The disk faults mount a small
-tmpfs, which needs root. The last line is one JSON object.
+tmpfs, which needs root. With `--simulation true` the federation is a simulation on Ray, whose
+processes are killed. The last line is one JSON object.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from types import FrameType
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
+from benchmarks import simulation_faults
 from benchmarks.fault_injection import FAULTS, take
 from benchmarks.fault_outcome import Outcome, describe, summary
 from benchmarks.fault_trial import Trial
@@ -34,6 +36,9 @@ from common.units import Names
 class FaultSettings:
     """Which faults to inject, and how often."""
 
+    simulation: bool = False
+    """Kill processes of a simulation on Ray: worker, raylet, gcs_server, driver, command,
+    sigterm."""
     runs: PositiveInt = PositiveInt(10)
     """Runs, each with one fault."""
     data: Path | None = None
@@ -56,10 +61,11 @@ class FaultSettings:
 
     def validate(self) -> None:
         """Check the names of faults; raises `UsageError`."""
+        faults = list(simulation_faults.FAULTS if self.simulation else FAULTS)
         for name in self.faults:
-            if name not in FAULTS:
-                known = command.nearest(name, list(FAULTS))
-                raise UsageError(f"no fault '{name}': choose from {', '.join(FAULTS)}{known}")
+            if name not in faults:
+                known = command.nearest(name, faults)
+                raise UsageError(f"no fault '{name}': choose from {', '.join(faults)}{known}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -71,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = settings_parser(FaultSettings, prog="python -m benchmarks.faults", description=__doc__)
     settings, _ = parse(FaultSettings, parser, arguments)
     console = Console(stderr=True)
+    if settings.simulation:
+        return _simulate(settings, console)
     faults = list(settings.faults)
     if not faults:
         faults = list(FAULTS)
@@ -103,6 +111,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in dict.fromkeys(outcome.fault for outcome in outcomes)
     }
     print(json.dumps(summary(outcomes) | {"by_fault": by_fault}))
+    return 0
+
+
+def _simulate(settings: FaultSettings, console: Console) -> int:
+    """Take the runs of a simulation; returns the exit code."""
+    faults = list(settings.faults or simulation_faults.FAULTS)
+    outcomes: list[simulation_faults.Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary, bar_of(console) as bar:
+        folder = (settings.keep or Path(temporary)).resolve()
+        data = settings.data.resolve() if settings.data else write_tones(Path(temporary, "corpus"))
+        whole = simulation_faults.reference(data, simulation_faults.clear(folder / "reference"))
+        runs = bar.add_task("runs", total=settings.runs)
+        for number in range(settings.runs):
+            fault = faults[number % len(faults)]
+            place = simulation_faults.clear(folder / f"{number:03d}-{fault}")
+            rng = random.Random(f"{settings.seed} {number}")
+            outcomes.append(simulation_faults.take(fault, data, place, rng, whole))
+            console.print(outcomes[-1].describe(), highlight=False, markup=False, soft_wrap=True)
+            bar.advance(runs)
+    by_fault = {
+        name: simulation_faults.summary([each for each in outcomes if each.fault == name])
+        for name in faults
+    }
+    print(json.dumps(simulation_faults.summary(outcomes) | {"by_fault": by_fault}))
     return 0
 
 

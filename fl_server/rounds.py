@@ -154,10 +154,14 @@ class Federation:
 
     def state(self, number: int) -> dict[str, Any]:
         """The state for a checkpoint after round `number`; nothing in it depends on the time."""
-        settings, exchange = self.settings, {}
-        if settings.encoding != "fp32":
-            exchange = {"folded": self.folded, "held": self.broadcast.held}
-        return exchange | {
+        settings = self.settings
+        kept: dict[str, Any] = {}
+        lossy = settings.encoding != "fp32"
+        if lossy or settings.keep_optimizer_state:  # clients go on from their last folded round
+            kept["folded"] = self.folded
+        if lossy:
+            kept["held"] = self.broadcast.held
+        return kept | {
             "next_round": number + 1,
             "next_update": (number + 1) * settings.local_updates,
             "rounds": settings.rounds,

@@ -124,18 +124,18 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
     job = job_of(settings, manifest)  # before the run directory, as it checks the data
     run = open_federation(settings)
     run.lock()
-    optimizer = ServerOptimizer(
-        settings.server_optimizer, settings.server_rate, settings.server_momentum
-    )
-    federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
-    first = _start(job, federation, run, say)
-    if settings.resume:
-        run.rewind(first + 1)
-    checkpoint.prune(run.checkpoints, settings.keep)
-    roster = Roster(grid, settings, say)
-    clients = roster.gather()
-    status = Status(run.path, settings.rounds)
     try:
+        optimizer = ServerOptimizer(
+            settings.server_optimizer, settings.server_rate, settings.server_momentum
+        )
+        federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
+        first = _start(job, federation, run, say)
+        if settings.resume:
+            run.rewind(first + 1)
+        checkpoint.prune(run.checkpoints, settings.keep)
+        roster = Roster(grid, settings, say)
+        clients = roster.gather()
+        status = Status(run.path, settings.rounds)
         with bar_of(console) as progress:
             replies = (settings.rounds - first) * min(settings.clients_per_round, len(clients))
             bar = progress.add_task("clients", total=replies)

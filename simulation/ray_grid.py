@@ -1,107 +1,59 @@
-"""A Flower Grid on Ray: workers that keep the model, and arrays in shared memory.
+"""A Flower Grid on Ray, whose workers answer for numbered clients.
 
-The workers run the project's ClientApp. A message does not carry its arrays: they are put into
-Ray's object store once, however many clients get them, and are read there without copying.
+A worker that dies costs no client its answer: its messages are sent again, and a new worker starts.
 """
 
 import collections
-import os
-import sys
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
-from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 from flwr.app.constants import DEFAULT_TTL
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.errors import ShortwaveError
-from common.process_environment import tuned
-from common.stop import stop_on_sigterm
-from fl_client import protocol
+from common.cores import usable_cores
+from simulation.ray_runtime import RayFailed, RayRuntime, one_line
+from simulation.ray_worker import RUN_ID, Letter, Worker, seal, unseal
+from simulation.shipped_state import StateChange, apply_change, read_state
 
-RUN_ID = 1
 SERVER_NODE = 0
-
-Buffers = dict[str, tuple[str, tuple[int, ...], str, npt.NDArray[np.uint8]]]
-"""An ArrayRecord's dtype, shape, serialisation type and bytes `[byte]` by tensor name."""
-
-
-class Letter(NamedTuple):
-    """A message without its arrays, and the arrays."""
-
-    message: Message
-    arrays: dict[str, Any]
-    """By record name: `Buffers`, or a reference to them in the object store."""
+_TRIES = 3
+"""Times that a message is sent, or a worker started, before the run stops."""
+_START = 60.0
+"""Seconds in which another worker must have started, with a core for each."""
+_FETCH = 5.0
+"""Seconds to fetch an answer before looking whether Ray still runs."""
 
 
-def to_buffers(record: ArrayRecord) -> Buffers:
-    """An ArrayRecord's bytes as NumPy arrays `[byte]`, which Ray stores and maps uncopied."""
-    return {
-        name: (array.dtype, tuple(array.shape), array.stype, np.frombuffer(array.data, np.uint8))
-        for name, array in record.items()
-    }
+@dataclasses.dataclass
+class _Slot:
+    """A place for a worker, which is replaced when it dies."""
+
+    worker: Any
+    starting: Any
+    """Ray's reference to whether the worker is on another machine, known once it has started."""
+    far: bool | None = None
+    """None until then."""
+    load: int = 0
+    """Messages that the worker has."""
 
 
-def from_buffers(buffers: Buffers) -> ArrayRecord:
-    """The ArrayRecord of `to_buffers`, on the same memory."""
-    record = ArrayRecord()
-    for name, (dtype, shape, stype, data) in buffers.items():
-        array = Array(dtype, shape, stype, b"")
-        array.data = data.data
-        record[name] = array
-    return record
+@dataclasses.dataclass
+class _Task:
+    """A message to a client, until its answer is here."""
 
-
-def seal(message: Message) -> Letter:
-    """Split a message from its arrays."""
-    if message.has_error():
-        return Letter(message, {})
-    content = RecordDict()
-    arrays: dict[str, Any] = {}
-    for name, record in message.content.items():
-        if isinstance(record, ArrayRecord):
-            arrays[name] = to_buffers(record)
-        else:
-            content[name] = record
-    return Letter(Message(metadata=message.metadata, content=content), arrays)
-
-
-def unseal(letter: Letter) -> Message:
-    """Put the arrays back into the message."""
-    for name, buffers in letter.arrays.items():
-        letter.message.content[name] = from_buffers(buffers)
-    return letter.message
-
-
-@ray.remote
-class Worker:
-    """A process that keeps the ClientApp and its model, and answers for any client."""
-
-    def __init__(self, run_config: dict[str, Any]) -> None:
-        """Import the ClientApp; `run_config` has all settings."""
-        from fl_client.client_app import app
-
-        self.app, self.run_config = app, run_config
-
-    def answer(self, message: Message, node: dict[str, Any], *arrays: Any) -> Letter:
-        """Run the ClientApp on a message.
-
-        Args:
-            message: without its arrays.
-            node: the client's node config.
-            arrays: alternating record names and `Buffers`; Ray resolves no nested references.
-        """
-        pairs = dict(zip(arrays[::2], arrays[1::2], strict=True))
-        node_id = message.metadata.dst_node_id
-        context = Context(RUN_ID, node_id, node, RecordDict(), self.run_config)
-        return seal(self.app(unseal(Letter(message, pairs)), context))
+    identifier: str
+    letter: Letter
+    slot: int = 0
+    worker: Any = None
+    failures: int = 0
 
 
 class RayGrid(Grid):
@@ -112,29 +64,27 @@ class RayGrid(Grid):
     """
 
     def __init__(
-        self, run_config: Mapping[str, Any], nodes: list[dict[str, Any]], workers: int, gpus: float
+        self, run_config: Mapping[str, Any], nodes: list[dict[str, Any]], runtime: RayRuntime
     ) -> None:
         """Start the workers.
 
         Args:
             run_config: Flower's run config.
             nodes: node config of each client.
-            workers: number of processes.
-            gpus: GPUs of each worker, which may be a fraction of one; 0 for none.
+            runtime: Ray, which has been started.
         """
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 0
         self._run = Run.create_empty(RUN_ID)
         self._nodes = {number + 1: node for number, node in enumerate(nodes)}
-        self._workers = [
-            Worker.options(  # type: ignore[attr-defined]
-                num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=2
-            ).remote(dict(run_config))
-            for _ in range(workers)
-        ]
-        self._load = [0] * workers
-        self._queue: collections.deque[tuple[str, Letter]] = collections.deque()
-        self._under_way: dict[Any, tuple[str, int, Message]] = {}
-        self._ready: dict[str, Any] = {}
+        self._runtime = runtime
+        manifest = str(nodes[0].get("manifest", ""))
+        content = np.fromfile(manifest, np.uint8) if manifest and runtime.address else None
+        self._arguments = (ray.put(dict(run_config)), runtime.node, ray.put(content))
+        self._slots = [self._new_slot() for _ in range(runtime.workers)]
+        self._moved, self._failed_starts = time.monotonic(), 0
+        self._queue: collections.deque[_Task] = collections.deque()
+        self._under_way: dict[Any, _Task] = {}
+        self._ready: dict[str, Message] = {}
         self._count = 0
 
     def set_run(self, run: Run) -> None:
@@ -182,6 +132,7 @@ class RayGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages and return their ids; a record that several share is stored once."""
+        self._runtime.check()
         stored: dict[int, Any] = {}
         identifiers = []
         for message in messages:
@@ -194,51 +145,38 @@ class RayGrid(Grid):
                 if id(record) not in stored:
                     stored[id(record)] = ray.put(letter.arrays[name])
                 letter.arrays[name] = stored[id(record)]
-            self._queue.append((identifier, letter))
+            self._queue.append(_Task(identifier, letter))
             identifiers.append(identifier)
         self._dispatch()
         return identifiers
 
-    def _dispatch(self) -> None:
-        """Send queued messages to the least busy workers, up to two per worker."""
-        while self._queue and len(self._under_way) + len(self._ready) < 2 * len(self._workers):
-            identifier, letter = self._queue.popleft()
-            index = min(range(len(self._workers)), key=self._load.__getitem__)
-            node = self._nodes[letter.message.metadata.dst_node_id]
-            flat = [part for pair in letter.arrays.items() for part in pair]
-            reference = self._workers[index].answer.remote(letter.message, node, *flat)
-            self._under_way[reference] = (identifier, index, letter.message)
-            self._load[index] += 1
-
     def wait(self, seconds: float) -> None:
-        """Wait up to `seconds` for a reply, and send further messages in its place."""
-        if not self._under_way:
-            return
-        done, _ = ray.wait(list(self._under_way), num_returns=1, timeout=seconds)
-        if done and len(self._under_way) > 1:
-            done, _ = ray.wait(list(self._under_way), num_returns=len(self._under_way), timeout=0)
-        for reference in done:
-            identifier, index, message = self._under_way.pop(reference)
-            self._load[index] -= 1
-            self._ready[identifier] = (reference, message)
+        """Wait up to `seconds` for a reply, and send further messages in its place.
+
+        Raises:
+            RayFailed: Ray or its workers do not work.
+        """
+        self._runtime.check()
+        starting = {slot.starting: slot for slot in self._slots if slot.far is None}
+        waiting = [*self._under_way, *starting]
+        if waiting:
+            done, _ = ray.wait(waiting, num_returns=1, timeout=seconds)
+            if done and len(waiting) > 1:
+                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            for reference in done:
+                if reference in starting:
+                    self._started(starting[reference])
+                else:
+                    self._take(reference)
+            self._require_progress(bool(done))
         self._dispatch()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that have arrived to the given messages."""
         self.wait(0)
-        replies = []
-        for identifier in message_ids:
-            if identifier not in self._ready:
-                continue
-            reference, message = self._ready.pop(identifier)
-            try:
-                replies.append(unseal(ray.get(reference)))
-            except ray.exceptions.RayError as error:
-                reason = " ".join(str(getattr(error, "cause", None) or error).split())[:500]
-                failure = Error(code=protocol.CLIENT_FAILED, reason=reason)
-                replies.append(Message(failure, reply_to=message))
+        found = [self._ready.pop(each) for each in message_ids if each in self._ready]
         self._dispatch()
-        return replies
+        return found
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -255,48 +193,95 @@ class RayGrid(Grid):
                 waiting.remove(reply.metadata.reply_to_message_id)
         return replies
 
+    def _new_slot(self) -> _Slot:
+        options = {"num_cpus": 1, "num_gpus": self._runtime.gpus_each}
+        worker = Worker.options(**options).remote(*self._arguments)  # type: ignore[attr-defined]
+        return _Slot(worker, worker.is_far.remote())
 
-def start_ray(workers: int, *, address: str, weights_bytes: int, gpu: bool) -> float:
-    """Start Ray on this machine, on loopback only, or join a cluster.
+    def _started(self, slot: _Slot) -> None:
+        """Note that a worker has started; start another one if it has not."""
+        try:
+            slot.far = self._fetch(slot.starting)
+        except ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= _TRIES:
+                raise RayFailed(f"no worker starts: {one_line(error)}") from None
+            self._slots[self._slots.index(slot)] = self._new_slot()
+            return
+        self._failed_starts = 0
 
-    Args:
-        workers: number of worker processes to come.
-        address: of a Ray cluster; empty starts Ray here.
-        weights_bytes: size of the shared weights, which the object store holds several times.
-        gpu: whether workers need GPUs.
-
-    Returns:
-        GPUs per worker, which may be a fraction of one; 0 without `gpu`.
-
-    Raises:
-        ShortwaveError: Ray does not start, or sees no GPU although `gpu` is set.
-    """
-    root = str(Path(__file__).resolve().parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    os.environ.update(tuned(os.environ))
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
-        else:
-            store = max(256 * 2**20, int(weights_bytes * (2 * workers + 2) * 1.05))
-            ray.init(
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=store,
-                log_to_driver=False,
-                logging_level="error",
-                _node_ip_address="127.0.0.1",
+    def _require_progress(self, moved: bool) -> None:
+        """Raise `RayFailed` if no worker has started for too long."""
+        if moved or any(slot.far is not None for slot in self._slots):
+            self._moved = time.monotonic()
+            return
+        limit = _START
+        if not self._runtime.address:
+            limit *= max(1.0, len(self._slots) / usable_cores())
+        if time.monotonic() - self._moved > limit:
+            raise RayFailed(
+                f"no worker has started within {limit:.0f} s. {len(self._slots)} workers need a "
+                f"CPU and {self._runtime.gpus_each:g} GPUs each; {self._runtime.free()}"
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ShortwaveError(f"Ray does not start: {error}") from None
-    stop_on_sigterm()  # Ray has put a handler of its own in its place, which aborts
-    if not gpu:
-        return 0.0
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if not gpus:
-        raise ShortwaveError("--device cuda: Ray sees no GPU; use --device cpu")
-    return float(gpus) / workers
+
+    def _dispatch(self) -> None:
+        """Send queued messages to the least busy workers, up to two per worker."""
+        ready = [number for number, slot in enumerate(self._slots) if slot.far is not None]
+        while (
+            ready and self._queue and len(self._under_way) + len(self._ready) < 2 * len(self._slots)
+        ):
+            task = self._queue.popleft()
+            task.slot = min(ready, key=lambda number: self._slots[number].load)
+            slot = self._slots[task.slot]
+            task.worker = slot.worker
+            message = task.letter.message
+            node = self._nodes[message.metadata.dst_node_id]
+            files = read_state(Path(node["state"]), node["partition-id"]) if slot.far else {}
+            flat = [part for pair in task.letter.arrays.items() for part in pair]
+            reference = slot.worker.answer.remote(message, node, files, *flat)
+            self._under_way[reference] = task
+            slot.load += 1
+
+    def _take(self, reference: Any) -> None:
+        """Fetch an answer; send the message again if a worker or Ray has failed."""
+        task = self._under_way.pop(reference)
+        slot = self._slots[task.slot]
+        if slot.worker is task.worker:
+            slot.load -= 1
+        answer: tuple[Letter, StateChange | None]
+        try:
+            answer = self._fetch(reference)
+        except ray.exceptions.RayError as error:
+            self._send_again(task, error)
+            return
+        letter, change = answer
+        if change is not None:
+            node = self._nodes[task.letter.message.metadata.dst_node_id]
+            apply_change(change, Path(node["state"]), node["partition-id"])
+        self._ready[task.identifier] = unseal(letter)
+
+    def _send_again(self, task: _Task, error: Exception) -> None:
+        """Queue a message again, and replace its worker if that has died.
+
+        Raises:
+            RayFailed: it has been sent often enough.
+        """
+        self._runtime.check()
+        task.failures += 1
+        if task.failures >= _TRIES:
+            key = self._nodes[task.letter.message.metadata.dst_node_id]["partition-id"]
+            raise RayFailed(
+                f"{_TRIES} times no worker could answer for client {key}: {one_line(error)}"
+            )
+        slot = self._slots[task.slot]
+        if slot.worker is task.worker and isinstance(error, ray.exceptions.RayActorError):
+            self._slots[task.slot] = self._new_slot()
+        self._queue.appendleft(task)
+
+    def _fetch(self, reference: Any) -> Any:
+        """Get a result, looking now and then whether Ray still runs."""
+        while True:
+            try:
+                return ray.get(reference, timeout=_FETCH)
+            except ray.exceptions.GetTimeoutError:
+                self._runtime.check()

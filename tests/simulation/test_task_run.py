@@ -224,12 +224,12 @@ def test_wrong_input_is_one_clear_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from simulation import run
+    from simulation import simulate
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it is refused before anything is started")
 
-    monkeypatch.setattr(run, "start_ray", never)
+    monkeypatch.setattr(simulate, "prepare_own_ray", never)
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("x")
@@ -264,10 +264,10 @@ def test_a_run_does_not_go_on_with_other_settings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from fl_server.server_app import open_federation
-    from simulation.run import parse_settings
+    from simulation.simulate import parse_settings
 
     output = ["--output", str(tmp_path / "run")]
-    settings, _, _ = parse_settings(simulator.command(*output)[len(RUN) :])
+    settings, _ = parse_settings(simulator.command(*output)[len(RUN) :])
     open_federation(settings)
     assert_refused(["--resume", str(tmp_path / "run"), option, value], 2, reason, capsys)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
@@ -278,7 +278,7 @@ def assert_refused(
 ) -> None:
     """With one line and an exit code."""
     from common import command
-    from simulation.run import main
+    from simulation.simulate import main
 
     with pytest.raises(SystemExit) as stopped:
         command.run(lambda _: main(arguments))

@@ -1,0 +1,55 @@
+"""How many processor cores this process may use."""
+
+import math
+import os
+from pathlib import Path
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores by the process' affinity and by the CPU quota of its cgroups, at least one.
+
+    Args:
+        root: of the file system that describes the cgroups.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(min(_quotas(root), default=cores))))
+
+
+def _quotas(root: Path) -> list[float]:
+    """Cores that each cgroup of this process grants, where it has a quota."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, inside = rest.partition(":")
+        if number == "0":
+            mounts = [root / "sys/fs/cgroup/unified", root / "sys/fs/cgroup"]
+        elif "cpu" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup/cpu,cpuacct"]
+        else:
+            continue
+        for mount in mounts:
+            own = mount / inside.lstrip("/")
+            # Inside a container, the kernel may report the path on the host.
+            folders = [own, *own.parents] if own.is_dir() else [mount]
+            found += [_quota(each) for each in folders if each.is_relative_to(mount)]
+    return [quota for quota in found if quota > 0]
+
+
+def _quota(folder: Path) -> float:
+    """Cores that one cgroup grants; 0 without a quota."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8")
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8")
+        return max(0.0, float(quota) / float(period))
+    except (OSError, ValueError, ZeroDivisionError):  # `max` is no number
+        return 0.0

@@ -1,0 +1,296 @@
+"""Simulate a federation on Ray: `python simulation/run.py --clients 100 --length 5s`.
+
+With `--task NAME` the clients fine-tune that task; `--task NAME --help` lists its settings.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from fl_client.environment import be_quiet
+from simulation.supervisor import Child
+
+be_quiet()
+SUPERVISED = Child()
+
+if importlib.util.find_spec("ray") is None:
+    needed = "simulations need Ray: pip install ray, or install the extra `simulation`"
+    print(f"error: {needed}", file=sys.stderr)
+    sys.exit(2)
+from flwr.app import Context, RecordDict  # noqa: E402
+from jsonargparse.typing import PositiveInt  # noqa: E402
+
+from common import command  # noqa: E402
+from common.errors import UsageError  # noqa: E402
+from common.options import settings_parser  # noqa: E402
+from common.settings import flat, parse, read_yaml  # noqa: E402
+from common.units import format_bytes, format_seconds  # noqa: E402
+from fl_client.federation_settings import (  # noqa: E402
+    PretrainingFederation,
+    RunSettings,
+    TaskFederation,
+    federation_kind,
+)
+from fl_client.local_data import held_out  # noqa: E402
+from fl_client.task_data import divide_pool, load_pool  # noqa: E402
+from fl_client.task_training import Resident  # noqa: E402
+from fl_server.server_app import app as server_app  # noqa: E402
+from fl_server.server_app import open_federation  # noqa: E402
+from partitions.demo_corpus import demo_corpus  # noqa: E402
+from partitions.manifest import Manifest, write_manifest  # noqa: E402
+from partitions.prepared import prepare  # noqa: E402
+from partitions.speakers import partition  # noqa: E402
+from simulation.fleet import make_fleet  # noqa: E402
+from simulation.ray_environment import prepare_own_ray  # noqa: E402
+from simulation.report import write_report  # noqa: E402
+from ssl_core.training.checkpoint import latest  # noqa: E402
+from ssl_core.training.crops import describe  # noqa: E402
+from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
+from ssl_core.training.run_directory import RunDirectory  # noqa: E402
+from ssl_core.training.stored_settings import CONFIG  # noqa: E402
+
+
+class Processes(NamedTuple):
+    """Where the clients are trained."""
+
+    workers: int | None
+    """Number of worker processes; None for one per usable core."""
+    address: str
+    """Of a Ray cluster; empty starts Ray here."""
+    words: list[str]
+    """The command line."""
+
+    def again(self, settings: RunSettings, path: Path) -> list[str]:
+        """The command line that goes on with the run in `path`."""
+        if settings.resume:
+            return self.words
+        count = ["--workers", str(self.workers)] if self.workers else []
+        return ["--resume", str(path), *count, *(["--address", self.address] * bool(self.address))]
+
+
+def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, Processes]:
+    """Read the command line.
+
+    Options on the command line override those of `--config`, which override the defaults; with
+    `--resume` the defaults are the settings of that run.
+
+    Returns:
+        The settings of the run, and the processes that do not change its result.
+
+    Raises:
+        UsageError: values that do not fit together.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    kind: Any = federation_kind(_task(words))
+    parser = settings_parser(kind, prog="python simulation/run.py", description=__doc__)
+    parser.add_argument(
+        "--workers",
+        type=PositiveInt | None,
+        default=None,
+        help="processes that train clients, with --threads threads each; does not change the "
+        "result; by default one per CPU core that may be used, at most --clients-per-round",
+    )
+    parser.add_argument(
+        "--address",
+        type=str,
+        default="",
+        help="address of a Ray cluster to join; by default Ray starts here",
+    )
+    settings, others = parse(kind, parser, words)
+    settings = dataclasses.replace(settings, threads=settings.threads or 1)
+    return settings, Processes(others.get("workers"), others.get("address", ""), words)
+
+
+def _task(words: Sequence[str]) -> str:
+    """The task that the command line, its YAML file or the run to resume names; may be empty."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--task", "--config", "--resume"):
+        first.add_argument(name, default="")
+    given, _ = first.parse_known_args(words)
+    files = [given.config, given.resume and Path(given.resume) / CONFIG]
+    found = [Path(file) for file in files if file and Path(file).is_file()]
+    return given.task or next((str(read_yaml(f).get("task") or "") for f in found), "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Simulate a federation; returns the exit code."""
+    settings, processes = parse_settings(arguments)
+    if settings.clients_per_round > settings.clients:
+        raise UsageError(
+            f"--clients-per-round {settings.clients_per_round} is more than the "
+            f"{settings.clients} clients"
+        )
+    if isinstance(settings, TaskFederation):
+        return _simulate_task(settings, processes)
+    if settings.time_limit and not settings.fleet:
+        raise UsageError("--time-limit needs a --fleet: it limits an update on its devices")
+    return _simulate_pretraining(settings, processes)
+
+
+def _simulate_pretraining(settings: PretrainingFederation, processes: Processes) -> int:
+    root = settings.data or demo_corpus()
+    print(describe(root, settings.data is None))
+    manifest = prepare(root, settings.subset, settings.length, progress=True)
+    excluded = held_out(manifest, settings)
+    parts = partition(manifest, settings.clients, settings.partition, settings.seed, excluded)
+    _print_data(manifest, parts, excluded, settings)
+    fleet = make_fleet(settings) if settings.fleet else None
+    run = open_federation(settings)
+    file = run.path / "manifest.tsv"
+    write_manifest(file, manifest)
+    nodes = [
+        {"manifest": str(file), **(fleet.node(number) if fleet else {})}
+        for number in range(settings.clients)
+    ]
+    work = PretrainingWork(architecture=settings.architecture, recipe=settings.recipe)
+    _simulate(settings, run, nodes, 4 * work.trained_parameters(), processes)
+    report = write_report(run, settings, manifest, parts, excluded, fleet)
+    print(f"report: {report}")
+    print(f"checkpoint: {latest(run.checkpoints)}")
+    print(run.path)
+    return 0
+
+
+def _simulate_task(settings: TaskFederation, processes: Processes) -> int:
+    recipe = settings.recipe
+    pool = load_pool(settings.task, settings.corpus(), recipe, settings.seed, settings.subsets)
+    parts = divide_pool(
+        pool, settings.clients, settings.partition, settings.seed, recipe.transcribes
+    )
+    for line in pool.skips:
+        print(line)
+    counts = sorted(len(part) for part in parts)
+    print(
+        f"{settings.task}: {len(pool.clips)} clips, {len(pool.labels)} "
+        f"{'symbols' if recipe.transcribes else 'classes'}; {len(parts)} clients with "
+        f"{counts[0]} to {counts[-1]} clips each; they test on a fraction of "
+        f"{settings.own_test:g} of them"
+    )
+    size = _print_shared(settings, len(pool.labels))
+    run = open_federation(settings)
+    nodes: list[dict[str, Any]] = [{} for _ in parts]
+    _simulate(settings, run, nodes, size, processes)
+    print(f"checkpoint: {latest(run.checkpoints)}")
+    print(run.path)
+    return 0
+
+
+def _print_shared(settings: TaskFederation, labels: int) -> int:
+    """Print what is shared and return its bytes; the model is freed on return."""
+    own = Resident(settings, labels)
+    size = sum(value.numel() * 4 for value in own.state_dict().values())
+    print(
+        f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
+        f"{len(own.parts.personal)} are personal"
+    )
+    return size
+
+
+def _simulate(
+    settings: RunSettings,
+    run: RunDirectory,
+    nodes: list[dict[str, Any]],
+    size: int,
+    processes: Processes,
+) -> None:
+    """Run the remaining rounds on Ray.
+
+    Args:
+        settings: of the run.
+        run: its directory.
+        nodes: each client's own part of its node config.
+        size: bytes of the shared weights.
+        processes: where the clients are trained.
+
+    Raises:
+        RayFailed: Ray does not work; the run can be resumed.
+    """
+    if not processes.address:
+        prepare_own_ray()
+    # Ray reads its environment when it is imported.
+    from simulation.ray_grid import SERVER_NODE, RayGrid
+    from simulation.ray_runtime import RayFailed, RayLost, RayRuntime
+    from simulation.ray_worker import RUN_ID
+
+    plan = settings.step_plan()
+    run_config: dict[str, Any] = flat(settings) | {"output": "", "resume": str(run.path)}
+    configs: list[dict[str, Any]] = [
+        {
+            "partition-id": number,
+            "num-partitions": settings.clients,
+            "simulated": True,
+            "state": str(run.path / "clients"),
+            **node,
+        }
+        for number, node in enumerate(nodes)
+    ]
+    server = {"simulated": True, "manifest": str(nodes[0].get("manifest", ""))}
+    context = Context(RUN_ID, SERVER_NODE, server, RecordDict(), dict(run_config))
+    runtime = RayRuntime(
+        workers=processes.workers,
+        most=settings.clients_per_round,
+        address=processes.address,
+        weights_bytes=size,
+        gpu=plan.device.startswith("cuda"),
+    )
+    SUPERVISED.tell(run=str(run.path), again=processes.again(settings, run.path))
+    done = latest(run.checkpoints)
+    try:
+        runtime.start()
+        SUPERVISED.tell(watch=not processes.address)
+        grid = RayGrid(run_config, configs, runtime)
+        if done is None or not done.name.endswith(f"{settings.rounds:05d}"):
+            print(
+                f"{settings.rounds} rounds of {settings.clients_per_round} clients, "
+                f"{settings.local_updates} updates each, on {runtime.workers} workers "
+                f"({plan.precision}, {plan.device}); run directory {run.path}",
+                flush=True,
+            )
+        server_app(grid, context)
+    except RayFailed as error:
+        if isinstance(error, RayLost) and SUPERVISED.tell(lost=str(error)):
+            sys.exit(1)  # the parent starts again
+        raise RayFailed(f"{error}; go on with --resume {run.path}") from None
+    finally:
+        SUPERVISED.tell(watch=False)
+        runtime.close()
+
+
+def _print_data(
+    manifest: Manifest,
+    parts: tuple[tuple[int, ...], ...],
+    excluded: tuple[str, ...],
+    settings: PretrainingFederation,
+) -> None:
+    for line in manifest.describe_skips():
+        print(line)
+    print(
+        f"{len(manifest.sequences)} sequences of about {settings.length} from "
+        f"{len(manifest.speakers)} speakers, {format_seconds(manifest.seconds)}; "
+        f"unused remainder: {format_seconds(manifest.remainder_seconds)}"
+    )
+    crops = [len(part) for part in parts]
+    print(
+        f"{len(parts)} clients with {min(crops)} to {max(crops)} crops each; "
+        f"{len(excluded)} speakers held out for evaluation"
+    )
+    few = sum(count < settings.batch for count in crops)
+    if few:
+        print(
+            f"{few} clients have fewer crops than a batch of {settings.batch} and repeat them "
+            "(each counts once in the average)"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        command.run(main)
+    finally:
+        SUPERVISED.tell(ended=True)
