@@ -57,6 +57,7 @@ class Supervisor:
         _prctl(_SET_CHILD_SUBREAPER, 1)  # processes that the child leaves behind become ours
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGTSTP, self._suspend)
         failures, saved = 0, ""
         while True:
             code, reason = self._run_child()
@@ -85,6 +86,13 @@ class Supervisor:
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
+    def _suspend(self, *_: Any) -> None:
+        """Suspend the child too on Ctrl-Z, until this process goes on."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._child.send_signal(signal.SIGCONT)
+
     def _run_child(self) -> tuple[int, str]:
         """Start the child and wait; its exit code and, if Ray has failed, what happened."""
         self._told |= {"ended": False, "lost": "", "watch": False}
@@ -96,6 +104,8 @@ class Supervisor:
             process_group=0,  # Ctrl-C comes here, and is passed on once
         )
         os.close(writing)
+        if self._stopped:  # before there was a child
+            self._child.send_signal(self._stopped)
         with os.fdopen(reading, "rb", buffering=0) as reports:
             lost = self._wait(reports)
         code = self._child.wait()
