@@ -43,18 +43,25 @@ from fl_client.task_data import divide_pool, load_pool  # noqa: E402
 from fl_client.task_training import Resident  # noqa: E402
 from fl_server.server_app import app as server_app  # noqa: E402
 from fl_server.server_app import open_federation  # noqa: E402
+from partitions.corpus_record import CORPUS, CorpusRecord, difference, record_of  # noqa: E402
 from partitions.demo_corpus import demo_corpus  # noqa: E402
-from partitions.manifest import Manifest, write_manifest  # noqa: E402
+from partitions.manifest import Manifest, read_manifest, write_manifest  # noqa: E402
 from partitions.prepared import prepare  # noqa: E402
 from partitions.speakers import partition  # noqa: E402
 from simulation.fleet import make_fleet  # noqa: E402
 from simulation.ray_grid import RUN_ID, SERVER_NODE, RayGrid, start_ray  # noqa: E402
 from simulation.report import write_report  # noqa: E402
+from ssl_core.downstream.task_record import task_record  # noqa: E402
 from ssl_core.training.checkpoint import latest  # noqa: E402
 from ssl_core.training.crops import describe  # noqa: E402
 from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
 from ssl_core.training.run_directory import RunDirectory  # noqa: E402
 from ssl_core.training.stored_settings import CONFIG  # noqa: E402
+
+MANIFEST = "manifest.tsv"
+"""The recut corpus in a run directory."""
+_PLACES = ("data", "subset")
+"""Settings that may change when a run is resumed, if the corpus is the same."""
 
 
 def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, int, str]:
@@ -125,9 +132,12 @@ def _simulate_pretraining(settings: PretrainingFederation, workers: int, address
     parts = partition(manifest, settings.clients, settings.partition, settings.seed, excluded)
     _print_data(manifest, parts, excluded, settings)
     fleet = make_fleet(settings) if settings.fleet else None
-    run = open_federation(settings)
-    file = run.path / "manifest.tsv"
-    write_manifest(file, manifest)
+    record = record_of(manifest, excluded, parts)
+    _adopt(settings.resume, manifest, record)
+    run = open_federation(settings, record, _PLACES)
+    file = run.path / MANIFEST
+    if not file.exists():  # a resumed run keeps its own
+        write_manifest(file, manifest)
     nodes = [
         {"manifest": str(file), **(fleet.node(number) if fleet else {})}
         for number in range(settings.clients)
@@ -139,6 +149,23 @@ def _simulate_pretraining(settings: PretrainingFederation, workers: int, address
     print(f"checkpoint: {latest(run.checkpoints)}")
     print(run.path)
     return 0
+
+
+def _adopt(resumed: Path | None, manifest: Manifest, record: CorpusRecord) -> None:
+    """Write the record of a run that began without one, if its corpus is that of its manifest.
+
+    Raises:
+        UsageError: the corpus has changed.
+    """
+    if resumed is None or (resumed / CORPUS).exists() or not (resumed / MANIFEST).exists():
+        return
+    changes = difference(read_manifest(resumed / MANIFEST, manifest.root), manifest)
+    if changes:
+        raise UsageError(
+            f"--resume {resumed}: its corpus is not the one of its {MANIFEST}: {changes}. Put it "
+            "back as it was, or name its place by --data, or begin another run"
+        )
+    record.write(resumed)
 
 
 def _simulate_task(settings: TaskFederation, workers: int, address: str) -> int:
@@ -156,8 +183,10 @@ def _simulate_task(settings: TaskFederation, workers: int, address: str) -> int:
         f"{counts[0]} to {counts[-1]} clips each; they test on a fraction of "
         f"{settings.own_test:g} of them"
     )
-    size = _print_shared(settings, len(pool.labels))
-    run = open_federation(settings)
+    size, backbone = _print_shared(settings, len(pool.labels))
+    clips = {f"client {number}": part for number, part in enumerate(parts)}
+    record = task_record(pool.root, clips, pool.labels, backbone=backbone)
+    run = open_federation(settings, record, _PLACES)
     nodes: list[dict[str, Any]] = [{} for _ in parts]
     _simulate(settings, run, nodes, size, workers, address)
     print(f"checkpoint: {latest(run.checkpoints)}")
@@ -165,15 +194,15 @@ def _simulate_task(settings: TaskFederation, workers: int, address: str) -> int:
     return 0
 
 
-def _print_shared(settings: TaskFederation, labels: int) -> int:
-    """Print what is shared and return its bytes; the model is freed on return."""
+def _print_shared(settings: TaskFederation, labels: int) -> tuple[int, str]:
+    """Print what is shared; its bytes and the backbone's digest. The model is freed on return."""
     own = Resident(settings, labels)
     size = sum(value.numel() * 4 for value in own.state_dict().values())
     print(
         f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
         f"{len(own.parts.personal)} are personal"
     )
-    return size
+    return size, own.backbone
 
 
 def _simulate(
