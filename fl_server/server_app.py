@@ -97,7 +97,9 @@ def open_federation(
             corpus.
     """
     if isinstance(settings, TaskFederation):
-        what, places = settings.task, {*places, "checkpoint"}  # the record compares its weights
+        what = settings.task
+        if settings.checkpoint not in (RANDOM, LOGMEL):
+            places = {*places, "checkpoint"}  # the record compares its weights
     else:
         what = str(settings.length)
     return open_run(settings, f"{settings.model}-{what}", _FREE, record, places)

@@ -22,7 +22,7 @@ from ssl_core.downstream.clip_loader import check
 from ssl_core.downstream.decoding import beam_search, greedy
 from ssl_core.downstream.finetune_run import finetune, over_folds
 from ssl_core.downstream.finetune_settings import FinetuneSettings
-from ssl_core.downstream.task_model import TaskModel, load_upstream
+from ssl_core.downstream.task_model import LOGMEL, RANDOM, TaskModel, load_upstream
 from ssl_core.downstream.task_record import task_record
 from ssl_core.planning.processor import use_threads
 from ssl_core.training.run_directory import RunDirectory, open_run
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backbone=upstream.digest("frames"),
         trials=first.trials,
     )
-    free, places = ("output", "resume", "keep", "cache"), ("data", "checkpoint")
+    places = ("data",) if settings.checkpoint in (RANDOM, LOGMEL) else ("data", "checkpoint")
+    free = ("output", "resume", "keep", "cache")
     directory = open_run(settings, name, free, record, places)
     directory.lock()
     print(f"run directory {directory.path}", flush=True)

@@ -12,8 +12,8 @@ from ssl_core.downstream.task_step import TaskStep
 from ssl_core.wav2vec2.precision import autocast
 
 _KEYS = 2
-"""How clips are keyed in the cache: by the content of their files, since version 0.2. Files of
-another number are left alone, and deleted when room is needed."""
+"""Raise it when clips are keyed, read or passed through a model in another way. Cached files of
+another number are not used, and are deleted when room is needed."""
 
 
 class FrozenPart:

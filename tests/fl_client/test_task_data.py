@@ -313,8 +313,8 @@ def test_test_clips_of_a_device_stay_so_when_it_gets_others(tmp_path: Path) -> N
     first = device.clips()
     assert device.clips() == first
     new = [f"{WORDS[n % 4]}/gg66{n:04d}_nohash_0.wav" for n in range(40)]
-    for clip in new:
-        device.add(clip)
+    for name in new:
+        device.add(name)
     again = device.clips()
     assert {clip.name for clip in again.test} == {clip.name for clip in first.test}
     assert {clip.name for clip in again.train} == {clip.name for clip in first.train} | set(new)

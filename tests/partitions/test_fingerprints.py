@@ -209,7 +209,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken_for_unchanged(
             stream.write(b"more")
         return status
 
-    monkeypatch.setattr(module.os, "fstat", growing)
+    monkeypatch.setattr("partitions.fingerprints.os.fstat", growing)
     found = fingerprints(tmp_path, ["a.wav"])["a.wav"]
     assert found.stamp is None
     assert not is_unchanged(tmp_path, "a.wav", found)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import DataError
 from partitions import prepared
-from partitions.librispeech import Corpus
+from partitions.librispeech import Corpus, find_utterances
 from partitions.manifest import (
     Manifest,
     Piece,
@@ -229,11 +229,10 @@ def test_a_corpus_that_changes_during_the_scan_is_not_kept(
     root: Path, write: Writer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write("train-a", 1, 1, 0, samples=50_000)
-    real = prepared.find_utterances
 
     def changing(*arguments: Any) -> Corpus:
         write("train-a", 1, 1, 0, samples=60_000)
-        return real(*arguments)
+        return find_utterances(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "find_utterances", changing)
