@@ -33,7 +33,8 @@ class CorpusRecord:
     labels: tuple[str, ...] | None = None
     """Classes or symbols, in the order of the head's outputs."""
     clips: Mapping[str, str] | None = None
-    """Of each labelled clip by name: split or client, speaker, and label or digest of its text."""
+    """Of each labelled clip by name: split or client, speaker, and label or digest of its text. Of
+    a trial, whether it is of one speaker."""
     held_out: tuple[str, ...] | None = None
     """Speakers kept for evaluation."""
     split: str | None = None
@@ -41,13 +42,18 @@ class CorpusRecord:
     backbone: str | None = None
     """Digest of the backbone that a task begins from."""
 
-    def refusal(self, now: "CorpusRecord") -> str:
-        """Why a run with this record cannot go on with another, and what to do; empty if it can."""
+    def refusal(self, now: "CorpusRecord", options: str = "--data") -> str:
+        """Why a run with this record cannot go on with another, and what to do; empty if it can.
+
+        Args:
+            now: record of the corpus as it is.
+            options: of the command line that choose a corpus, for the message.
+        """
         changed = self.changes(now)
         if changed:
             return (
                 f"its corpus is not the one that the run began with: {changed}. Put it back as it "
-                "was, or name the place of one with the same audio by --data, or begin another run"
+                f"was, or name one with the same audio by {options}, or begin another run"
             )
         changes = [_changed_names("held-out speakers", self.held_out, now.held_out)]
         if None not in (self.split, now.split) and self.split != now.split:

@@ -31,6 +31,9 @@ def task_record(
         for clip in members:
             words = " ".join([split, clip.speaker, clip.label or _digest(clip.text)])
             clips[clip.name] = "; ".join(filter(None, [clips.get(clip.name), words]))
+    for trial in trials:
+        name = f"trial of {trial.first} and {trial.second}"
+        clips[name] = "one speaker" if trial.same else "two speakers"
     everything = [clip for members in splits.values() for clip in members]
     paths = dict.fromkeys(clip.piece.path for clip in everything)
     return CorpusRecord(
@@ -38,7 +41,6 @@ def task_record(
         speakers=tuple(sorted({clip.speaker for clip in everything if clip.speaker})),
         labels=tuple(labels),
         clips=clips,
-        split=_digest("\n".join(f"{trial.same} {trial.first} {trial.second}" for trial in trials)),
         backbone=backbone,
     )
 

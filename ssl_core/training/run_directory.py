@@ -203,10 +203,12 @@ def open_run(
             continue
         if plain in places and value and _same_place(value, stored[name]):
             continue
+        hint = "; a run without a record of its corpus cannot move" if plain in places else ""
         raise UsageError(
-            f"--resume {run.path}: {name} was {stored[name]!r} there and is {value!r} now"
+            f"--resume {run.path}: {name} was {stored[name]!r} there and is {value!r} now{hint}"
         )
-    refusal = begun.refusal(record) if begun is not None else ""
+    options = " and ".join(f"--{name}" for name in places if name != "checkpoint")
+    refusal = begun.refusal(record, options) if begun is not None else ""
     if refusal:
         raise UsageError(f"--resume {run.path}: {refusal}")
     _keep(run, begun, record)

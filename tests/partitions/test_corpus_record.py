@@ -64,8 +64,8 @@ def test_what_follows_from_another_change_is_not_listed() -> None:
     )
     assert RECORD.refusal(now) == (
         "its corpus is not the one that the run began with: files: 2 removed "
-        "(train-a/1/1/1-1-0.flac, train-a/2/1/2-1-0.flac). Put it back as it was, or name the "
-        "place of one with the same audio by --data, or begin another run"
+        "(train-a/1/1/1-1-0.flac, train-a/2/1/2-1-0.flac). Put it back as it was, or name one with "
+        "the same audio by --data, or begin another run"
     )
 
 

@@ -125,7 +125,7 @@ def test_another_corpus_is_refused_with_the_difference(
     error = refused(["--resume", str(place / "run"), "--data", str(place / "corpus")], capsys)
     assert f"--resume {place / 'run'}: its corpus is not the one that the run began with" in error
     assert CHANGES[change] in error
-    assert "Put it back as it was, or name the place of one with the same audio by --data" in error
+    assert "Put it back as it was, or name one with the same audio by --data and --subset" in error
     assert (place / "run" / CORPUS).read_bytes() == before
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_corpora import speech_commands, write_tone
+from small_corpora import speech_commands, voices, write_tone
 from small_models import save_backbone
 
 from common import command
 from partitions.corpus_record import CORPUS, CorpusRecord
+from ssl_core.downstream.corpora.speaker import read_verification
+from ssl_core.downstream.task_record import task_record
 from ssl_core.finetune import main
 
 
@@ -113,3 +115,16 @@ def test_corpus_and_backbone_may_move(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / CORPUS).unlink()  # as an older version left it
     assert main(run) == 0
     assert CorpusRecord.read(tmp_path / "run") == record
+
+
+def test_another_list_of_trials_is_another_corpus(tmp_path: Path) -> None:
+    root = voices(tmp_path / "voices")
+
+    def record() -> CorpusRecord:
+        data = read_verification(root)
+        return task_record(data.root, {"test": data.test}, (), backbone="", trials=data.trials)
+
+    before, path = record(), root / "veri_test.txt"
+    assert before.refusal(record()) == ""
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert "clips by label and split: 1 removed (trial of wav/id8/" in before.refusal(record())
