@@ -15,9 +15,11 @@ from flwr.clientapp import ClientApp
 
 from common.errors import ShortwaveError
 from fl_client import protocol
+from fl_client.client_state import ClientState
 from fl_client.federation_settings import TaskFederation, from_run_config
+from fl_client.identity import default_folder
 from fl_client.limits import Limits
-from fl_client.local_data import client_audio
+from fl_client.local_data import client_audio, client_key
 from fl_client.local_training import train_round
 from fl_client.round_plan import budget_of
 from fl_client.task_data import client_clips
@@ -99,19 +101,23 @@ def _reply(message: Message, context: Context, evaluate_only: bool = False) -> M
     instructions = message.content.config_records[protocol.INSTRUCTIONS]
     node = context.node_config
     state = Path(str(node["state"])) if "state" in node else None
+    begun = None  # a simulation compares the whole corpus when it is resumed
+    if not node.get("simulated"):
+        run = str(instructions["run"])
+        begun = ClientState(state or default_folder(), run, client_key(node))
     budget, limits = budget_of(node), Limits.of_node(node)
     if isinstance(settings, TaskFederation):
         settings = dataclasses.replace(
             settings, checkpoint=str(node.get("checkpoint", "") or settings.checkpoint)
         )
-        clips = client_clips(node, settings)
+        clips = client_clips(node, settings, begun)
         result = train_task_round(
             weights, instructions, clips, settings, budget, state, limits, evaluate_only
         )
     else:
         if evaluate_only:
             raise protocol.ProtocolError("pretraining is evaluated on the server")
-        audio = client_audio(node, settings)
+        audio = client_audio(node, settings, begun)
         result = train_round(weights, instructions, audio, settings, budget, state, limits)
     content = RecordDict(
         {protocol.UPDATE: result.update, protocol.METRICS: MetricRecord(dict(result.metrics))}

@@ -3,21 +3,25 @@
 Each run and client has a folder of files named by round: `weights-00003.safetensors`, the global
 weights as received, to which the next round's difference is added; `residual-00003.safetensors`,
 the encoding error of that round's update; `optimizer-00003.safetensors`, the optimizer state if the
-run keeps it; and `personal-00003.safetensors`, the personal part of a task's model. Each file is
+run keeps it; and `personal-00003.safetensors`, the personal part of a task's model. `split.json`
+has how the client divided its data when the run began, for its data may change. Each file is
 written under a temporary name and renamed, so a client that is killed finds the round before. The
 position in the data follows from the global update number and is not stored.
 """
 
+import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from common.atomic import replacing
+from common.atomic import replacing, write_text
 from common.errors import DataError, ShortwaveError
 from ssl_core.training.tensor_file import TensorFile, write_tensors
 
+log = logging.getLogger("shortwave.client")
 OPTIMIZER = "optimizer"
 """Kind of the files with the optimizer state."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -85,6 +89,34 @@ class ClientState:
         for old in self.rounds(kind)[:-2]:
             if old != needed:
                 self._path(kind, old).unlink(missing_ok=True)
+
+    def begun(self, name: str, now: Sequence[str]) -> tuple[str, ...]:
+        """Names of a part of the client's data as they were when the run began.
+
+        Args:
+            name: of the part, such as `held out`.
+            now: names that are stored if the client has taken no round yet.
+
+        Raises:
+            DataError: the stored names are damaged.
+        """
+        path = self.folder / "split.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if name in stored:
+                return tuple(map(str, stored[name]))
+        except FileNotFoundError:
+            stored = {}
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}): put it back, or delete {self.folder} to begin "
+                "anew with the data as they are"
+            ) from None
+        try:
+            write_text(path, json.dumps(stored | {name: list(now)}) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written (%s): a change would not be noticed", path, error)
+        return tuple(now)
 
     def rounds(self, kind: str) -> list[int]:
         """Rounds with a file of this kind, in order."""

@@ -48,7 +48,7 @@ class FederationSettings(ComputeSettings):
     """Clients that must be connected, and must reply in a round, for the run to go on."""
     encoding: Encoding = "fp32"
     """How weights and updates travel; what an encoding loses is sent with the next update. `fp32`
-    is exact and keeps nothing on the devices."""
+    is exact and keeps no weights on the devices."""
     keep_optimizer_state: bool = False
     """Whether a client goes on with the optimizer state of its last round that counted, which it
     keeps on its disk (two models in fp32). Otherwise every round begins with none."""

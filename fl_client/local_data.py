@@ -1,17 +1,22 @@
 """Which audio a client trains on: its part of a corpus, without the held-out speakers."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UsageError
 from common.units import Names
+from fl_client.client_state import ClientState
 from fl_client.federation_settings import PretrainingFederation
 from partitions.demo_corpus import demo_corpus
+from partitions.librispeech import corpus_folder
 from partitions.manifest import Manifest, read_manifest
 from partitions.prepared import prepare
 from partitions.speakers import How, held_out_speakers, partition, select
+
+log = logging.getLogger("shortwave.client")
 
 
 class ClientAudio(NamedTuple):
@@ -41,7 +46,7 @@ def load_manifest(
     """
     root = data or demo_corpus(progress=False)
     if manifest:
-        return read_manifest(Path(manifest), root)
+        return read_manifest(Path(manifest), corpus_folder(root))
     return prepare(root, subsets, seconds)
 
 
@@ -63,7 +68,16 @@ def _parts(
     return partition(load_manifest(*source), clients, how, seed, excluded)
 
 
-def client_audio(node: Mapping[str, Any], settings: PretrainingFederation) -> ClientAudio:
+def client_key(node: Mapping[str, Any]) -> int:
+    """A node's number: that of its partition, or its own."""
+    if "partition-id" in node and not node.get("speakers"):
+        return int(node["partition-id"])
+    return int(node.get("client-key", 0))
+
+
+def client_audio(
+    node: Mapping[str, Any], settings: PretrainingFederation, state: ClientState | None = None
+) -> ClientAudio:
     """The part of the corpus that a node trains on.
 
     Args:
@@ -71,6 +85,8 @@ def client_audio(node: Mapping[str, Any], settings: PretrainingFederation) -> Cl
             by commas), or `partition-id` with `num-partitions`, select a part; by default a node
             trains on all of its data. `client-key` is its number unless it has a `partition-id`.
         settings: of the run.
+        state: of the client, which has the speakers held out when the run began: they still are if
+            the corpus has changed since. None takes those of the corpus as it is.
 
     Raises:
         UsageError: a speaker is not in the corpus or is held out.
@@ -80,7 +96,16 @@ def client_audio(node: Mapping[str, Any], settings: PretrainingFederation) -> Cl
     subsets = Names.parse(str(node.get("subset", ""))) or settings.subset
     source = (data, subsets, settings.length, str(node.get("manifest", "")))
     manifest = load_manifest(*source)
-    excluded = held_out(manifest, settings)
+    key, excluded = client_key(node), held_out(manifest, settings)
+    if state is not None:
+        begun = state.begun("held out", excluded)
+        if begun != excluded:
+            log.warning(
+                "%s has changed since the run began; the speakers held out then still are (%d)",
+                manifest.root,
+                len(begun),
+            )
+        excluded = begun
     if node.get("speakers"):
         wanted = Names.parse(str(node["speakers"]))
         unknown = sorted(set(wanted) - set(manifest.speakers))
@@ -89,12 +114,10 @@ def client_audio(node: Mapping[str, Any], settings: PretrainingFederation) -> Cl
         kept = sorted(set(wanted) & set(excluded))
         if kept:
             raise UsageError(f"--speakers: held out for evaluation: {', '.join(kept)}")
-        return ClientAudio(
-            int(node.get("client-key", 0)), manifest, tuple(select(manifest, wanted))
-        )
+        return ClientAudio(key, manifest, tuple(select(manifest, wanted)))
     if "partition-id" in node:
-        key, count = int(node["partition-id"]), int(node["num-partitions"])
+        count = int(node["num-partitions"])
         parts = _parts(source, count, settings.partition, settings.seed, excluded)
         return ClientAudio(key, manifest, parts[key])
     speakers = sorted(set(manifest.speakers) - set(excluded))
-    return ClientAudio(int(node.get("client-key", 0)), manifest, tuple(select(manifest, speakers)))
+    return ClientAudio(key, manifest, tuple(select(manifest, speakers)))

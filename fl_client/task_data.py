@@ -9,7 +9,10 @@ import numpy as np
 
 from common.errors import DataError, UsageError
 from common.units import Names
+from fl_client.client_state import ClientState
 from fl_client.federation_settings import TaskFederation
+from fl_client.local_data import client_key
+from partitions.corpus_record import CorpusRecord
 from partitions.manifest import Manifest
 from partitions.manifest import Sequence as Voice
 from partitions.speakers import How, partition
@@ -173,29 +176,78 @@ def own_split(
     return tuple(train), tuple(test)
 
 
-def client_clips(node: Mapping[str, Any], settings: TaskFederation) -> ClientClips:
-    """The part of a task's corpus that a node trains on; `node` as in `local_data.client_audio`.
+def client_clips(
+    node: Mapping[str, Any], settings: TaskFederation, state: ClientState | None = None
+) -> ClientClips:
+    """The part of a task's corpus that a node trains on.
+
+    Args:
+        node: as in `local_data.client_audio`.
+        settings: of the run.
+        state: of the client, which has the labels and test clips that the run began with. None
+            takes those of the corpus as it is.
 
     Raises:
         UsageError: a speaker is not in the corpus.
-        DataError: no usable corpus.
+        DataError: no usable corpus, or one that has changed since the run began so that the
+            client's head or test clips no longer fit.
     """
     data = Path(str(node["data"])) if node.get("data") else settings.corpus()
     subsets = Names.parse(str(node.get("subset", ""))) or settings.subsets
     pool = load_pool(settings.task, data, settings.recipe, settings.seed, subsets)
-    key, clips = int(node.get("client-key", 0)), pool.clips
+    key, clips = client_key(node), pool.clips
+    divided = "partition-id" in node and not node.get("speakers")
     if node.get("speakers"):
         wanted = set(Names.parse(str(node["speakers"])))
         unknown = sorted(wanted - {clip.speaker for clip in clips})
         if unknown:
             raise UsageError(f"--speakers: not in {pool.root}: {', '.join(unknown)}")
         clips = tuple(clip for clip in clips if clip.speaker in wanted)
-    elif "partition-id" in node:
-        key, count = int(node["partition-id"]), int(node["num-partitions"])
-        transcribes = settings.recipe.transcribes
+    elif divided:
+        count, transcribes = int(node["num-partitions"]), settings.recipe.transcribes
         clips = _parts(pool, count, settings.partition, settings.seed, transcribes)[key]
     train, test = own_split(clips, settings.own_test, settings.seed)
+    if state is not None:
+        train, test = _split_begun(state, pool, train, test, divided)
     return ClientClips(key, pool.root, pool.labels, train, test)
+
+
+def _split_begun(
+    state: ClientState,
+    pool: Pool,
+    train: tuple[Clip, ...],
+    test: tuple[Clip, ...],
+    divided: bool,
+) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
+    """The clips to train and to test on, with those of the run's beginning still on their side.
+
+    Clips that have come since are trained on.
+    """
+    begun = CorpusRecord(
+        labels=state.begun("labels", pool.labels),
+        clips=dict.fromkeys(state.begun("train", [clip.name for clip in train]), "train")
+        | dict.fromkeys(state.begun("test", [clip.name for clip in test]), "test"),
+    )
+    clips = {clip.name: "train" for clip in train} | {clip.name: "test" for clip in test}
+    now = CorpusRecord(labels=pool.labels, clips=clips if divided else None)
+    changes = begun.changes(now)
+    if changes:
+        reason = "its part of the corpus" if divided else "its head"
+        raise DataError(
+            f"{pool.root} has changed since the run began, and {reason} no longer fits: {changes}. "
+            f"Put the corpus back as it was, or delete {state.folder} to begin anew"
+        )
+    own = sorted((*train, *test), key=lambda clip: clip.name)
+    kept = tuple(clip for clip in own if (begun.clips or {}).get(clip.name) == "test")
+    rest = tuple(clip for clip in own if clip not in set(kept))
+    if {clip.name for clip in kept} == {clip.name for clip in test}:
+        return train, test  # in their own order, which decides the order of training
+    if not kept or not rest:
+        raise DataError(
+            f"{pool.root} no longer has clips to train on and test clips of the run's beginning. "
+            f"Put the corpus back as it was, or delete {state.folder} to begin anew"
+        )
+    return rest, kept
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,6 +16,7 @@ from fl_server.job import Job, client_rows
 from fl_server.personal_report import write_personal_report
 from fl_server.roster import Client
 from fl_server.rounds import Federation, RoundResult
+from partitions.corpus_record import CorpusRecord
 from ssl_core.downstream.export import export
 from ssl_core.downstream.lora import merge_lora
 from ssl_core.training import checkpoint
@@ -44,6 +45,7 @@ class FineTuning(Job):
         self.own = Resident(settings, max(1, len(self.labels)))
         self.weights = dict(self.own.state_dict())
         self.backbone = self.own.backbone
+        self.record = CorpusRecord(labels=self.labels or None, backbone=self.backbone)
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Load the shared part; returns the checkpoint's state and other tensors, each `[...]`.

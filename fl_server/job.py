@@ -11,6 +11,7 @@ from common.units import format_bytes, format_seconds
 from fl_client.federation_settings import RunSettings
 from fl_server.roster import Client
 from fl_server.rounds import Federation, RoundResult
+from partitions.corpus_record import NOTHING
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.training.run_directory import RunDirectory
 
@@ -24,6 +25,8 @@ class Job:
     """Global weights by parameter name, each `[...]`; each round changes them in place."""
     backbone = ""
     """Digest of the backbone that all clients start from, if the weights do not hold it."""
+    record = NOTHING
+    """Of the corpus that the server reads, with which a resumed run is compared."""
 
     def start(self) -> None:
         """Load the weights that the settings name, for a run without a checkpoint."""

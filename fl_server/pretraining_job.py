@@ -11,6 +11,7 @@ from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import held_out, load_manifest
 from fl_server.job import Job, client_rows
 from fl_server.rounds import RoundResult
+from partitions.corpus_record import record_of
 from partitions.speakers import select
 from ssl_core.training import checkpoint, randomness
 from ssl_core.training import hf_checkpoint as hf
@@ -47,6 +48,8 @@ class Pretraining(Job):
             return  # a server that does not evaluate needs no corpus
         corpus = load_manifest(settings.data, settings.subset, settings.length, manifest)
         speakers = held_out(corpus, settings)
+        if not manifest:  # a simulation, which has one, has compared it
+            self.record = record_of(corpus, speakers)
         if speakers:
             crops = Crops(corpus, select(corpus, speakers), self.plan.samples, settings.seed)
             self.crops = crops.fixed(settings.eval_crops)

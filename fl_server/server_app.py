@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fl_server.roster import Roster
 from fl_server.rounds import Federation, RoundResult
 from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
+from partitions.corpus_record import NOTHING, CorpusRecord
 from ssl_core.downstream.task_model import LOGMEL, RANDOM
 from ssl_core.planning.processor import use_threads
 from ssl_core.training import checkpoint
@@ -81,15 +82,27 @@ def check_paths(settings: RunSettings) -> None:
             )
 
 
-def open_federation(settings: RunSettings) -> RunDirectory:
-    """Create the run directory, or reopen that of `resume` if its settings are the same.
+def open_federation(
+    settings: RunSettings, record: CorpusRecord = NOTHING, places: Collection[str] = ("data",)
+) -> RunDirectory:
+    """Create the run directory, or reopen that of `resume` if settings and corpus are the same.
+
+    Args:
+        settings: of the run.
+        record: of the corpus, as far as it is read here.
+        places: see `open_run`.
 
     Raises:
-        UsageError: the directory is not empty, not a run, or a run with other settings.
+        UsageError: the directory is not empty, not a run, or a run with other settings or another
+            corpus.
     """
-    what = settings.task if isinstance(settings, TaskFederation) else str(settings.length)
-    name = f"{settings.model}-{what}"
-    return open_run(settings, name, free=_FREE)
+    if isinstance(settings, TaskFederation):
+        what = settings.task
+        if settings.checkpoint not in (RANDOM, LOGMEL):
+            places = {*places, "checkpoint"}  # the record compares its weights
+    else:
+        what = str(settings.length)
+    return open_run(settings, f"{settings.model}-{what}", _FREE, record, places)
 
 
 def job_of(settings: RunSettings, manifest: str) -> Job:
@@ -122,7 +135,7 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
 
     use_threads(0)
     job = job_of(settings, manifest)  # before the run directory, as it checks the data
-    run = open_federation(settings)
+    run = open_federation(settings, job.record)
     run.lock()
     try:
         optimizer = ServerOptimizer(

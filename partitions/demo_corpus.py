@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import IO
@@ -28,6 +28,7 @@ from common.errors import ShortwaveError, UsageError
 from common.progress import track
 from partitions.demo_text import sentence, transcript, words
 from partitions.espeak import Espeak, Voice
+from partitions.fingerprints import contents, digest_of, fingerprints
 from partitions.sampling import SAMPLE_RATE
 
 VOICES = 112
@@ -101,13 +102,29 @@ def demo_corpus(progress: bool = True, voices: int = VOICES) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a demo corpus exists with every file counted in its `COMPLETE`."""
+    """Whether a demo corpus exists with the audio that its `COMPLETE` states, and no other."""
     try:
         expected = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-        sizes = [path.stat().st_size for path in folder.rglob("*.flac")]
-        return bool([len(sizes), sum(sizes)] == [expected["utterances"], expected["audio bytes"]])
+        files = _files(folder)
+        if "content" not in expected:  # made by version 0.1
+            return bool(files and _sha256(folder, files) == expected["sha256"])
+        return bool(digest_of(contents(fingerprints(folder, files))) == expected["content"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all utterances, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.flac"))
+
+
+def _sha256(folder: Path, files: Iterable[str]) -> str:
+    """Digest of the names and bytes of utterances."""
+    digest = hashlib.sha256()
+    for file in files:
+        path = folder / file
+        digest.update(path.stem.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def voices_of(count: int) -> list[Voice]:
@@ -155,9 +172,7 @@ def _build_in_child(folder: Path, voices: int, progress: bool, lock: IO[str]) ->
 def _build(folder: Path, count: int, progress: bool) -> None:
     parent = os.getppid()
     voices = voices_of(count)
-    digest = hashlib.sha256()
     samples: dict[str, int] = dict.fromkeys((voice.speaker for voice in voices), 0)
-    sizes = []
     with Espeak() as espeak:
         for voice in track(voices, count, "Making the demo corpus", progress):
             if os.getppid() != parent:
@@ -171,19 +186,18 @@ def _build(folder: Path, count: int, progress: bool) -> None:
                 soundfile.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
                 lines.append(f"{name} {spoken}\n")
                 samples[voice.speaker] += len(audio)
-                content = path.read_bytes()
-                sizes.append(len(content))
-                digest.update(name.encode() + hashlib.sha256(content).digest())
             transcripts = chapter / f"{voice.speaker}-{_CHAPTER}.trans.txt"
             transcripts.write_text("".join(lines), encoding="utf-8")
     (folder / "SPEAKERS.TXT").write_text(_speakers_text(voices, samples), encoding="utf-8")
+    files = _files(folder)
     counts = {
         "version": _VERSION,
         "voices": count,
-        "utterances": len(sizes),
+        "utterances": len(files),
         "seconds": round(sum(samples.values()) / SAMPLE_RATE, 3),
-        "audio bytes": sum(sizes),
-        "sha256": digest.hexdigest(),
+        "audio bytes": sum((folder / file).stat().st_size for file in files),
+        "sha256": _sha256(folder, files),
+        "content": digest_of(contents(fingerprints(folder, files))),
     }
     (folder / _COMPLETE).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 

@@ -77,24 +77,13 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class AudioFile:
-    """An audio file as listed by the file system."""
-
-    path: str
-    """Posix path relative to the corpus root."""
-    size: int
-    """Bytes."""
-    modified: int
-    """Time of the last change in nanoseconds since the epoch."""
-
-
-@dataclass(frozen=True)
 class Listing:
     """The audio files of some subsets, not opened."""
 
     root: Path
     subsets: tuple[str, ...]
-    files: tuple[AudioFile, ...]
+    files: tuple[str, ...]
+    """Posix paths relative to the corpus root, in order."""
     skips: dict[str, int]
     skipped_examples: dict[str, tuple[str, ...]]
 
@@ -118,21 +107,21 @@ def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = 
     transcripts: dict[str, dict[str, str]] = {}
     utterances = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda file: samples_of(listing.root / file.path), listing.files)
-        for file, result in zip(
+        found = pool.map(lambda path: samples_of(listing.root / path), listing.files)
+        for path, result in zip(
             track(listing.files, len(listing.files), "Reading headers", progress),
             found,
             strict=True,
         ):
             if isinstance(result, str):
-                skips.add(result, file.path)
+                skips.add(result, path)
                 continue
-            folder, _, name = file.path.rpartition("/")
+            folder, _, name = path.rpartition("/")
             if folder not in transcripts:
                 transcripts[folder] = _read_transcripts(listing.root / folder)
             subset, speaker, chapter = folder.split("/")
             words = transcripts[folder].get(name.rpartition(".")[0])
-            utterances.append(Utterance(file.path, subset, speaker, chapter, result, words))
+            utterances.append(Utterance(path, subset, speaker, chapter, result, words))
     if not utterances:
         reasons = "; ".join(describe_skips(skips.counts, skips.examples))
         raise DataError(f"no usable audio in {listing.root}: {reasons}; download the subset again")
@@ -140,7 +129,7 @@ def find_utterances(root: Path, subsets: tuple[str, ...] = (), progress: bool = 
 
 
 def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
-    """List the audio files of a corpus with their sizes and times of change; opens none of them.
+    """List the audio files of a corpus; opens none of them.
 
     The arguments and errors are those of `find_utterances`.
     """
@@ -164,6 +153,11 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
             f"{LAYOUT} there; download or unpack the subset again"
         )
     return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
+
+
+def corpus_folder(root: Path) -> Path:
+    """The folder with the subsets, wherever `root` points in a corpus (see `find_utterances`)."""
+    return _locate(root)[0]
 
 
 def _locate(root: Path) -> tuple[Path, tuple[str, ...]]:
@@ -214,8 +208,8 @@ def _is_subset(folder: Path) -> bool:
     return False
 
 
-def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[AudioFile]:
-    """The audio files of one subset in order."""
+def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[str]:
+    """Paths of the audio files of one subset in order."""
     for speaker in _folders(root / subset):
         for chapter in _folders(root / subset / speaker):
             folder = f"{subset}/{speaker}/{chapter}"
@@ -232,16 +226,7 @@ def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[AudioFile]:
                 elif not entry.name.startswith(start):
                     skips.add("name not speaker-chapter-number", path)
                 else:
-                    yield _listed(path, entry)
-
-
-def _listed(path: str, entry: os.DirEntry[str]) -> AudioFile:
-    try:
-        status = entry.stat()
-    except OSError:
-        # A broken link: reading its header will report it as missing.
-        return AudioFile(path, -1, 0)
-    return AudioFile(path, status.st_size, status.st_mtime_ns)
+                    yield path
 
 
 def _read_transcripts(folder: Path) -> dict[str, str]:

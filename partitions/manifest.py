@@ -70,6 +70,8 @@ class Manifest:
     """The first few skipped paths or speakers by reason."""
     utterance_lengths: tuple[int, ...] = ()
     """Lengths of the utterances before recutting, in samples."""
+    files: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Content of every file that was scanned, by path (`fingerprints`); not written."""
 
     @cached_property
     def speaker_samples(self) -> dict[str, int]:

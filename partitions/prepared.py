@@ -1,11 +1,13 @@
 """Scans and recuts a corpus, with the result kept in the user's cache."""
 
 import contextlib
+import dataclasses
 import hashlib
 from pathlib import Path
 
 from common.cache_folder import cache_folder
 from common.errors import DataError
+from partitions.fingerprints import contents, digest_of, fingerprints, is_unchanged
 from partitions.librispeech import find_utterances, list_audio
 from partitions.manifest import FORMAT_VERSION, Manifest, read_manifest, write_manifest
 from partitions.recut import recut
@@ -17,7 +19,8 @@ def prepare(
     """Scan a corpus and recut it, or read the result from the cache.
 
     The cache has one manifest in `cache_folder()/manifests` for each combination of audio files
-    (name, size and time of change), subsets and length. A damaged or unwritable cache is ignored.
+    (path and content), subsets and length, wherever the corpus lies. A damaged or unwritable cache
+    is ignored.
 
     Args:
         root: the corpus, see `find_utterances`.
@@ -30,17 +33,20 @@ def prepare(
         UsageError: an unknown subset.
     """
     listing = list_audio(root, subsets)
+    found = fingerprints(listing.root, listing.files, progress)
+    files = contents(found)
     digest = hashlib.sha256()
-    for word in (FORMAT_VERSION, listing.root, *listing.subsets, repr(float(length))):
+    examples = listing.skipped_examples
+    for word in (FORMAT_VERSION, *listing.subsets, repr(float(length)), digest_of(files)):
         digest.update(f"{word}\n".encode(errors="surrogateescape"))
-    for file in listing.files:
-        digest.update(f"{file.path}\t{file.size}\t{file.modified}\n".encode())
     for reason, count in listing.skips.items():
-        digest.update(f"{reason}\t{count}\n".encode())
+        words = "\t".join([reason, str(count), *examples.get(reason, ())])
+        digest.update(f"{words}\n".encode(errors="surrogateescape"))
     cached = cache_folder() / "manifests" / f"{digest.hexdigest()[:32]}.tsv"
     with contextlib.suppress(DataError):
-        return read_manifest(cached, listing.root)
+        return dataclasses.replace(read_manifest(cached, listing.root), files=files)
     manifest = recut(find_utterances(root, subsets, progress), length)
-    with contextlib.suppress(OSError, DataError):
-        write_manifest(cached, manifest)
-    return manifest
+    if all(is_unchanged(listing.root, path, each) for path, each in found.items() if each.content):
+        with contextlib.suppress(OSError, DataError):
+            write_manifest(cached, manifest)
+    return dataclasses.replace(manifest, files=files)

@@ -9,28 +9,26 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fl_client.environment import be_quiet
-from simulation.supervisor import Child
+from simulation.supervisor import SUPERVISED
 
 be_quiet()
-SUPERVISED = Child()
 
 if importlib.util.find_spec("ray") is None:
     needed = "simulations need Ray: pip install ray, or install the extra `simulation`"
     print(f"error: {needed}", file=sys.stderr)
     sys.exit(2)
-from flwr.app import Context, RecordDict  # noqa: E402
 from jsonargparse.typing import PositiveInt  # noqa: E402
 
 from common import command  # noqa: E402
 from common.errors import UsageError  # noqa: E402
 from common.options import settings_parser  # noqa: E402
-from common.settings import flat, parse, read_yaml  # noqa: E402
+from common.settings import parse, read_yaml  # noqa: E402
 from common.units import format_bytes, format_seconds  # noqa: E402
 from fl_client.federation_settings import (  # noqa: E402
     PretrainingFederation,
@@ -41,38 +39,25 @@ from fl_client.federation_settings import (  # noqa: E402
 from fl_client.local_data import held_out  # noqa: E402
 from fl_client.task_data import divide_pool, load_pool  # noqa: E402
 from fl_client.task_training import Resident  # noqa: E402
-from fl_server.server_app import app as server_app  # noqa: E402
 from fl_server.server_app import open_federation  # noqa: E402
+from partitions.corpus_record import CORPUS, CorpusRecord, difference, record_of  # noqa: E402
 from partitions.demo_corpus import demo_corpus  # noqa: E402
-from partitions.manifest import Manifest, write_manifest  # noqa: E402
+from partitions.manifest import Manifest, read_manifest, write_manifest  # noqa: E402
 from partitions.prepared import prepare  # noqa: E402
 from partitions.speakers import partition  # noqa: E402
 from simulation.fleet import make_fleet  # noqa: E402
-from simulation.ray_environment import prepare_own_ray  # noqa: E402
+from simulation.ray_run import Processes, run_on_ray  # noqa: E402
 from simulation.report import write_report  # noqa: E402
+from ssl_core.downstream.task_record import task_record  # noqa: E402
 from ssl_core.training.checkpoint import latest  # noqa: E402
 from ssl_core.training.crops import describe  # noqa: E402
 from ssl_core.training.pretraining_work import PretrainingWork  # noqa: E402
-from ssl_core.training.run_directory import RunDirectory  # noqa: E402
 from ssl_core.training.stored_settings import CONFIG  # noqa: E402
 
-
-class Processes(NamedTuple):
-    """Where the clients are trained."""
-
-    workers: int | None
-    """Number of worker processes; None for one per usable core."""
-    address: str
-    """Of a Ray cluster; empty starts Ray here."""
-    words: list[str]
-    """The command line."""
-
-    def again(self, settings: RunSettings, path: Path) -> list[str]:
-        """The command line that goes on with the run in `path`."""
-        if settings.resume:
-            return self.words
-        count = ["--workers", str(self.workers)] if self.workers else []
-        return ["--resume", str(path), *count, *(["--address", self.address] * bool(self.address))]
+MANIFEST = "manifest.tsv"
+"""The recut corpus in a run directory."""
+_PLACES = ("data", "subset")
+"""Settings that may change when a run is resumed, if the corpus is the same."""
 
 
 def parse_settings(arguments: Sequence[str] | None) -> tuple[RunSettings, Processes]:
@@ -142,20 +127,40 @@ def _simulate_pretraining(settings: PretrainingFederation, processes: Processes)
     parts = partition(manifest, settings.clients, settings.partition, settings.seed, excluded)
     _print_data(manifest, parts, excluded, settings)
     fleet = make_fleet(settings) if settings.fleet else None
-    run = open_federation(settings)
-    file = run.path / "manifest.tsv"
-    write_manifest(file, manifest)
+    record = record_of(manifest, excluded, parts)
+    _adopt(settings.resume, manifest, record)
+    run = open_federation(settings, record, _PLACES)
+    file = run.path / MANIFEST
+    if not file.exists():  # a resumed run keeps its own
+        write_manifest(file, manifest)
     nodes = [
         {"manifest": str(file), **(fleet.node(number) if fleet else {})}
         for number in range(settings.clients)
     ]
     work = PretrainingWork(architecture=settings.architecture, recipe=settings.recipe)
-    _simulate(settings, run, nodes, 4 * work.trained_parameters(), processes)
+    run_on_ray(settings, run, nodes, 4 * work.trained_parameters(), processes)
     report = write_report(run, settings, manifest, parts, excluded, fleet)
     print(f"report: {report}")
     print(f"checkpoint: {latest(run.checkpoints)}")
     print(run.path)
     return 0
+
+
+def _adopt(resumed: Path | None, manifest: Manifest, record: CorpusRecord) -> None:
+    """Write the record of a run that began without one, if its corpus is that of its manifest.
+
+    Raises:
+        UsageError: the corpus has changed.
+    """
+    if resumed is None or (resumed / CORPUS).exists() or not (resumed / MANIFEST).exists():
+        return
+    changes = difference(read_manifest(resumed / MANIFEST, manifest.root), manifest)
+    if changes:
+        raise UsageError(
+            f"--resume {resumed}: its corpus is not the one of its {MANIFEST}: {changes}. Put it "
+            "back as it was, or name its place by --data, or begin another run"
+        )
+    record.write(resumed)
 
 
 def _simulate_task(settings: TaskFederation, processes: Processes) -> int:
@@ -173,94 +178,26 @@ def _simulate_task(settings: TaskFederation, processes: Processes) -> int:
         f"{counts[0]} to {counts[-1]} clips each; they test on a fraction of "
         f"{settings.own_test:g} of them"
     )
-    size = _print_shared(settings, len(pool.labels))
-    run = open_federation(settings)
+    size, backbone = _print_shared(settings, len(pool.labels))
+    clips = {f"client {number}": part for number, part in enumerate(parts)}
+    record = task_record(pool.root, clips, pool.labels, backbone=backbone)
+    run = open_federation(settings, record, _PLACES)
     nodes: list[dict[str, Any]] = [{} for _ in parts]
-    _simulate(settings, run, nodes, size, processes)
+    run_on_ray(settings, run, nodes, size, processes)
     print(f"checkpoint: {latest(run.checkpoints)}")
     print(run.path)
     return 0
 
 
-def _print_shared(settings: TaskFederation, labels: int) -> int:
-    """Print what is shared and return its bytes; the model is freed on return."""
+def _print_shared(settings: TaskFederation, labels: int) -> tuple[int, str]:
+    """Print what is shared; its bytes and the backbone's digest. The model is freed on return."""
     own = Resident(settings, labels)
     size = sum(value.numel() * 4 for value in own.state_dict().values())
     print(
         f"{settings.method}: {len(own.parts.shared)} tensors are shared, {format_bytes(size)}; "
         f"{len(own.parts.personal)} are personal"
     )
-    return size
-
-
-def _simulate(
-    settings: RunSettings,
-    run: RunDirectory,
-    nodes: list[dict[str, Any]],
-    size: int,
-    processes: Processes,
-) -> None:
-    """Run the remaining rounds on Ray.
-
-    Args:
-        settings: of the run.
-        run: its directory.
-        nodes: each client's own part of its node config.
-        size: bytes of the shared weights.
-        processes: where the clients are trained.
-
-    Raises:
-        RayFailed: Ray does not work; the run can be resumed.
-    """
-    if not processes.address:
-        prepare_own_ray()
-    # Ray reads its environment when it is imported.
-    from simulation.ray_grid import SERVER_NODE, RayGrid
-    from simulation.ray_runtime import RayFailed, RayLost, RayRuntime
-    from simulation.ray_worker import RUN_ID
-
-    plan = settings.step_plan()
-    run_config: dict[str, Any] = flat(settings) | {"output": "", "resume": str(run.path)}
-    configs: list[dict[str, Any]] = [
-        {
-            "partition-id": number,
-            "num-partitions": settings.clients,
-            "simulated": True,
-            "state": str(run.path / "clients"),
-            **node,
-        }
-        for number, node in enumerate(nodes)
-    ]
-    server = {"simulated": True, "manifest": str(nodes[0].get("manifest", ""))}
-    context = Context(RUN_ID, SERVER_NODE, server, RecordDict(), dict(run_config))
-    runtime = RayRuntime(
-        workers=processes.workers,
-        most=settings.clients_per_round,
-        address=processes.address,
-        weights_bytes=size,
-        gpu=plan.device.startswith("cuda"),
-    )
-    SUPERVISED.tell(run=str(run.path), again=processes.again(settings, run.path))
-    done = latest(run.checkpoints)
-    try:
-        runtime.start()
-        SUPERVISED.tell(watch=not processes.address)
-        grid = RayGrid(run_config, configs, runtime)
-        if done is None or not done.name.endswith(f"{settings.rounds:05d}"):
-            print(
-                f"{settings.rounds} rounds of {settings.clients_per_round} clients, "
-                f"{settings.local_updates} updates each, on {runtime.workers} workers "
-                f"({plan.precision}, {plan.device}); run directory {run.path}",
-                flush=True,
-            )
-        server_app(grid, context)
-    except RayFailed as error:
-        if isinstance(error, RayLost) and SUPERVISED.tell(lost=str(error)):
-            sys.exit(1)  # the parent starts again
-        raise RayFailed(f"{error}; go on with --resume {run.path}") from None
-    finally:
-        SUPERVISED.tell(watch=False)
-        runtime.close()
+    return size, own.backbone
 
 
 def _print_data(

@@ -224,3 +224,7 @@ def _prctl(option: int, value: int) -> None:
     """Linux' prctl(2); nothing elsewhere."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+SUPERVISED = Child()
+"""This process, as the child of a supervisor; it has none if it is not one's child."""

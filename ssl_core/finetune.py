@@ -22,7 +22,8 @@ from ssl_core.downstream.clip_loader import check
 from ssl_core.downstream.decoding import beam_search, greedy
 from ssl_core.downstream.finetune_run import finetune, over_folds
 from ssl_core.downstream.finetune_settings import FinetuneSettings
-from ssl_core.downstream.task_model import TaskModel, load_upstream
+from ssl_core.downstream.task_model import LOGMEL, RANDOM, TaskModel, load_upstream
+from ssl_core.downstream.task_record import task_record
 from ssl_core.planning.processor import use_threads
 from ssl_core.training.run_directory import RunDirectory, open_run
 
@@ -49,7 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             labels, settings.beam, str(settings.words or ""), str(settings.ngram or "")
         )
     name = f"{settings.task}-{settings.backbone}"
-    directory = open_run(settings, name, free=("output", "resume", "keep", "cache"))
+    first = runs[0][1]  # the clips of other folds are the same
+    record = task_record(
+        first.root,
+        {"train": first.train, "valid": first.valid, "test": first.test},
+        labels,
+        backbone=upstream.digest("frames"),
+        trials=first.trials,
+    )
+    places = ("data",) if settings.checkpoint in (RANDOM, LOGMEL) else ("data", "checkpoint")
+    free = ("output", "resume", "keep", "cache")
+    directory = open_run(settings, name, free, record, places)
     directory.lock()
     print(f"run directory {directory.path}", flush=True)
     found = []

@@ -12,6 +12,7 @@ from common import command
 from common.options import settings_parser
 from common.settings import parse
 from common.units import format_seconds
+from partitions.corpus_record import record_of
 from partitions.demo_corpus import demo_corpus
 from partitions.prepared import prepare
 from ssl_core.planning.processor import use_threads
@@ -35,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train, held, excluded = divide(manifest, settings, plan)
     print(
         f"{len(train.indices)} sequences of about {settings.length} to train on, "
-        f"{excluded} speakers held out"
+        f"{len(excluded)} speakers held out"
     )
     name = f"central-{settings.model}-{settings.length}"
-    run = open_run(settings, name, free=("output", "resume", "keep"))
+    record = record_of(manifest, excluded)
+    places = ("data", "subset")
+    run = open_run(settings, name, ("output", "resume", "keep"), record, places)
     run.lock()
     print(
         f"{settings.updates} updates of {plan.crops} crops, "

@@ -11,6 +11,7 @@ import torch
 from common.errors import DataError, Interrupted
 from common.progress import track
 from partitions.audio import SILENCE, BadAudio, read_piece
+from partitions.fingerprints import Fingerprint, fingerprints, is_unchanged
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Clip, TaskData
 from ssl_core.downstream.feature_cache import LIMIT, FeatureCache, clip_key
@@ -96,6 +97,7 @@ class ClipLoader:
         self.examples: list[str] = []
         """Messages of the first ten unusable clips."""
         self._keys: dict[Clip, bytes] = {}
+        self._files: dict[str, Fingerprint] = {}
 
     @property
     def skips(self) -> collections.Counter[str]:
@@ -123,8 +125,15 @@ class ClipLoader:
     def key(self, clip: Clip) -> bytes:
         """The clip's key in the cache."""
         if clip not in self._keys:
-            self._keys[clip] = clip_key(self.root, clip.piece)
+            self._look_at([clip])
+            self._keys[clip] = clip_key(self._files[clip.piece.path].content, clip.piece)
         return self._keys[clip]
+
+    def _look_at(self, clips: Sequence[Clip], show: bool = False) -> None:
+        """Take the fingerprints of all these clips' files at once."""
+        new = {clip.piece.path for clip in clips} - self._files.keys()
+        if new:
+            self._files |= fingerprints(self.root, sorted(new), show)
 
     def prepare(
         self,
@@ -147,6 +156,7 @@ class ClipLoader:
         """
         if not self.frozen.makes_features or self.cache.problem:
             return 0
+        self._look_at(clips, show)
         by_key = {self.key(clip): clip for clip in clips}
         missing = self.cache.missing(by_key)
         todo = sorted((by_key[key] for key in missing), key=lambda c: (-c.piece.samples, c.name))
@@ -168,7 +178,14 @@ class ClipLoader:
         for group in _groups(list(usable)):
             made = self.frozen([usable[clip] for clip in group])
             result |= dict(zip(group, made, strict=True))
-        self.cache.put([(self.key(clip), value.numpy()) for clip, value in result.items()])
+        self.cache.put(
+            [
+                (self.key(clip), value.numpy())
+                for clip, value in result.items()
+                # Else they may be features of other audio than the key says.
+                if is_unchanged(self.root, clip.piece.path, self._files[clip.piece.path])
+            ]
+        )
         return result
 
     def batch(self, clips: Sequence[Clip]) -> tuple[Batch, list[Clip]] | None:
@@ -184,6 +201,7 @@ class ClipLoader:
                 if audio is not None:
                     found[clip] = torch.from_numpy(audio)
         else:
+            self._look_at(clips)
             kept = self.cache.get([self.key(clip) for clip in clips])
             for clip in clips:
                 if self.key(clip) in kept:

@@ -28,14 +28,14 @@ _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 Floats = npt.NDArray[np.float32]
 
 
-def clip_key(root: Path, piece: Piece) -> bytes:
-    """Digest of a piece's path, file size, modification time, first sample and length."""
-    try:
-        status = (root / piece.path).stat()
-        version = f"{status.st_size} {status.st_mtime_ns}"
-    except OSError:
-        version = "missing"
-    text = f"{root.resolve()}\n{piece.path}\n{version} {piece.start} {piece.samples}"
+def clip_key(content: str, piece: Piece) -> bytes:
+    """Digest of what features are made from: a file's content, and which samples are taken.
+
+    Args:
+        content: fingerprint of the file; if empty, the file cannot be read.
+        piece: of the file.
+    """
+    text = f"{content or piece.path} {piece.start} {piece.samples}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:16]
 
 

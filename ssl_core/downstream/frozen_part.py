@@ -11,6 +11,10 @@ from ssl_core.downstream.task_model import Stage
 from ssl_core.downstream.task_step import TaskStep
 from ssl_core.wav2vec2.precision import autocast
 
+_KEYS = 2
+"""Raise it when clips are keyed, read or passed through a model in another way. Cached files of
+another number are not used, and are deleted when room is needed."""
+
 
 class FrozenPart:
     """Takes waveforms to the stage from which a step trains."""
@@ -33,7 +37,7 @@ class FrozenPart:
     def identity(self) -> str:
         """Name of everything that determines the features: weights, stage and precision."""
         digest = self._upstream.digest(self.stage) if self.makes_features else ""
-        return f"{digest[:24]}-{self.stage}-{self._step.plan.precision}"
+        return f"{_KEYS}-{digest[:24]}-{self.stage}-{self._step.plan.precision}"
 
     def frames(self, samples: int) -> int:
         """Frames in a clip of `samples` samples."""

@@ -52,7 +52,7 @@ class CentralSettings(PretrainingSettings):
 
 def divide(
     manifest: Manifest, settings: CentralSettings, plan: Plan
-) -> tuple[Crops, CropBatch | None, int]:
+) -> tuple[Crops, CropBatch | None, tuple[str, ...]]:
     """Split a corpus into crops for training and crops of held-out speakers for evaluation.
 
     Args:
@@ -61,7 +61,7 @@ def divide(
         plan: how a step is taken.
 
     Returns:
-        Crops to train on, crops to evaluate on or None, and the number of held-out speakers.
+        Crops to train on, crops to evaluate on or None, and the held-out speakers.
 
     Raises:
         DataError: no usable audio.
@@ -72,7 +72,7 @@ def divide(
     if excluded and settings.eval_crops:
         crops = Crops(manifest, select(manifest, excluded), plan.samples, settings.seed)
         held = crops.fixed(settings.eval_crops)
-    return Crops(manifest, train, plan.samples, settings.seed), held, len(excluded)
+    return Crops(manifest, train, plan.samples, settings.seed), held, excluded
 
 
 class CentralRun:

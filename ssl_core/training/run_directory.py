@@ -1,5 +1,6 @@
 """The run directory: configuration, metrics, TensorBoard events and checkpoints of a run."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from common import atomic
 from common.errors import DataError, UsageError
 from common.lock import Locked, lock
 from common.settings import flat
+from partitions.corpus_record import NOTHING, CorpusRecord
 from ssl_core.training.stored_settings import CONFIG, require_run, stored_settings
 
 if TYPE_CHECKING:  # a device has no TensorBoard
@@ -48,12 +50,13 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, path: Path, config: str) -> "RunDirectory":
+    def create(cls, path: Path, config: str, record: CorpusRecord = NOTHING) -> "RunDirectory":
         """Create the directory of a new run.
 
         Args:
             path: new or empty directory.
             config: YAML of all settings.
+            record: of the run's corpus.
 
         Raises:
             UsageError: the directory already holds a run.
@@ -65,7 +68,9 @@ class RunDirectory:
                 f"--output {path} is not empty: choose another, or go on with --resume {path}"
             )
         path.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path / CONFIG, config)
+        if record != NOTHING:
+            record.write(path)
+        atomic.write_text(path / CONFIG, config)  # last, as it marks a run
         return cls(path)
 
     @classmethod
@@ -161,29 +166,74 @@ class RunDirectory:
             self._lock = None
 
 
-def open_run(settings: Any, name: str, free: Collection[str]) -> RunDirectory:
+def open_run(
+    settings: Any,
+    name: str,
+    free: Collection[str],
+    record: CorpusRecord = NOTHING,
+    places: Collection[str] = (),
+) -> RunDirectory:
     """Open the run directory of `settings.resume`, or create a new one.
 
     Args:
         settings: have `output`, `resume` and `as_config()`.
         name: suffix of a new directory under `runs/`, after the time; used without `output`.
         free: names of settings that a resumed run may change.
+        record: of the run's corpus, which must be that of the run to resume.
+        places: names of settings that say where something is that `record` compares: a run with a
+            record may change them, and keeps the new ones.
 
     Raises:
-        UsageError: the directory is not empty, not a run, or a run with other settings.
+        UsageError: the directory is not empty, not a run, or a run with other settings or another
+            corpus.
+        DataError: the run's record of its corpus is damaged.
     """
     if settings.resume is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = settings.output or Path(f"runs/{stamp}-{name}")
-        return RunDirectory.create(path.resolve(), settings.as_config())
+        return RunDirectory.create(path.resolve(), settings.as_config(), record)
     run = RunDirectory.reopen(settings.resume.resolve())
-    stored, now = flat(stored_settings(type(settings), run.path)), flat(settings)
+    begun = CorpusRecord.read(run.path)
+    before = stored_settings(type(settings), run.path)
+    moved = {name: getattr(settings, name) for name in places if begun is not None}
+    stored, now = flat(before), flat(settings)
     for name, value in now.items():
-        if name.replace("-", "_") not in free and value != stored[name]:
-            raise UsageError(
-                f"--resume {run.path}: {name} was {stored[name]!r} there and is {value!r} now"
-            )
+        plain = name.replace("-", "_")
+        if plain in free or plain in moved or value == stored[name]:
+            continue
+        if plain in places and value and _same_place(value, stored[name]):
+            continue
+        hint = "; a run without a record of its corpus cannot move" if plain in places else ""
+        raise UsageError(
+            f"--resume {run.path}: {name} was {stored[name]!r} there and is {value!r} now{hint}"
+        )
+    options = " and ".join(f"--{name}" for name in places if name != "checkpoint")
+    refusal = begun.refusal(record, options) if begun is not None else ""
+    if refusal:
+        raise UsageError(f"--resume {run.path}: {refusal}")
+    _keep(run, begun, record)
+    if any(value != getattr(before, name) for name, value in moved.items()):
+        atomic.write_text(run.path / CONFIG, dataclasses.replace(before, **moved).as_config())
     return run
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    return bool(other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def _keep(run: RunDirectory, begun: CorpusRecord | None, record: CorpusRecord) -> None:
+    """Write what the run's record lacks."""
+    if record == NOTHING:
+        return
+    if begun is None:
+        log.warning(
+            "%s began with a version that kept no record of its corpus: the corpus as it is now is "
+            "taken for that of the run, and recorded",
+            run.path,
+        )
+    whole = (begun or NOTHING).completed(record)
+    if whole != begun:
+        whole.write(run.path)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -317,4 +317,4 @@ def test_a_kept_optimizer_state_goes_on_after_a_round_that_counted(
     anew = ask(MessageType.TRAIN, again, state=state)
     assert distance(went_on, anew) > 0.05
     files = sorted(path.name for path in (tmp_path / "kept" / "secretless" / "1").iterdir())
-    assert files == ["optimizer-00001.safetensors", "optimizer-00002.safetensors"]
+    assert files == [*(f"optimizer-0000{n}.safetensors" for n in (1, 2)), "split.json"]

@@ -1,6 +1,7 @@
 """A client's audio: its own part, never a held-out speaker, whatever way it is chosen."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from common.errors import DataError, UsageError
 from common.units import Seconds
+from fl_client.client_state import ClientState
 from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import client_audio, held_out, load_manifest
 from partitions.speakers import How
@@ -64,3 +66,43 @@ def test_chosen_speakers_must_be_there_and_not_held_out(settings: PretrainingFed
 def test_a_device_has_its_own_corpus(settings: PretrainingFederation, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="elsewhere"):
         client_audio({"data": str(tmp_path / "elsewhere")}, settings)
+
+
+def test_speakers_that_a_run_holds_out_stay_held_out_when_the_corpus_changes(
+    settings: PretrainingFederation,
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = ClientState(tmp_path / "state", "run", 77)
+    shutil.copytree(corpus, tmp_path / "corpus")
+    node = {"client-key": 77, "data": str(tmp_path / "corpus")}
+
+    def heard(state: ClientState | None) -> set[str]:
+        load_manifest.cache_clear()  # every round is another process
+        audio = client_audio(node, settings, state)
+        return {audio.manifest.sequences[i].speaker for i in audio.indices}
+
+    first = heard(state)
+    held = set(map(str, range(1, 9))) - first
+    assert len(held) == 2
+    folder = tmp_path / "corpus" / "train-small"
+    for speaker in range(11, 41):
+        (folder / f"{speaker}" / "1").mkdir(parents=True)
+        shutil.copy(
+            folder / "1" / "1" / "1-1-0000.flac",
+            folder / f"{speaker}" / "1" / f"{speaker}-1-0000.flac",
+        )
+    assert heard(None) & held  # what the corpus alone would give
+    assert not caplog.messages
+    assert heard(state) == first | set(map(str, range(11, 41)))
+    assert (
+        "has changed since the run began; the speakers held out then still are (2)"
+        in (caplog.messages[0])
+    )
+    assert heard(ClientState(tmp_path / "state", "another-run", 77)) & held
+    shutil.rmtree(folder / min(first))
+    assert not heard(state) & held
+    (state.folder / "split.json").write_text("{")
+    with pytest.raises(DataError, match=r"split.json cannot be read .*: put it back, or delete"):
+        heard(state)

@@ -1,6 +1,7 @@
 """Who gets which labelled clips, and which of them a client is tested on."""
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from tone_words import SPEAKERS, WORDS, write_words
 
 from common.errors import DataError, UsageError
 from fl_client import task_data
+from fl_client.client_state import ClientState
 from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.task_data import (
     ClientClips,
@@ -286,3 +288,77 @@ def test_a_run_of_a_task_has_its_own_recipe() -> None:
     own = {"recipe.head": "x-vector", "recipe.head-rate": 0.5}
     recipe = settings("d", rounds=7, batch=3, **own).recipe
     assert (recipe.epochs, recipe.batch, recipe.head, recipe.head_rate) == (7, 3, "x-vector", 0.5)
+
+
+class Device:
+    """A device with its own corpus, every round of which is another process."""
+
+    def __init__(self, folder: Path, **node: object) -> None:
+        self.data = write_words(folder / "own")
+        self.state = ClientState(folder / "state", "run", 4)
+        self.node = {"client-key": 4, "data": str(self.data), **node}
+
+    def clips(self) -> ClientClips:
+        load_pool.cache_clear()
+        return client_clips(self.node, settings("unused"), self.state)
+
+    def add(self, clip: str) -> None:
+        source = self.data / WORDS[0] / f"{SPEAKERS[0]}_nohash_0.wav"
+        (self.data / clip).parent.mkdir(exist_ok=True)
+        (self.data / clip).write_bytes(source.read_bytes())
+
+
+def test_test_clips_of_a_device_stay_so_when_it_gets_others(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    first = device.clips()
+    assert device.clips() == first
+    new = [f"{WORDS[n % 4]}/gg66{n:04d}_nohash_0.wav" for n in range(40)]
+    for name in new:
+        device.add(name)
+    again = device.clips()
+    assert {clip.name for clip in again.test} == {clip.name for clip in first.test}
+    assert {clip.name for clip in again.train} == {clip.name for clip in first.train} | set(new)
+    load_pool.cache_clear()
+    alone = client_clips(device.node, settings("unused"))
+    assert {clip.name for clip in alone.test} & {clip.name for clip in first.train}
+    for clip in first.test[:-1]:
+        (device.data / clip.name).unlink()
+    assert device.clips().test == first.test[-1:]
+    (device.data / first.test[-1].name).unlink()
+    with pytest.raises(DataError, match="no longer has clips to train on and test clips of"):
+        device.clips()
+
+
+def test_a_head_is_not_used_for_other_labels(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    first = device.clips()
+    device.add("mother/aa00c1e7_nohash_0.wav")
+    with pytest.raises(DataError) as refused:
+        device.clips()
+    assert str(refused.value) == (
+        f"{device.data} has changed since the run began, and its head no longer fits: labels: 1 "
+        f"added (mother). Put the corpus back as it was, or delete {device.state.folder} to begin "
+        "anew"
+    )
+    shutil.rmtree(device.data / "mother")
+    assert device.clips() == first
+    (device.data / WORDS[1]).rename(device.data / "martin")  # as many labels as before
+    for name in ("validation", "testing"):
+        path = device.data / f"{name}_list.txt"
+        path.write_text(path.read_text().replace(WORDS[1], "martin"))
+    with pytest.raises(DataError, match=r"labels: 1 added \(martin\), 1 removed \(marvin\)"):
+        device.clips()
+    shutil.rmtree(device.state.folder)
+    assert device.clips().labels[1] == "martin"
+
+
+def test_parts_of_a_corpus_that_has_changed_are_refused(tmp_path: Path) -> None:
+    device = Device(tmp_path, **{"partition-id": 1, "num-partitions": 3})
+    first = device.clips()
+    for number in range(9):
+        device.add(f"{WORDS[0]}/gg66{number:04d}_nohash_0.wav")
+    with pytest.raises(DataError, match="its part of the corpus no longer fits: clips by label"):
+        device.clips()
+    for path in device.data.rglob("gg66*"):
+        path.unlink()
+    assert device.clips() == first

@@ -1,6 +1,7 @@
 """The demo corpus: LibriSpeech's layout, distinct voices, atomic and repeatable builds."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -74,6 +75,21 @@ def test_an_incomplete_corpus_is_made_again(cache: Path) -> None:
         ".demo-corpus-v1-1.lock",
         "demo-corpus-v1-1",
     ]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_other_audio_of_the_same_size_is_not_taken_for_the_corpus(old: bool) -> None:
+    folder = demo.demo_corpus(progress=False, voices=1)
+    path = sorted(folder.rglob("*.flac"))[0]
+    if old:  # as version 0.1 made it
+        counts = json.loads((folder / "COMPLETE").read_text())
+        del counts["content"]
+        (folder / "COMPLETE").write_text(json.dumps(counts))
+    assert demo.is_complete(folder)
+    status, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:26] + bytes(16) + data[42:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not demo.is_complete(folder)
 
 
 def test_processes_that_start_together_share_one_build(cache: Path) -> None:

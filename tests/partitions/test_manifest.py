@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Writer
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from partitions import librispeech
+from partitions import prepared
+from partitions.librispeech import Corpus, find_utterances
 from partitions.manifest import (
     Manifest,
     Piece,
@@ -192,12 +194,50 @@ def test_prepare_takes_the_second_result_from_the_cache(
         raise AssertionError("the corpus was scanned again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(librispeech, "find_utterances", unexpected)
+        patch.setattr(prepared, "find_utterances", unexpected)
         assert prepare(root, (), 1.0) == first
     assert prepare(root, (), 2.0).length == 2.0
     write("train-a", 1, 1, 1, samples=20_000)
     assert prepare(root, (), 1.0).total_samples == 70_000
     assert len(list(cached.parent.iterdir())) == 3
+
+
+def test_a_moved_corpus_takes_the_result_from_the_cache(
+    root: Path, write: Writer, cache: Path, tmp_path: Path
+) -> None:
+    write("train-a", 1, 1, 0, samples=50_000)
+    first = prepare(root, (), 1.0)
+    root.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    second = prepare(tmp_path / "link", (), 1.0)
+    assert (second.root, second.files) == (tmp_path / "moved", first.files)
+    assert second.sequences == first.sequences
+    assert len(list((cache / "shortwave" / "manifests").iterdir())) == 1
+
+
+def test_other_audio_of_the_same_size_and_time_is_recut(root: Path, write: Writer) -> None:
+    path = write("train-a", 1, 1, 0, samples=50_000, suffix="wav")
+    status = path.stat()
+    assert prepare(root, (), 1.0).total_samples == 50_000
+    write("train-a", 1, 1, 0, samples=50_000, rate=8000, suffix="wav")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert prepare(root, (), 1.0).total_samples == 100_000
+
+
+def test_a_corpus_that_changes_during_the_scan_is_not_kept(
+    root: Path, write: Writer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("train-a", 1, 1, 0, samples=50_000)
+
+    def changing(*arguments: Any) -> Corpus:
+        write("train-a", 1, 1, 0, samples=60_000)
+        return find_utterances(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "find_utterances", changing)
+        assert prepare(root, (), 1.0).total_samples == 60_000
+    assert not (cache / "shortwave" / "manifests").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"# shortwave manifest\t1\n"])

@@ -224,12 +224,12 @@ def test_wrong_input_is_one_clear_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from simulation import simulate
+    from simulation import ray_run
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it is refused before anything is started")
 
-    monkeypatch.setattr(simulate, "prepare_own_ray", never)
+    monkeypatch.setattr(ray_run, "prepare_own_ray", never)
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("x")

@@ -331,25 +331,19 @@ def test_two_processes_share_a_file(folder: Path) -> None:
     assert kept_pairs(folder, 250) == list(range(250))
 
 
-def test_the_key_is_of_the_file_as_it_is_and_of_what_is_taken_of_it(tmp_path: Path) -> None:
-    path = write_noise(tmp_path / "a" / "x.wav", 3200)
-    write_noise(tmp_path / "b" / "x.wav", 3200)
-    status = path.stat()
+def test_the_key_is_of_the_content_and_of_what_is_taken_of_it() -> None:
     piece = Piece("x.wav", 0, 3200)
-    key = clip_key(tmp_path / "a", piece)
+    key = clip_key("ab" * 16, piece)
     assert len(key) == 16
-    assert clip_key(tmp_path / "a", piece) == key
-    assert clip_key(tmp_path / "b" / ".." / "a", piece) == key
-    assert clip_key(tmp_path / "b", piece) != key
-    for other in (Piece("x.wav", 1, 3199), Piece("x.wav", 0, 3199)):
-        assert clip_key(tmp_path / "a", other) != key
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert clip_key(tmp_path / "a", piece) != key
-    path.write_bytes(path.read_bytes() + b"more")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert clip_key(tmp_path / "a", piece) != key
-    path.unlink()
-    assert clip_key(tmp_path / "a", piece) != key
+    assert clip_key("ab" * 16, Piece("elsewhere/y.wav", 0, 3200)) == key
+    others = [
+        clip_key("cd" * 16, piece),
+        clip_key("ab" * 16, Piece("x.wav", 1, 3199)),
+        clip_key("ab" * 16, Piece("x.wav", 0, 3199)),
+        clip_key("", piece),
+        clip_key("", Piece("y.wav", 0, 3200)),
+    ]
+    assert len({key, *others}) == 6
 
 
 CLIPS = tuple(Clip(Piece(f"{n}.wav", 0, n), label="abc"[n % 3]) for n in (4000, 9000, 6000, 4001))
@@ -451,13 +445,59 @@ def test_waveforms_are_normalised_as_transformers_does(audio: Path) -> None:
         assert np.abs(found - waveform).max() > 0.1
 
 
-def test_a_changed_file_is_computed_anew(audio: Path) -> None:
-    first = loader(audio)
-    first.prepare(CLIPS, show=False)
-    path = audio / CLIPS[0].piece.path
-    before = path.stat().st_mtime_ns
-    write_noise(path, CLIPS[0].piece.samples)
-    os.utime(path, ns=(before + 10**9,) * 2)
+def other_audio(path: Path, how: str) -> None:
+    """Replace a file by other audio of the same size and modification time."""
+    status, data = path.stat(), path.read_bytes()
+    made = path.with_name("made.wav")
+    made.write_bytes(data[:44] + data[:43:-1])
+    if how == "in place":
+        path.write_bytes(made.read_bytes())
+    elif how == "renamed":
+        made.replace(path)
+    else:
+        path.unlink()
+        os.link(made, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed", "hard link"])
+@pytest.mark.parametrize("settled", [-1.0, 60.0])
+def test_a_changed_file_is_computed_anew(
+    audio: Path, how: str, settled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("partitions.fingerprints.SETTLED", settled)
+    loader(audio).prepare(CLIPS, show=False)
+    other_audio(audio / CLIPS[0].piece.path, how)
+    assert loader(audio).prepare(CLIPS, show=False) == 1
+    assert loader(audio).prepare(CLIPS, show=False) == 0
+
+
+def test_the_same_audio_in_another_place_is_not_computed_again(audio: Path) -> None:
+    loader(audio).prepare(CLIPS, show=False)
+    for path in audio.iterdir():
+        os.utime(path, ns=(1, 1))
+    audio.rename(audio.with_name("moved"))
+    assert loader(audio.with_name("moved")).prepare(CLIPS, show=False) == 0
+
+
+def test_features_of_audio_that_changed_meanwhile_are_not_kept(
+    audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, path = loader(audio), audio / CLIPS[1].piece.path
+    real = ClipLoader.waveform
+
+    def changing(self: ClipLoader, clip: Clip) -> Any:
+        if clip == CLIPS[1]:
+            other_audio(path, "renamed")
+        return real(self, clip)
+
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipLoader, "waveform", changing)
+        assert first.prepare(CLIPS, show=False) == len(CLIPS)
+    path.write_bytes(before)
     assert loader(audio).prepare(CLIPS, show=False) == 1
 
 
