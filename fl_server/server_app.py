@@ -27,6 +27,7 @@ from ssl_core.downstream.task_model import LOGMEL, RANDOM
 from ssl_core.planning.processor import use_threads
 from ssl_core.training import checkpoint
 from ssl_core.training.crops import describe
+from ssl_core.training.divergence import Watch
 from ssl_core.training.run_directory import RunDirectory, open_run
 
 app = ServerApp()
@@ -181,10 +182,15 @@ def _log_and_save(
     """Evaluate, log and save a round; its logged metrics.
 
     It is logged first: a round that is logged but not saved is taken and logged again.
+
+    Raises:
+        Diverged: the weights or the held-out loss are not finite.
     """
     started = time.monotonic()
     row = job.row(result) | job.evaluate()
     run.log(result.number + 1, row | {"evaluate_seconds": time.monotonic() - started})
+    watch = Watch(lambda: checkpoint.latest(run.checkpoints))
+    watch.require_finite("held-out loss", row.get("held_out_loss", 0.0), row["updates_done"])
     path = run.checkpoints / f"round-{result.number + 1:05d}"
     job.save(path, federation.state(result.number), federation.tensors())
     checkpoint.prune(run.checkpoints, federation.settings.keep)

@@ -7,7 +7,6 @@ identity), `linear-ctc` with `Wav2Vec2ForCTC` and `Wav2Vec2CTCTokenizer`. With o
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import atomic
+from common import atomic, strict_json
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.task_model import TaskModel
@@ -84,7 +83,9 @@ def export(
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        strict_json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _vocabulary(labels: Sequence[str]) -> dict[str, int]:

@@ -40,7 +40,7 @@ def load_config(directory: Path) -> ModelConfig:
     """
     path = directory / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{directory} is not a checkpoint: {CONFIG}: {error.strerror}") from None
     except ValueError as error:
@@ -60,7 +60,7 @@ def normalises(directory: Path) -> bool:
     for name in (_PREPROCESSOR, _PROCESSOR):
         file = directory / name
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8-sig"))
             if name == _PROCESSOR:
                 values = values.get("feature_extractor", {})
             stated = values.get("do_normalize")
