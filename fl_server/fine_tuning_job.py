@@ -43,6 +43,8 @@ class FineTuning(Job):
             pool = load_pool(settings.task, settings.data, recipe, settings.seed, subsets)
             self.labels = pool.labels
         self.own = Resident(settings, max(1, len(self.labels)))
+        if self.own.model.upstream.note:
+            print(self.own.model.upstream.note, flush=True)
         self.weights = dict(self.own.state_dict())
         self.backbone = self.own.backbone
 

@@ -129,6 +129,8 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
         settings.server_optimizer, settings.server_rate, settings.server_momentum
     )
     federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
+    if job.architecture:
+        federation.base["architecture"] = job.architecture
     first = _start(job, federation, run, say)
     if settings.resume:
         run.rewind(first + 1)
@@ -167,7 +169,8 @@ def _start(job: Job, federation: Federation, run: RunDirectory, say: Callable[[s
     """Restore the newest checkpoint, if there is one; the round to take next."""
     saved = checkpoint.latest(run.checkpoints)
     if saved is None:
-        job.start()
+        for line in job.start():
+            say(line)
         return 0
     state, tensors = job.restore(saved)
     federation.restore(state, tensors)

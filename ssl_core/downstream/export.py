@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from common import atomic, strict_json
-from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.task_model import TaskModel
 from ssl_core.training import hf_checkpoint as hf
@@ -56,17 +55,7 @@ def export(
         if not config:
             return
         _write(partial / hf.CONFIG, config)
-        _write(
-            partial / "preprocessor_config.json",
-            {
-                "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-                "do_normalize": model.upstream.normalise,
-                "feature_size": 1,
-                "padding_value": 0.0,
-                "return_attention_mask": True,
-                "sampling_rate": SAMPLE_RATE,
-            },
-        )
+        hf.save_preprocessor(partial, model.upstream.normalise)
         if "vocab_size" in config:
             _write(partial / "vocab.json", _vocabulary(labels))
             _write(

@@ -100,24 +100,25 @@ class CentralRun:
         self.train, self.held = train, held
         with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
             model = PretrainingModel(settings.architecture)
+        self.console = Console(stderr=True)
         saved = checkpoint.latest(run.checkpoints)
         self.watch = Watch(lambda: checkpoint.latest(run.checkpoints))
         self.first = 0
         optimizer_state: dict[str, torch.Tensor] = {}
         if saved is not None:
             loaded = checkpoint.load(saved)
+            hf_checkpoint.require_same(model.config, saved)
             hf_checkpoint.load_into(model, loaded.weights, str(saved))
             self.first, optimizer_state = int(loaded.state["next_update"]), loaded.optimizer_state
             self.watch.load(loaded.state.get("watch", {}), self.first)
-        elif settings.checkpoint:
-            weights = hf_checkpoint.load_weights(settings.checkpoint)
-            hf_checkpoint.load_into(model, weights, str(settings.checkpoint))
+        else:
+            for line in settings.load_checkpoint(model):
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self.step = PretrainingStep(
             model, settings.recipe, plan, seed=settings.seed, total_updates=settings.updates
         )
         self.step.load_optimizer_state(optimizer_state)
         self.alarm = CollapseAlarm(settings.architecture)
-        self.console = Console(stderr=True)
         self.skips: collections.Counter[str] = collections.Counter()
         if saved is not None or settings.resume:
             self.directory.rewind(self.first + 1)
