@@ -14,6 +14,7 @@ from common.errors import UsageError
 from fl_server.job import Job
 from fl_server.rounds import RoundResult
 from fl_server.server_app import _log_and_save
+from ssl_core.downstream.results import plot_learning
 from ssl_core.train import main
 from ssl_core.training import checkpoint, divergence
 from ssl_core.training.curves import plot_curves
@@ -177,6 +178,15 @@ def test_a_healthy_run_in_fp16_counts_what_its_loss_scale_skips(
     assert rows[-1]["updates_skipped"] == len(skipped) < 22
     assert all(row["gradient_norm"] is None and row["loss"] > 0 for row in skipped)
     assert rows[-1]["loss_scale"] < 2.0**34
+
+
+def test_curves_skip_numbers_that_do_not_exist(tmp_path: Path) -> None:
+    rows = [
+        {"epoch": epoch, "loss": loss, "valid_loss": None, "valid_accuracy": 0.5}
+        for epoch, loss in ((1, 2.0), (2, None), (3, 1.0))
+    ]
+    plot_learning(tmp_path, rows, "accuracy")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 class FederatedJob(Job):
