@@ -156,7 +156,7 @@ class ModelConfig:
 
 
 _UNSUPPORTED = {
-    "add_adapter": "layers after the backbone change what it computes; take a checkpoint without",
+    "add_adapter": "adapters after the backbone change what it computes; take a checkpoint without",
     "adapter_attn_dim": "adapters in the layers change what they compute; take a checkpoint "
     "without, such as the one that this was trained from",
     "quantization_config": "weights must be fp32, fp16 or bf16; save the model without it",

@@ -148,7 +148,7 @@ def test_how_a_model_is_trained_may_be_set_anew(other: Path, name: str) -> None:
     ("values", "problem"),
     [
         ({"adapter_attn_dim": 16}, "adapter_attn_dim 16 is not supported: adapters in the layers"),
-        ({"add_adapter": True}, "add_adapter True is not supported: layers after the backbone"),
+        ({"add_adapter": True}, "add_adapter True is not supported: adapters after the backbone"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config .*fp32, fp16"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads .* all heads"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported, only gelu"),
