@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from common import strict_json
 from common.errors import DataError, ShortwaveError
 from ssl_core.wav2vec2.config import ModelConfig
 
@@ -154,7 +155,7 @@ def instructions(**values: int | float | str) -> ConfigRecord:
 
 def architecture_text(config: ModelConfig) -> str:
     """The architecture as JSON: transformers' `config.json`, with `do_normalize` in it."""
-    return json.dumps(config.to_hf() | {"do_normalize": config.do_normalize})
+    return strict_json.dumps(config.to_hf() | {"do_normalize": config.do_normalize})
 
 
 def architecture_in(instructions: Mapping[str, object], default: ModelConfig) -> ModelConfig:
