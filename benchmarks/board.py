@@ -6,7 +6,6 @@ object.
 """
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jsonargparse.typing import PositiveInt
 
 from benchmarks.exchange_lab import Lab
 from benchmarks.flower_processes import ROOT
-from common import command
+from common import command, strict_json
 from common.errors import ShortwaveError
 from common.options import settings_parser
 from common.settings import parse
@@ -60,11 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"output='{run}' data='{data}'",
             )
         path = run / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = (
+            [strict_json.loads(line) for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
         if len(rows) < settings.rounds:
             raise ShortwaveError(f"only {len(rows)} rounds were done: {text[-2000:]}")
         peak = group.peak_bytes()
-    print(json.dumps(result_of(rows, lab.peaks, settings.cap, peak)))
+    print(strict_json.dumps(result_of(rows, lab.peaks, settings.cap, peak)))
     return 0
 
 

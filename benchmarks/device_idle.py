@@ -8,7 +8,6 @@ device's processes, warm and with `--cold-start`. The last line is one JSON obje
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.flower_processes import FlowerProcesses, free_port, wait_until, write_tones
-from common import command
+from common import command, strict_json
 from common.options import settings_parser
 from common.settings import parse
 
@@ -126,7 +125,7 @@ def main() -> int:
             result[kind] = {
                 key: sorted(row[key] for row in rows)[len(rows) // 2] for key in rows[0]
             }
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     return 0
 
 

@@ -7,7 +7,6 @@ object.
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from rich.console import Console
 from rich.table import Table
 
-from common import command
+from common import command, strict_json
 from common.atomic import write_text
 from common.errors import ShortwaveError, UsageError
 from common.options import settings_parser
@@ -205,7 +204,7 @@ def finetune(
         )  # fmt: skip
         if done.returncode:
             raise ShortwaveError(f"{run.name}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = strict_json.loads((run / "result.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -238,10 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "train_wer" in found:
                 scores[f"{key}_train"] = round(float(found["train_wer"]), 4)
                 memorised = f" (training set {found['train_wer']:.4f})"
-            write_text(output / SCORES, json.dumps(scores, indent=2) + "\n")
+            write_text(output / SCORES, strict_json.dumps(scores, indent=2) + "\n")
             console.print(f"{key}: {case.score} {scores[key]:.4f}{memorised}", highlight=False)
     console.print(_table(cases, ways, scores))
-    print(json.dumps(scores))
+    print(strict_json.dumps(scores))
     return 0
 
 

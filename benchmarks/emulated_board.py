@@ -13,7 +13,6 @@ stays the same. The emulator's seconds say nothing of a board's.
 
 import dataclasses
 import functools
-import json
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from benchmarks.arm_install import digest, install
 from benchmarks.arm_root import ArmRoot
 from benchmarks.board_round import one_round
 from benchmarks.board_trials import machine_of
-from common import command
+from common import command, strict_json
 from common.atomic import write_text
 from common.errors import UsageError
 from common.options import settings_parser
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
             bar.advance(task)
     rows = {name: done.rows[name] for name, _ in jobs}
-    print(json.dumps(_result(settings, installed, rows)))
+    print(strict_json.dumps(_result(settings, installed, rows)))
     return 0
 
 
@@ -111,13 +110,13 @@ class _Kept:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = strict_json.loads(path.read_text()) if path.exists() else {}
         self.rows: dict[str, dict[str, Any]] = stored["rows"] if stored.get("key") == key else {}
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
         """Add a trial's result and write the file."""
         self.rows[name] = row
-        write_text(self._path, json.dumps({"key": self._key, "rows": self.rows}))
+        write_text(self._path, strict_json.dumps({"key": self._key, "rows": self.rows}))
 
 
 def _jobs(settings: EmulationSettings, root: ArmRoot) -> Iterator[Job]:

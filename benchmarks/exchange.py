@@ -11,7 +11,6 @@ encoding, in the Ray simulation. The last line is one JSON object.
 """
 
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from rich.console import Console
 from benchmarks.exchange_apps import NOISE_CLIENT, PLAIN_APP, PLAIN_PROJECT
 from benchmarks.exchange_lab import Lab
 from benchmarks.flower_processes import ROOT, write_tones
-from common import command
+from common import command, strict_json
 from common.errors import ShortwaveError, UsageError
 from common.options import settings_parser
 from common.settings import parse
@@ -119,7 +118,11 @@ def run_ours(folder: Path, clients: int, rounds: int, encoding: str) -> dict[str
             f"encoding='{encoding}' keep={rounds} output='{run}' data='{data}'",
         )
         path = run / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = (
+            [strict_json.loads(line) for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
         if len(rows) < rounds:
             raise ShortwaveError(f"{encoding} did not finish: {text[-2000:]}")
     ends = [path.stat().st_mtime for _, path in checkpoint.numbered(run / "checkpoints")]
@@ -190,7 +193,7 @@ def run_accuracy(data: Path, rounds: int, say: Console) -> dict[str, Any]:
                 ],
                 check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
             )  # fmt: skip
-            row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+            row = strict_json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
             losses[encoding] = row["held_out_loss"]
             say.print(
                 f"{encoding}: held-out loss {row['held_out_loss']:.4f}, accuracy "
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result |= run_exchange(settings.clients, settings.rounds, console)
     if settings.data is not None:
         result |= run_accuracy(settings.data.resolve(), settings.accuracy_rounds, console)
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     return 0
 
 

@@ -7,7 +7,6 @@ processes are killed. The last line is one JSON object.
 """
 
 import dataclasses
-import json
 import random
 import signal
 import tempfile
@@ -24,7 +23,7 @@ from benchmarks.fault_outcome import Outcome, describe, summary
 from benchmarks.fault_trial import Trial
 from benchmarks.flower_processes import write_tones
 from benchmarks.small_disk import can_mount
-from common import command
+from common import command, strict_json
 from common.errors import UsageError
 from common.options import settings_parser
 from common.progress import bar_of
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: summary([outcome for outcome in outcomes if outcome.fault == name])
         for name in dict.fromkeys(outcome.fault for outcome in outcomes)
     }
-    print(json.dumps(summary(outcomes) | {"by_fault": by_fault}))
+    print(strict_json.dumps(summary(outcomes) | {"by_fault": by_fault}))
     return 0
 
 
@@ -134,7 +133,7 @@ def _simulate(settings: FaultSettings, console: Console) -> int:
         name: simulation_faults.summary([each for each in outcomes if each.fault == name])
         for name in faults
     }
-    print(json.dumps(simulation_faults.summary(outcomes) | {"by_fault": by_fault}))
+    print(strict_json.dumps(simulation_faults.summary(outcomes) | {"by_fault": by_fault}))
     return 0
 
 

@@ -28,7 +28,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from benchmarks.finetune_worker import OURS, PEER, TASK, Job
-from common import command
+from common import command, strict_json
 from common.errors import ShortwaveError, UsageError
 from common.options import settings_parser
 from common.process_environment import tuned
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings.unfrozen_epochs,
             folder,
         )
-    print(json.dumps(_summary(frozen, unfrozen)))
+    print(strict_json.dumps(_summary(frozen, unfrozen)))
     return 0
 
 

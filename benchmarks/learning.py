@@ -5,7 +5,6 @@ The last line is one JSON object.
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from common import command
+from common import command, strict_json
 from common.options import settings_parser
 from common.settings import parse
 from ssl_core.training.curves import plot_curves
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {name: RunDirectory(output / name).metrics() for name in ("federated", "central")}
     negatives = preset("tiny").num_negatives
     plot_curves(runs, settings.figure, negatives=negatives, unit="global update")
-    print(json.dumps(_summary(runs, 1 / (negatives + 1))))
+    print(strict_json.dumps(_summary(runs, 1 / (negatives + 1))))
     return 0
 
 

@@ -6,7 +6,6 @@ on clips of its own that it never trained on. The last line is one JSON object.
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import numpy as np
 from jsonargparse.typing import PositiveInt
 from matplotlib.figure import Figure
 
-from common import command
+from common import command, strict_json
 from common.figures import save_figure
 from common.options import settings_parser
 from common.settings import parse
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ],
                 cwd=ROOT, check=True,
             )  # fmt: skip
-            found = json.loads((folder / "personal.json").read_text(encoding="utf-8"))
+            found = strict_json.loads((folder / "personal.json").read_text(encoding="utf-8"))
             scores[name] += [client["score"] for client in found["by_client"].values()]
     _draw(scores, settings.figure)
     result: dict[str, float] = {}
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["fedrep_above_global_mean"] = float(pairs.mean())
     result["fedrep_above_global_error"] = float(pairs.std() / np.sqrt(len(pairs)))
     result["clients"] = len(scores["global"])
-    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+    print(strict_json.dumps({key: round(value, 4) for key, value in result.items()}))
     return 0
 
 

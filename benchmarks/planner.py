@@ -14,7 +14,6 @@ The last line is one JSON object with `cells`, `under`, `worst_over`, `median_ov
 """
 
 import dataclasses
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from rich.console import Console
 from benchmarks.planner_cells import CELLS, TASK_CELLS
 from benchmarks.planner_report import Row, plot, print_caps, print_peaks
 from benchmarks.speech_batches import SpeechBatches
-from common import command
+from common import command, strict_json
 from common.errors import ShortwaveError, UsageError
 from common.options import settings_parser
 from common.progress import track
@@ -254,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["table2_cells"] = len(rows)
         result["table2_agree"] = found["agree"]
         result["table2_planned_fits"] = found["planned_fits"]
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     return 0
 
 

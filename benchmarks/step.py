@@ -10,7 +10,6 @@ layers of a step and so would make some steps shorter by chance.
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from benchmarks.contest import (
 )
 from benchmarks.step_grid import run_grid
 from benchmarks.workers import OURS, ROOT, Job, PlanName
-from common import command
+from common import command, strict_json
 from common.options import settings_parser
 from common.settings import parse
 from common.units import Seconds
@@ -159,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run_comparison(
                 job, settings.peers, settings.steps, settings.data, settings.seed
             )
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     return 0
 
 

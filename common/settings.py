@@ -182,7 +182,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: missing, not YAML, or not a mapping at the top level.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

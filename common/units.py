@@ -87,6 +87,11 @@ def format_length(seconds: float) -> str:
     return f"{float(seconds):g}s"
 
 
+def format_number(value: float | None, digits: int) -> str:
+    """Format a number with `digits` after the point; `not finite` if there is none, as in logs."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
 def format_seconds(seconds: float) -> str:
     """Format a duration: `48 s`, `12.5 min`, `1.63 h`."""
     if seconds < 60:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -75,6 +76,10 @@ class FederationSettings(ComputeSettings):
         self.require_at_least(
             1, "rounds", "clients", "clients_per_round", "local_updates", "min_clients", "keep"
         )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{field.name.replace('_', '-')} must be finite, not {value}")
         if self.deadline < 0 or self.patience < 0:
             raise UsageError("deadline and patience must not be below zero")
         if self.server_rate < 0 or not 0 <= self.server_momentum < 1:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord
 
-from fl_client import updates
+from fl_client import protocol, updates
 from fl_client.client_round import ClientRound, RoundResult, means
 from fl_client.client_state import OPTIMIZER, StateLost
 from fl_client.federation_settings import PretrainingFederation
@@ -72,12 +72,13 @@ def train_round(
         UsageError: no plan fits in memory.
     """
     started = time.monotonic()
-    work = PretrainingWork(architecture=settings.architecture, recipe=settings.recipe)
+    architecture = protocol.architecture_in(instructions, settings.architecture)
+    work = PretrainingWork(architecture=architecture, recipe=settings.recipe)
     plan = budget.change(settings.step_plan())
     work.validate(plan)
     chosen = RoundPlan(work, plan, budget, updates.size(weights))
     use_threads(plan.threads)
-    model = _resident_model(settings.architecture)
+    model = _resident_model(architecture)
     # Move first: the exchange refers to the model's tensors, and a later move would replace them.
     model.to(plan.device)
     client = ClientRound(settings, instructions, audio.key, chosen, budget, limits, state, started)

@@ -1,10 +1,13 @@
 """Messages of server and clients: record names, instructions, the fixed lists of metrics."""
 
+import json
 from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from common.errors import ShortwaveError
+from common import strict_json
+from common.errors import DataError, ShortwaveError
+from ssl_core.wav2vec2.config import ModelConfig
 
 WEIGHTS = "weights"
 """ArrayRecord, server to client: bundles of global weights by parameter name."""
@@ -143,11 +146,31 @@ def instructions(**values: int | float | str) -> ConfigRecord:
         values: `run` (identity of the run), `round` (from 0), `first_update` (global number of the
             first update), `updates` (how many to take), `encoding` of the weights, `base_round`
             (round to whose weights they are added; -1 for whole weights), `folded_round` (last
-            round in which this client's update was folded; -1 for none) and, for a task, `backbone`
-            (digest of the backbone that all clients start from). A query has only
-            `ask="describe"`, or is a `notice`.
+            round in which this client's update was folded; -1 for none); for a task, `backbone`
+            (digest of the backbone that all clients start from); for pretraining, `architecture`
+            (see `architecture_text`). A query has only `ask="describe"`, or is a `notice`.
     """
     return ConfigRecord(dict(values))
+
+
+def architecture_text(config: ModelConfig) -> str:
+    """The architecture as JSON: transformers' `config.json`, with `do_normalize` in it."""
+    return strict_json.dumps(config.to_hf() | {"do_normalize": config.do_normalize})
+
+
+def architecture_in(instructions: Mapping[str, object], default: ModelConfig) -> ModelConfig:
+    """The architecture that the server trains; `default` if it does not say, as version 0.1.
+
+    Raises:
+        ProtocolError: it is not an architecture that this version knows.
+    """
+    text = instructions.get("architecture")
+    if text is None:
+        return default
+    try:
+        return ModelConfig.from_hf(json.loads(str(text)), "the server's architecture")
+    except (ValueError, DataError) as error:
+        raise ProtocolError(f"the server's architecture cannot be used: {error}") from None
 
 
 def check_metrics(content: RecordDict, names: tuple[str, ...]) -> dict[str, float]:

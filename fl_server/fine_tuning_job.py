@@ -1,5 +1,6 @@
 """Federated fine-tuning of a downstream task, evaluated by the clients on their own clips."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class FineTuning(Job):
             pool = load_pool(settings.task, settings.data, recipe, settings.seed, subsets)
             self.labels = pool.labels
         self.own = Resident(settings, max(1, len(self.labels)))
+        if self.own.model.upstream.note:
+            print(self.own.model.upstream.note, flush=True)
         self.weights = dict(self.own.state_dict())
         self.backbone = self.own.backbone
         self.record = CorpusRecord(labels=self.labels or None, backbone=self.backbone)
@@ -75,7 +78,7 @@ class FineTuning(Job):
         metrics = dict(result.metrics)
         scored = [client for client in result.clients if client["test_clips"]]
         for name in ("test_before", "test_after"):
-            values = torch.tensor([client[name] for client in scored] or [0.0])
+            values = torch.tensor([client[name] for client in scored] or [math.nan])
             metrics[name], metrics[f"{name}_deviation"] = (
                 float(values.mean()),
                 float(values.std(correction=0)),
@@ -92,6 +95,8 @@ class FineTuning(Job):
         metric = self.own.model.recipe.metric
         name = "accuracy" if metric == "eer" else metric
         unscored = row["clients_not_scored"]
+        if math.isnan(row["test_after"]):
+            return f"loss {row['loss']:.3f}  | no client has a usable test clip"
         return (
             f"loss {row['loss']:.3f}  | clients' own clips: {name} "
             f"{100 * row['test_before']:.1f} % before training, {100 * row['test_after']:.1f} % "

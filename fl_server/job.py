@@ -27,9 +27,16 @@ class Job:
     """Digest of the backbone that all clients start from, if the weights do not hold it."""
     record = NOTHING
     """Of the corpus that the server reads, with which a resumed run is compared."""
+    architecture = ""
+    """JSON of the architecture that clients train, if their settings do not hold it."""
 
-    def start(self) -> None:
-        """Load the weights that the settings name, for a run without a checkpoint."""
+    def start(self) -> list[str]:
+        """Load the weights that the settings name, for a run without a checkpoint.
+
+        Returns:
+            Lines to print.
+        """
+        return []
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Load the weights of a checkpoint; returns its state and other tensors, each `[...]`."""

@@ -1,12 +1,12 @@
 """Reports the scores of personal fine-tuning: each client's, their mean and spread, a figure."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common import strict_json
 from common.atomic import write_text
 from common.figures import new_figure, plots, save_figure
 from fl_client.federation_settings import TaskFederation
@@ -56,7 +56,7 @@ def write_personal_report(
         "not_scored": unscored,
         "failures": list(failures),
     }
-    write_text(folder / REPORT, json.dumps(result, indent=2) + "\n")
+    write_text(folder / REPORT, strict_json.dumps(result, indent=2) + "\n")
     lines = [f"  {failure}" for failure in failures]
     lines += [f"  client {key}: none of its test clips can be used, not scored" for key in unscored]
     if not keys:

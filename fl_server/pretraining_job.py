@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl_client import protocol
 from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import held_out, load_manifest
 from fl_server.job import Job, client_rows
@@ -42,6 +43,7 @@ class Pretraining(Job):
             self.model = PretrainingModel(self.config)
         # They share the model's memory, so there is one copy.
         self.weights = dict(self.model.state_dict())
+        self.architecture = protocol.architecture_text(self.config)
         self.alarm = CollapseAlarm(self.config)
         self.crops: CropBatch | None = None
         if not settings.held_out or not settings.eval_crops:
@@ -54,15 +56,14 @@ class Pretraining(Job):
             crops = Crops(corpus, select(corpus, speakers), self.plan.samples, settings.seed)
             self.crops = crops.fixed(settings.eval_crops)
 
-    def start(self) -> None:
-        """Load the weights of the setting `checkpoint`, if there is one."""
-        if self.settings.checkpoint:
-            path = self.settings.checkpoint
-            hf.load_into(self.model, hf.load_weights(path), str(path))
+    def start(self) -> list[str]:
+        """Load the weights of the setting `checkpoint`, if there is one; returns lines to print."""
+        return self.settings.load_checkpoint(self.model)
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Load a checkpoint; returns its state and other tensors, each `[...]`."""
         loaded = checkpoint.load(path)
+        hf.require_same(self.config, path)
         hf.load_into(self.model, loaded.weights, str(path))
         return loaded.state, loaded.optimizer_state
 
@@ -91,7 +92,7 @@ class Pretraining(Job):
         model = self.model
         if self.device.type != "cpu":
             model = PretrainingModel(self.config)
-            hf.load_into(model, self.weights, "the global model")
+            model.load_state_dict(self.weights)
             model.to(self.device)
         return evaluate(
             model,

@@ -28,6 +28,7 @@ from ssl_core.downstream.task_model import LOGMEL, RANDOM
 from ssl_core.planning.processor import use_threads
 from ssl_core.training import checkpoint
 from ssl_core.training.crops import describe
+from ssl_core.training.divergence import Watch
 from ssl_core.training.run_directory import RunDirectory, open_run
 
 app = ServerApp()
@@ -142,6 +143,8 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
             settings.server_optimizer, settings.server_rate, settings.server_momentum
         )
         federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
+        if job.architecture:
+            federation.base["architecture"] = job.architecture
         first = _start(job, federation, run, say)
         if settings.resume:
             run.rewind(first + 1)
@@ -179,7 +182,8 @@ def _start(job: Job, federation: Federation, run: RunDirectory, say: Callable[[s
     """Restore the newest checkpoint, if there is one; the round to take next."""
     saved = checkpoint.latest(run.checkpoints)
     if saved is None:
-        job.start()
+        for line in job.start():
+            say(line)
         return 0
     state, tensors = job.restore(saved)
     federation.restore(state, tensors)
@@ -194,10 +198,15 @@ def _log_and_save(
     """Evaluate, log and save a round; its logged metrics.
 
     It is logged first: a round that is logged but not saved is taken and logged again.
+
+    Raises:
+        Diverged: the weights or the held-out loss are not finite.
     """
     started = time.monotonic()
     row = job.row(result) | job.evaluate()
     run.log(result.number + 1, row | {"evaluate_seconds": time.monotonic() - started})
+    watch = Watch(lambda: checkpoint.latest(run.checkpoints))
+    watch.require_finite("held-out loss", row.get("held_out_loss", 0.0), row["updates_done"])
     path = run.checkpoints / f"round-{result.number + 1:05d}"
     job.save(path, federation.state(result.number), federation.tensors())
     checkpoint.prune(run.checkpoints, federation.settings.keep)

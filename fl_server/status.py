@@ -1,7 +1,6 @@
 """The current state of a federation: a file in the run directory, and a table of it."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from common import atomic
-from common.units import format_bytes, format_length, format_seconds
+from common import atomic, strict_json
+from common.units import format_bytes, format_length, format_number, format_seconds
 from fl_server.roster import Client
 from ssl_core.training.run_directory import RunDirectory
 
@@ -73,13 +72,13 @@ class Status:
             "updated": time.time(),
             "clients": {str(key): row for key, row in sorted(self.clients.items())},
         }
-        atomic.write_text(self.path / STATUS, json.dumps(values) + "\n")
+        atomic.write_text(self.path / STATUS, strict_json.dumps(values) + "\n")
 
 
 def is_done(path: Path) -> bool:
     """Whether all rounds of a run are done."""
     try:
-        rounds = json.loads((path / STATUS).read_text(encoding="utf-8"))["rounds"]
+        rounds = strict_json.loads((path / STATUS).read_text(encoding="utf-8"))["rounds"]
     except (OSError, ValueError):
         return False
     return len(RunDirectory.reopen(path).metrics()) >= rounds
@@ -98,7 +97,7 @@ def view(path: Path, now: float | None = None) -> Group:
     run = RunDirectory.reopen(path)
     now = time.time() if now is None else now
     try:
-        status: dict[str, Any] = json.loads((path / STATUS).read_text(encoding="utf-8"))
+        status: dict[str, Any] = strict_json.loads((path / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Group(Text(f"{path}: waiting for the first round"))
     table = Table()
@@ -126,13 +125,19 @@ def view(path: Path, now: float | None = None) -> Group:
     if rows:
         last = rows[-1]
         if "contrastive" in last:
-            text = f"loss {last['contrastive']:.3f}, accuracy {last['accuracy']:.3f}"
+            text = (
+                f"loss {format_number(last['contrastive'], 3)}, "
+                f"accuracy {format_number(last['accuracy'], 3)}"
+            )
         else:
-            text = f"loss {last['loss']:.3f}, on the clients' own clips {last['test_after']:.3f}"
+            text = (
+                f"loss {format_number(last['loss'], 3)}, "
+                f"on the clients' own clips {format_number(last['test_after'], 3)}"
+            )
         if "held_out_loss" in last:
             text += (
-                f"; held out: loss {last['held_out_loss']:.3f}, "
-                f"accuracy {last['held_out_accuracy']:.3f}"
+                f"; held out: loss {format_number(last['held_out_loss'], 3)}, "
+                f"accuracy {format_number(last['held_out_accuracy'], 3)}"
             )
         seconds = sum(row["round_seconds"] for row in rows) / len(rows)
         left = seconds * (status["rounds"] - len(rows))

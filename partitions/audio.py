@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 from common.errors import DataError, UsageError
 from partitions.manifest import Piece, Sequence, path_problem
 from partitions.sampling import SAMPLE_RATE
+from partitions.unstated_length import frames_of, is_stated, open_sound, read_frames
 
 SILENCE = 1e-5
 """RMS below which a crop counts as silent; full scale is 1, one 16-bit step is 3e-5."""
 
 _MARGIN = 0.025
 """Seconds decoded on each side of a piece to resample; longer than soxr's filter."""
-
-_LONGEST = 2**40
-"""Most frames a file may have; libsndfile reports about 2**63 if a stream does not state them."""
 
 _PADDING = 2
 """Samples that may be missing at a file's end after resampling, because of rounding."""
@@ -52,7 +50,9 @@ class BadAudio(DataError):
 
 
 def samples_of(path: Path) -> int | str:
-    """Length in samples at 16 kHz according to the file's header; nothing is decoded.
+    """Length in samples at 16 kHz according to the file's header.
+
+    Only a file whose header does not state it is decoded, to count its samples.
 
     Returns:
         The number of samples, or the reason why the file is unusable: "missing", "unreadable" or
@@ -61,13 +61,11 @@ def samples_of(path: Path) -> int | str:
     try:
         if path.stat().st_size == 0:
             return "empty"
-        with soundfile.SoundFile(path) as sound:
-            frames, rate = int(sound.frames), int(sound.samplerate)
+        with open_sound(path) as sound:
+            frames, rate = frames_of(sound), int(sound.samplerate)
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (soundfile.SoundFileError, OSError):
-        return "unreadable"
-    if not 0 <= frames <= _LONGEST:
         return "unreadable"
     return frames * SAMPLE_RATE // rate or "empty"
 
@@ -126,7 +124,7 @@ def read_piece(root: Path, piece: Piece) -> NDArray[np.float32]:
     except OSError as error:
         raise BadAudio("missing", piece.path, f"{error.strerror} in {root}") from None
     try:
-        sound = soundfile.SoundFile(path)
+        sound = open_sound(path)
     except (soundfile.SoundFileError, OSError) as error:
         raise BadAudio("unreadable", piece.path, f"cannot be decoded ({_cause(error)})") from None
     with sound:
@@ -141,16 +139,20 @@ def read_piece(root: Path, piece: Piece) -> NDArray[np.float32]:
     return audio
 
 
-def _decode(sound: soundfile.SoundFile, piece: Piece, start: int, end: int) -> NDArray[np.float32]:
-    """Decode samples `start` to `end`, at the file's own rate, as mono `[sample]`."""
+def _decode(
+    sound: soundfile.SoundFile, piece: Piece, start: int, end: int, whole: bool = True
+) -> NDArray[np.float32]:
+    """Decode samples `start` to `end`, at the file's own rate, as mono `[sample]`.
+
+    Fewer are an error only if `whole`.
+    """
     if end > sound.frames:
         raise _truncated(piece, f"needs {end} samples, the header states {sound.frames}")
     try:
-        sound.seek(start)
-        audio = sound.read(end - start, dtype="float32", always_2d=True)
+        audio = read_frames(sound, start, end - start)
     except (soundfile.SoundFileError, OSError) as error:
         raise _truncated(piece, _cause(error)) from None
-    if len(audio) < end - start:
+    if whole and len(audio) < end - start:
         raise _truncated(piece, f"{len(audio)} samples of {end - start} could be decoded")
     mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     return np.ascontiguousarray(mono, dtype=np.float32)
@@ -168,7 +170,9 @@ def _resample(sound: soundfile.SoundFile, piece: Piece) -> NDArray[np.float32]:
     end = -(-(piece.start + piece.samples) * rate // SAMPLE_RATE)
     if end > sound.frames + math.ceil(_PADDING * rate / SAMPLE_RATE):
         raise _truncated(piece, f"needs {end} samples, the header states {sound.frames}")
-    audio = _decode(sound, piece, steps * source_step, min(end + margin, sound.frames))
+    # Where the length is not stated, the margin may lie behind the end.
+    last, whole = min(end + margin, sound.frames), is_stated(sound)
+    audio = _decode(sound, piece, steps * source_step, last, whole)
     resampled = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
     first = piece.start - steps * target_step
     chosen = resampled[first : first + piece.samples]

@@ -233,8 +233,8 @@ def _read_transcripts(folder: Path) -> dict[str, str]:
     """Transcripts of one chapter by utterance name; empty if the file is missing."""
     name = f"{folder.parent.name}-{folder.name}.trans.txt"
     try:
-        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        text = (folder / name).read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return {}
-    pairs = (line.strip().partition(" ") for line in text.splitlines())
-    return {utterance: words.strip() for utterance, _, words in pairs if words.strip()}
+    pairs = (line.split(maxsplit=1) for line in text.split("\n"))
+    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}

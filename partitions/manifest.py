@@ -181,7 +181,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
     except OSError as error:
         raise DataError(f"cannot read manifest {path}: {error.strerror}") from None
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{number}: not UTF-8 text; write the manifest again") from None

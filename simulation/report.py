@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common import atomic
 from common.figures import new_figure, plots, save_figure
-from common.units import format_bytes, format_seconds
+from common.units import format_bytes, format_number, format_seconds
 from fl_client.federation_settings import PretrainingFederation
 from partitions.manifest import Manifest
 from partitions.sampling import SAMPLE_RATE
@@ -64,20 +64,20 @@ def write_report(
         f"| clients a round | {int(last['cohort'])} of {settings.clients}, "
         f"{settings.local_updates} updates of "
         f"{settings.batch * settings.accumulation} crops each |",
-        f"| contrastive loss, training | {last['contrastive']:.4f} |",
-        f"| contrastive accuracy, training | {last['accuracy']:.4f} |",
-        f"| code perplexity, training | {last['perplexity']:.1f} |",
+        f"| contrastive loss, training | {format_number(last['contrastive'], 4)} |",
+        f"| contrastive accuracy, training | {format_number(last['accuracy'], 4)} |",
+        f"| code perplexity, training | {format_number(last['perplexity'], 1)} |",
     ]
     if "held_out_loss" in last:
         lines += [
             f"| held-out speakers | {len(held_out)} |",
-            f"| contrastive loss, held out | {last['held_out_loss']:.4f} |",
-            f"| contrastive accuracy, held out | {last['held_out_accuracy']:.4f} |",
-            f"| code perplexity, held out | {last['held_out_perplexity']:.1f} |",
+            f"| contrastive loss, held out | {format_number(last['held_out_loss'], 4)} |",
+            f"| contrastive accuracy, held out | {format_number(last['held_out_accuracy'], 4)} |",
+            f"| code perplexity, held out | {format_number(last['held_out_perplexity'], 1)} |",
         ]
     lines += [
-        f"| masked fraction of frames | {last['masked_fraction']:.3f} |",
-        f"| distinct negatives of a frame | {last['distinct_negatives']:.1f} |",
+        f"| masked fraction of frames | {format_number(last['masked_fraction'], 3)} |",
+        f"| distinct negatives of a frame | {format_number(last['distinct_negatives'], 1)} |",
         f"| audio of all clients | {format_seconds(sum(owned))} |",
         f"| audio trained on, repeats included | {format_seconds(sum(trained.values()))} |",
         f"| sent to clients | {format_bytes(sum(row['bytes_sent'] for row in rows))} |",

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in runs[0][1].describe_skips():
         print(line)
     upstream = load_upstream(settings.checkpoint, settings.model, settings.seed)
+    if upstream.note:
+        print(upstream.note)
     labels = runs[0][1].labels
     decode = greedy(labels)
     if settings.beam:

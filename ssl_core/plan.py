@@ -4,7 +4,6 @@ Estimates follow from shapes; no tensor is allocated.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from common import command
+from common import command, strict_json
 from common.atomic import write_text
 from common.errors import UsageError
 from common.options import settings_parser
@@ -128,7 +127,7 @@ def show_figures(settings: PlanSettings) -> int:
         name, rows = "figure2", table2_report.figure2_rows()
         table, result = table2_report.figure2_table(rows), table2_report.figure2_result(rows)
     if settings.output:
-        write_text(settings.output / f"{name}.json", json.dumps(result, indent=2) + "\n")
+        write_text(settings.output / f"{name}.json", strict_json.dumps(result, indent=2) + "\n")
         plots = {
             "table2": table2_report.plot_table2,
             "figure2": table2_report.plot_figure2,
@@ -137,7 +136,7 @@ def show_figures(settings: PlanSettings) -> int:
         if name in plots:
             plots[name](rows, settings.output / f"{name}.png")
     if settings.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return 0
     console = console_for(table)
     console.print(table)
@@ -195,9 +194,9 @@ def plan_device(settings: PlanSettings) -> int:
         "profile": describe_device(profile),
     }
     if settings.output:
-        write_text(settings.output / "plan.json", json.dumps(result, indent=2) + "\n")
+        write_text(settings.output / "plan.json", strict_json.dumps(result, indent=2) + "\n")
     if settings.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return 0 if advice.chosen else 1
     for line in device_lines(profile):
         print(line)

@@ -6,7 +6,6 @@ resident memory with the estimate, and gives seconds and operations (torch's flo
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from common import command
+from common import command, strict_json
 from common.atomic import write_text
 from common.options import settings_parser
 from common.progress import track
@@ -79,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {"model": settings.model, "date": started, "cells": rows}
     if settings.output:
         settings.output.mkdir(parents=True, exist_ok=True)
-        write_text(settings.output / "profile.json", json.dumps(result, indent=2) + "\n")
+        write_text(settings.output / "profile.json", strict_json.dumps(result, indent=2) + "\n")
         plot_comparison(rows, settings.output / "profile.png")
     if settings.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return 0
     table = comparison_table(rows)
     console_for(table).print(table)

@@ -85,7 +85,7 @@ _NEVER = -1e4
 def _listed(path: str) -> list[str]:
     """Sorted words of a file with one word per line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--words {path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):

@@ -7,7 +7,6 @@ identity), `linear-ctc` with `Wav2Vec2ForCTC` and `Wav2Vec2CTCTokenizer`. With o
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import atomic
-from partitions.sampling import SAMPLE_RATE
+from common import atomic, strict_json
 from ssl_core.downstream.heads import BLANK
 from ssl_core.downstream.task_model import TaskModel
 from ssl_core.training import hf_checkpoint as hf
@@ -57,17 +55,7 @@ def export(
         if not config:
             return
         _write(partial / hf.CONFIG, config)
-        _write(
-            partial / "preprocessor_config.json",
-            {
-                "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-                "do_normalize": model.upstream.normalise,
-                "feature_size": 1,
-                "padding_value": 0.0,
-                "return_attention_mask": True,
-                "sampling_rate": SAMPLE_RATE,
-            },
-        )
+        hf.save_preprocessor(partial, model.upstream.normalise)
         if "vocab_size" in config:
             _write(partial / "vocab.json", _vocabulary(labels))
             _write(
@@ -84,7 +72,9 @@ def export(
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        strict_json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _vocabulary(labels: Sequence[str]) -> dict[str, int]:

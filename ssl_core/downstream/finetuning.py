@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor
 from common import atomic
 from common.errors import DataError, Interrupted
 from common.progress import bar_of
+from common.units import format_number
 from ssl_core.downstream.clip_loader import ClipLoader
 from ssl_core.downstream.clips import TaskData
 from ssl_core.downstream.learning_rates import Rates
 from ssl_core.downstream.scoring import score_clips
 from ssl_core.downstream.task_step import BACKBONE, HEAD, TaskStep
 from ssl_core.training import checkpoint
+from ssl_core.training.divergence import Watch
 from ssl_core.training.loader import ahead
 from ssl_core.training.run_directory import RunDirectory
 from ssl_core.training.tensor_file import TensorFile, write_tensors
@@ -56,6 +59,7 @@ class FineTuning:
         self.first = 0
         self.best: dict[str, float] = {}
         self.sums = _Sums()
+        self.watch = Watch(lambda: checkpoint.latest(run.checkpoints))
         self.console = Console(stderr=True)
         saved = checkpoint.latest(run.checkpoints)
         if saved is not None:
@@ -76,6 +80,7 @@ class FineTuning:
             "rates": self.rates.state(),
             "best": self.best,
             "sums": self.sums.state(),
+            "watch": self.watch.state(),
         }
         path = self.directory.checkpoints / f"update-{next_update:07d}"
         checkpoint.save_tensors(
@@ -91,6 +96,7 @@ class FineTuning:
             self.first, self.best = int(state["next_update"]), state["best"]
             self.rates.load(state["rates"])
             self.sums = _Sums.from_state(state["sums"])
+            self.watch.load(state.get("watch", {}), self.first)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"checkpoint {path} is broken: {error}") from None
 
@@ -116,6 +122,7 @@ class FineTuning:
 
         Raises:
             Interrupted: the user stopped; a checkpoint was saved.
+            Diverged: the gradients, the weights or the validation loss are not finite.
         """
         data, recipe, size = self.data, self.recipe, self.recipe.batch
         total = recipe.epochs * self.batches
@@ -131,6 +138,7 @@ class FineTuning:
                         report = self.step.update(batch, update, rates)
                         self.sums.add(report.loss, report.correct, report.clips, report.applied)
                         self.sums.seconds += report.seconds
+                        self.watch.take(update + 1, report)
                         progress.update(bar, completed=update + 1)
                         if stopped() and number + 1 < self.batches:
                             self._save(update + 1)
@@ -139,6 +147,7 @@ class FineTuning:
                 self._end(epoch, rates, trained)
                 if stopped() and epoch + 1 < recipe.epochs:
                     raise Interrupted(f"interrupted after epoch {epoch + 1}")
+        self.watch.finish()
 
     def _end(self, epoch: int, rates: Mapping[str, float], seconds: float) -> None:
         """Score an epoch, log it and save a checkpoint."""
@@ -151,7 +160,7 @@ class FineTuning:
         name = "accuracy" if recipe.metric == "eer" else recipe.metric
         row: dict[str, Any] = {
             "epoch": epoch + 1,
-            "loss": sums.loss / max(1, sums.clips),
+            "loss": sums.loss / sums.clips if sums.clips else math.nan,
             "valid_loss": scored.loss,
             f"valid_{name}": value,
             "head_rate": rates[HEAD],
@@ -161,20 +170,22 @@ class FineTuning:
             "clips_skipped": sum(self.loader.skips.values()),
         }
         if not recipe.transcribes:
-            row["accuracy"] = sums.correct / max(1, sums.clips)
+            row["accuracy"] = sums.correct / sums.clips if sums.clips else math.nan
         if self.step.unfrozen:
             row["backbone_rate"] = rates[BACKBONE]
         self.rates.after(error)
         done = (epoch + 1) * self.batches
+        self.directory.log(done, row)
+        self.watch.require_finite("validation loss", scored.loss, done)
         if not self.best or error < self.best["error"]:
             self.best = {"epoch": epoch + 1, "error": error, "value": value}
             with atomic.directory(self.directory.path / BEST) as partial:
                 write_tensors(partial / WEIGHTS, self.trained())
-        self.directory.log(done, row)
         self.sums = _Sums()
         self._save(done)
         self.console.print(
-            f"epoch {epoch + 1}/{recipe.epochs}  loss {row['loss']:.3f}  | validation: loss "
+            f"epoch {epoch + 1}/{recipe.epochs}  loss {format_number(row['loss'], 3)}  | "
+            f"validation: loss "
             f"{scored.loss:.3f}  {name} {100 * value:.2f} %  | {seconds:.2f} s to train"
             + (f", {sums.skipped} updates skipped" if sums.skipped else ""),
             highlight=False,

@@ -9,6 +9,7 @@ import torch
 
 from ssl_core.downstream.task_model import Stage
 from ssl_core.downstream.task_step import TaskStep
+from ssl_core.wav2vec2.features import normalised
 from ssl_core.wav2vec2.precision import autocast
 
 _KEYS = 2
@@ -47,7 +48,7 @@ class FrozenPart:
         """Samples `[sample]` at mean 0 and variance 1 if the model wants that, else unchanged."""
         if not self._upstream.normalise:
             return audio
-        return (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
+        return normalised(torch.from_numpy(audio)).numpy()
 
     def __call__(self, waveforms: Sequence[npt.NDArray[np.float32]]) -> list[torch.Tensor]:
         """Compute features `[frame, feature]` of waveforms `[sample]` in one batch."""

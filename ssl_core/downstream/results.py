@@ -1,6 +1,5 @@
 """Writes and shows the results of a fine-tuned model: scores, predictions, figures."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common import strict_json
 from common.atomic import write_text
 from common.figures import new_figure, plots, save_figure
+from common.units import format_number
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.downstream.clips import Trial
 from ssl_core.downstream.scoring import Scored
@@ -23,7 +24,7 @@ Readable = Callable[[str], str]
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json`."""
-    text = json.dumps(dict(result), indent=2, ensure_ascii=False)
+    text = strict_json.dumps(dict(result), indent=2, ensure_ascii=False)
     write_text(folder / RESULT, text + "\n")
 
 
@@ -111,7 +112,7 @@ def plot_learning(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) 
     )
     for axes, (title, series) in zip(figure.subplots(1, 2), panels, strict=True):
         for key, label in series:
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label)
         axes.set_title(title)
@@ -134,7 +135,7 @@ def show_result(console: Console, title: str, result: Mapping[str, Any]) -> None
     table.add_column("", justify="right")
     for name, value in result.items():
         if isinstance(value, float):
-            shown = f"{value:.4f}"
+            shown = format_number(value, 4)
         elif isinstance(value, int | str):
             shown = str(value)
         else:

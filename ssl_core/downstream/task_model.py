@@ -72,6 +72,18 @@ class Upstream(NamedTuple):
     """Checkpoint as given by the user."""
     normalise: bool
     """Whether waveforms are normalised to mean 0 and variance 1, as in pretraining."""
+    unused: tuple[str, ...] = ()
+    """Names of the checkpoint's other parts, such as the quantizer or the head of a task."""
+
+    @property
+    def note(self) -> str:
+        """What of the checkpoint is not used, in one line; may be empty."""
+        if not self.unused:
+            return ""
+        return (
+            f"{self.name}: its backbone is used, not its {', '.join(self.unused)}; the head of the "
+            "task is trained anew, with the labels of the corpus"
+        )
 
     @property
     def width(self) -> int:
@@ -120,11 +132,11 @@ def load_upstream(checkpoint: str, model: str, seed: int) -> Upstream:
     config = hf.load_config(path)
     with Undrawn():
         backbone = Backbone(config)
-    load_backbone(backbone, hf.load_weights(path), checkpoint)
-    return Upstream(backbone, checkpoint, hf.normalises(path))
+    unused = load_backbone(backbone, hf.load_weights(path), checkpoint)
+    return Upstream(backbone, checkpoint, config.do_normalize, unused)
 
 
-def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> None:
+def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) -> tuple[str, ...]:
     """Load a backbone's weights from those of any model that contains it.
 
     Heads and quantiser are ignored. The mask embedding may be missing; fine-tuning does not use it.
@@ -134,16 +146,21 @@ def load_backbone(backbone: Backbone, weights: dict[str, Tensor], where: str) ->
         weights: by parameter name, `[*parameter shape]` each.
         where: source of the weights, for errors.
 
+    Returns:
+        Names of the other parts that `weights` have.
+
     Raises:
         DataError: a missing, unexpected or wrongly shaped tensor.
     """
-    prefix = "wav2vec2."
+    prefix, unused = "wav2vec2.", tuple[str, ...]()
     if any(name.startswith(prefix) for name in weights):
-        weights = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+        weights, unused = hf.take_parts(weights, ("wav2vec2",))
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     own = backbone.state_dict()
     if "masked_spec_embed" not in weights:
         weights["masked_spec_embed"] = torch.zeros_like(own["masked_spec_embed"])
     hf.load_into(backbone, weights, where)
+    return unused
 
 
 class TaskModel(nn.Module):

@@ -73,6 +73,8 @@ class TaskReport:
     gradient_norm: float
     applied: bool
     """False if the gradient was not finite and the update was skipped."""
+    loss_scale: float
+    """By which the loss was multiplied for its gradient; 1 except in fp16."""
     clips: int
     seconds: float
     """Seconds of audio."""
@@ -180,6 +182,7 @@ class TaskStep(PlannedStep):
             norm, applied = in_backward.norm, in_backward.finite
         else:
             norm, applied = self._apply(rates, 1 / self.loss_scale, self.recipe.clip_norm)
+        scale = self.loss_scale
         if plan.precision == "fp16":
             self._adapt_loss_scale(update, applied)
         self._drop_gradients()
@@ -188,6 +191,7 @@ class TaskStep(PlannedStep):
             correct=correct,
             gradient_norm=norm,
             applied=applied,
+            loss_scale=scale,
             clips=count,
             seconds=sum(batch.samples) / SAMPLE_RATE,
         )

@@ -19,6 +19,7 @@ from ssl_core.training import checkpoint, hf_checkpoint, randomness
 from ssl_core.training.collapse import CollapseAlarm
 from ssl_core.training.crops import CropBatch, Crops
 from ssl_core.training.curves import plot_curves
+from ssl_core.training.divergence import Watch
 from ssl_core.training.evaluation import evaluate
 from ssl_core.training.loader import ahead
 from ssl_core.training.pretraining_settings import PretrainingSettings
@@ -99,22 +100,25 @@ class CentralRun:
         self.train, self.held = train, held
         with randomness.torch_seed(torch.device("cpu"), settings.seed, "weights"):
             model = PretrainingModel(settings.architecture)
+        self.console = Console(stderr=True)
         saved = checkpoint.latest(run.checkpoints)
+        self.watch = Watch(lambda: checkpoint.latest(run.checkpoints))
         self.first = 0
         optimizer_state: dict[str, torch.Tensor] = {}
         if saved is not None:
             loaded = checkpoint.load(saved)
+            hf_checkpoint.require_same(model.config, saved)
             hf_checkpoint.load_into(model, loaded.weights, str(saved))
             self.first, optimizer_state = int(loaded.state["next_update"]), loaded.optimizer_state
-        elif settings.checkpoint:
-            weights = hf_checkpoint.load_weights(settings.checkpoint)
-            hf_checkpoint.load_into(model, weights, str(settings.checkpoint))
+            self.watch.load(loaded.state.get("watch", {}), self.first)
+        else:
+            for line in settings.load_checkpoint(model):
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self.step = PretrainingStep(
             model, settings.recipe, plan, seed=settings.seed, total_updates=settings.updates
         )
         self.step.load_optimizer_state(optimizer_state)
         self.alarm = CollapseAlarm(settings.architecture)
-        self.console = Console(stderr=True)
         self.skips: collections.Counter[str] = collections.Counter()
         if saved is not None or settings.resume:
             self.directory.rewind(self.first + 1)
@@ -125,6 +129,7 @@ class CentralRun:
 
         Raises:
             Interrupted: the user stopped the run; a checkpoint was saved.
+            Diverged: the gradients, the weights or the held-out loss are not finite.
         """
         plan, total = self.plan, self.settings.updates
         try:
@@ -140,6 +145,7 @@ class CentralRun:
                             f"interrupted after update {number + 1}; go on with "
                             f"--resume {self.directory.path}"
                         )
+            self.watch.finish()
         finally:
             self.directory.close()
         rows = self.directory.metrics()
@@ -157,6 +163,7 @@ class CentralRun:
         seconds, last = time.monotonic() - started, done == settings.updates
         row: dict[str, Any] = {"updates_done": done, **report.metrics(), "step_seconds": seconds}
         row["crops_skipped"] = sum(self.skips.values())
+        row["updates_skipped"] = self.watch.skipped + (not report.applied)
         if self.held is not None and (last or done % settings.eval_every == 0):
             row |= self._evaluate(self.held)
             self._print(report, row)
@@ -169,7 +176,11 @@ class CentralRun:
         )
         if warning:
             self.console.print(warning, style="yellow")
-        if last or stop() or done % settings.save_every == 0:
+        self.watch.take(done, report)
+        self.watch.require_finite("held-out loss", row.get("held_out_loss", 0.0), done)
+        # While updates fail, checkpoints would be alike and replace those before.
+        due = done % settings.save_every == 0 and not self.watch.failed
+        if last or stop() or due:
             self._save(done)
 
     def _evaluate(self, held: CropBatch) -> dict[str, float]:
@@ -188,13 +199,14 @@ class CentralRun:
         }
 
     def _print(self, report: StepReport, row: Mapping[str, Any]) -> None:
-        skipped = row["crops_skipped"]
+        skipped, late = row["crops_skipped"], row["updates_skipped"]
         self.console.print(
             f"update {row['updates_done']}/{self.settings.updates}  loss {report.contrastive:.3f}  "
             f"accuracy {report.accuracy:.3f}  perplexity {report.perplexity:.0f}  | held out: loss "
             f"{row['held_out_loss']:.3f}  accuracy {row['held_out_accuracy']:.3f}  perplexity "
             f"{row['held_out_perplexity']:.0f}  | {row['step_seconds']:.2f} s an update"
-            + (f", {skipped} crops skipped" if skipped else ""),
+            + (f", {skipped} crops skipped" if skipped else "")
+            + (f", {late} updates skipped" if late else ""),
             highlight=False,
             soft_wrap=True,
         )
@@ -208,6 +220,7 @@ class CentralRun:
                 "next_update": done,
                 "updates": self.settings.updates,
                 "seed": self.settings.seed,
+                "watch": self.watch.state(),
             },
             optimizer_state=self.step.optimizer_state(),
         )

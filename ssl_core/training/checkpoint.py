@@ -1,7 +1,6 @@
 """Checkpoint directories: a model that transformers opens, with what resuming needs beside it."""
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common import atomic
+from common import atomic, strict_json
 from common.errors import DataError
 from ssl_core.training import hf_checkpoint as hf
+from ssl_core.training.divergence import Diverged, not_finite
 from ssl_core.training.tensor_file import write_tensors
 from ssl_core.wav2vec2.config import ModelConfig
 
@@ -55,8 +55,10 @@ def save(
         optimizer_state: by `kind/parameter name`.
 
     Raises:
+        Diverged: the weights are not finite; nothing is written.
         OSError: the disk is full or not writable; no partial checkpoint remains.
     """
+    _require_finite(directory, weights)
     with atomic.directory(directory) as partial:
         hf.save_model(partial, config, weights)
         _save_rest(partial, state, optimizer_state)
@@ -78,11 +80,23 @@ def save_tensors(
         optimizer_state: by `kind/parameter name`.
 
     Raises:
+        Diverged: the weights are not finite; nothing is written.
         OSError: the disk is full or not writable; no partial checkpoint remains.
     """
+    _require_finite(directory, weights)
     with atomic.directory(directory) as partial:
         write_tensors(partial / PART, weights)
         _save_rest(partial, state, optimizer_state)
+
+
+def _require_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    found = not_finite(weights)
+    if found:
+        raise Diverged(
+            f"{directory.name} is not written, as {len(found)} tensors of its weights are not "
+            f"finite, such as {found[0]}",
+            latest(directory.parent),
+        )
 
 
 def _save_rest(
@@ -90,7 +104,7 @@ def _save_rest(
 ) -> None:
     if optimizer_state:
         write_tensors(folder / OPTIMIZER, optimizer_state)
-    text = json.dumps(dict(state), indent=2, sort_keys=True)
+    text = strict_json.dumps(dict(state), indent=2, sort_keys=True)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -129,7 +143,7 @@ def _load_rest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path = directory / OPTIMIZER
         optimizer_state = load_file(path) if path.exists() else {}
         path = directory / STATE
-        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        state = strict_json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return state, optimizer_state
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"checkpoint {directory} is broken: {error}") from None

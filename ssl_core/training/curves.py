@@ -29,7 +29,8 @@ def plot_curves(
     """Plot loss, accuracy and code perplexity of one or more runs side by side.
 
     Args:
-        runs: metrics by run name; each row has `updates_done` and the plotted names.
+        runs: metrics by run name; each row has `updates_done` and the plotted names, or None where
+            a number was not finite, which is skipped.
         path: PNG file to write.
         negatives: per masked frame, for the chance level.
         unit: label of the horizontal axis.
@@ -38,7 +39,9 @@ def plot_curves(
     for axes, (title, series) in zip(figure.subplots(1, 3), _PANELS, strict=True):
         for number, (run, rows) in enumerate(runs.items()):
             for name, label in series:
-                points = [(row["updates_done"], row[name]) for row in rows if name in row]
+                points = [
+                    (row["updates_done"], row[name]) for row in rows if row.get(name) is not None
+                ]
                 if not points:
                     continue
                 held_out = name.startswith("held_out")

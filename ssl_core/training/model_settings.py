@@ -24,3 +24,8 @@ class ModelSettings:
         """Architecture and recipe of the preset; raises `UsageError` for an unknown one."""
         name = str(given.get("model", cls.model))
         return {"architecture": preset(name), "recipe": RECIPES[name]}
+
+    def differences(self) -> list[str]:
+        """Fields of the architecture that differ from the preset: `name value (the preset's)`."""
+        own, usual = vars(self.architecture), vars(preset(self.model))
+        return [f"{name} {own[name]} ({usual[name]})" for name in own if own[name] != usual[name]]

@@ -1,6 +1,7 @@
 """The pretraining recipe: hyperparameters other than the architecture, for each preset."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from common.errors import UsageError
@@ -50,6 +51,10 @@ class Recipe:
         Raises:
             UsageError: a value is out of range.
         """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{field.name.replace('_', '-')} must be finite, not {value}")
         if self.learning_rate <= 0:
             raise UsageError(f"learning-rate must be above zero, not {self.learning_rate}")
         if not 0 <= self.warmup < 1:

@@ -8,9 +8,11 @@ from typing import Any
 from common.settings import to_yaml
 from common.units import Names, Seconds
 from ssl_core.planning.step_plan import Plan
+from ssl_core.training import hf_checkpoint
 from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.stored_settings import stored_settings
+from ssl_core.wav2vec2.model import PretrainingModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
     length: Seconds = Seconds(5.0)
     """Length of every crop."""
     checkpoint: Path | None = None
-    """Checkpoint to start from, this project's or transformers'; random weights if not given."""
+    """Checkpoint to start from, this project's or transformers', whose architecture is then the
+    default; random weights if not given."""
     batch: int = 4
     """Crops in a batch, over which one loss is computed."""
     accumulation: int = 1
@@ -42,14 +45,21 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of the resumed run, or architecture and recipe of the preset.
+        """Settings of the resumed run, or recipe of the preset and architecture of the checkpoint.
+
+        Without a checkpoint on this machine, the architecture too is the preset's: a device takes
+        that which the server sends.
 
         Raises:
             UsageError: no such run or preset.
+            DataError: a checkpoint of another architecture than wav2vec 2.0.
         """
         if given.get("resume"):
             return vars(stored_settings(cls, Path(given["resume"])))
-        return super().defaults(given)
+        found, checkpoint = super().defaults(given), given.get("checkpoint")
+        if checkpoint and (Path(checkpoint) / hf_checkpoint.CONFIG).exists():
+            found["architecture"] = hf_checkpoint.load_config(Path(checkpoint))
+        return found
 
     def validate(self) -> None:
         """Check ranges and combinations of settings.
@@ -72,6 +82,28 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
         plan = self.plan_for(length=self.length, batch=self.batch, accumulation=self.accumulation)
         self.recipe.validate_plan(self.architecture, plan)
         return plan
+
+    def load_checkpoint(self, model: PretrainingModel) -> list[str]:
+        """Load the weights of `checkpoint` into a model; does nothing if none was given.
+
+        Returns:
+            Lines that say what was taken from it and what was not.
+
+        Raises:
+            DataError: it cannot be used, or the settings ask for another architecture.
+        """
+        if self.checkpoint is None:
+            return []
+        unused = hf_checkpoint.load_pretrained(model, self.checkpoint)
+        lines, differences = [f"weights of {self.checkpoint}"], self.differences()
+        if differences:
+            lines.append(
+                f"architecture (in brackets, that of {self.model}): {', '.join(differences)}; "
+                f"the recipe is that of {self.model}"
+            )
+        if unused:
+            lines.append(f"not used: {', '.join(unused)}")
+        return lines
 
     def as_config(self) -> str:
         """The text of a run's `config.yaml`, with a note on settings that are not exact."""

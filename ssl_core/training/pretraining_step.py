@@ -58,6 +58,8 @@ class StepReport:
     temperature: float
     applied: bool
     """False if the gradient was not finite and the update was skipped."""
+    loss_scale: float
+    """By which the loss was multiplied for its gradient; 1 except in fp16."""
     crops: int
     seconds: float
     """Seconds of audio in the update."""
@@ -248,6 +250,7 @@ class PretrainingStep(PlannedStep):
         else:
             factor = divisor / masked / self.loss_scale
             norm, applied = self._apply(rates, factor, self.recipe.clip_norm)
+        scale = self.loss_scale
         if plan.precision == "fp16":
             self._adapt_loss_scale(update, applied)
         self._drop_gradients()
@@ -274,6 +277,7 @@ class PretrainingStep(PlannedStep):
             learning_rate=rate,
             temperature=weights.temperature,
             applied=applied,
+            loss_scale=scale,
             crops=crops,
             seconds=crops * plan.length,
         )

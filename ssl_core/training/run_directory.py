@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from common import atomic
+from common import atomic, strict_json
 from common.errors import DataError, UsageError
 from common.lock import Locked, lock
 from common.settings import flat
@@ -120,7 +120,10 @@ class RunDirectory:
         return SummaryWriter(str(self.path / "tensorboard"), **options)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line of metrics, and the same numbers to TensorBoard."""
+        """Append one line of metrics, and the same numbers to TensorBoard.
+
+        A number that is not finite is null in the file, and absent from TensorBoard.
+        """
         with open(self.path / METRICS, "a", encoding="utf-8") as stream:
             stream.write(_line({"step": step, **values}))
             stream.flush()
@@ -130,12 +133,12 @@ class RunDirectory:
         if self._board is None:
             return
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(name, value, step)
         self._board.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read all complete lines of metrics, oldest first.
+        """Read all complete lines of metrics, oldest first; a number that was not finite is None.
 
         Raises:
             DataError: a line is not JSON, apart from a truncated last line.
@@ -149,7 +152,7 @@ class RunDirectory:
             if not line:
                 continue
             try:
-                rows.append(json.loads(line))
+                rows.append(strict_json.loads(line))
             except ValueError:
                 if number == len(lines):
                     break
@@ -237,4 +240,4 @@ def _keep(run: RunDirectory, begun: CorpusRecord | None, record: CorpusRecord) -
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, sort_keys=False) + "\n"
+    return strict_json.dumps(row, sort_keys=False) + "\n"

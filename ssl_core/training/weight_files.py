@@ -44,7 +44,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 def _read_parts(index: Path) -> dict[str, Tensor]:
     """Read the files that an index names."""
     try:
-        places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         files = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is not an index of weights: {error}") from None

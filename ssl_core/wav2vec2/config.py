@@ -1,6 +1,7 @@
 """The architecture of wav2vec 2.0, with the presets `base` and `tiny`."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from common.command import nearest
@@ -26,6 +27,9 @@ class ModelConfig:
     """`group`: layer 0 only, over time per channel (base); `layer`: all layers, over channels."""
     do_stable_layer_norm: bool = False
     """Layer norm before (True) or after (False, base) attention and feed-forward network."""
+    do_normalize: bool = False
+    """Whether each waveform is brought to mean 0 and variance 1 first. In a checkpoint this is in
+    `preprocessor_config.json`, as transformers has it."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -92,6 +96,8 @@ class ModelConfig:
             raise UsageError("codevector_dim is not a multiple of num_codevector_groups")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{field.name} must be finite, not {value}")
             if field.name.endswith(("dropout", "layerdrop")) and not 0 <= value < 1:
                 raise UsageError(f"{field.name} must be in [0, 1), not {value}")
         if not 0 <= self.mask_time_prob <= 1:
@@ -104,8 +110,9 @@ class ModelConfig:
         return samples
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of transformers' `config.json`."""
+        """The contents of transformers' `config.json`; `do_normalize` is not among them."""
         values = dataclasses.asdict(self)
+        del values["do_normalize"]
         return {
             **{key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
             "architectures": ["Wav2Vec2ForPreTraining"],
@@ -123,20 +130,22 @@ class ModelConfig:
         """Read transformers' `config.json`; `where` names it in errors.
 
         Raises:
-            DataError: not a wav2vec 2.0 model, or one with unsupported parts.
+            DataError: not a wav2vec 2.0 model, one with unsupported parts, or a bad value.
         """
+        if not isinstance(values, dict):
+            raise DataError(f"{where} is not a configuration of a model")
         if values.get("model_type") != "wav2vec2":
             raise DataError(f"{where}: model_type is '{values.get('model_type')}', not wav2vec2")
         for key in ("feat_extract_activation", "hidden_act"):
             if values.get(key, "gelu") != "gelu":
                 raise DataError(f"{where}: {key} '{values[key]}' is not supported, only gelu")
-        if values.get("add_adapter"):
-            raise DataError(f"{where}: adapters (add_adapter) are not supported")
-        names = {field.name for field in dataclasses.fields(cls)}
-        chosen: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-            if key in names
+        for key, advice in _UNSUPPORTED.items():
+            if values.get(key):
+                raise DataError(f"{where}: {key} {values[key]!r} is not supported: {advice}")
+        chosen = {
+            field.name: _checked(field.name, values[field.name], field.default, where)
+            for field in dataclasses.fields(cls)
+            if field.name in values
         }
         config = cls(**chosen)
         try:
@@ -144,6 +153,46 @@ class ModelConfig:
         except UsageError as error:
             raise DataError(f"{where}: {error}") from None
         return config
+
+
+_UNSUPPORTED = {
+    "add_adapter": "adapters after the backbone change what it computes; take a checkpoint without",
+    "adapter_attn_dim": "adapters in the layers change what they compute; take a checkpoint "
+    "without, such as the one that this was trained from",
+    "quantization_config": "weights must be fp32, fp16 or bf16; save the model without it",
+    "pruned_heads": "every layer must have all heads; save the model with pruned_heads empty",
+}
+"""Fields that must be empty, with what to do otherwise."""
+
+
+def _checked(name: str, value: Any, default: Any, where: str) -> Any:
+    """A value of the type of a field's default."""
+    if isinstance(default, tuple):
+        good = isinstance(value, list) and all(type(each) is int for each in value)
+        value = tuple(value) if good else value
+    elif name in _CHOICES:
+        good = value in _CHOICES[name]
+    elif type(default) is float:
+        good = type(value) in (int, float)
+    else:
+        good = type(value) is type(default)
+    if not good:
+        kind = " or ".join(_CHOICES.get(name, ())) or f"as in {default!r}"
+        raise DataError(f"{where}: {name} is {value!r}; expected {kind}")
+    return value
+
+
+_CHOICES = {"feat_extract_norm": ("group", "layer"), "initial_taps": ("independent", "shared")}
+
+OF_TRAINING = frozenset(
+    (
+        "hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout",
+        "feat_quantizer_dropout", "layerdrop", "num_negatives", "contrastive_logits_temperature",
+        "diversity_loss_weight", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
+        "initializer_range", "initial_taps",
+    )
+)  # fmt: skip
+"""Fields that say how a model is trained. All others say what its weights compute."""
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -25,6 +25,12 @@ WINDOW = 16
 """A window's columns (samples, then a one for the bias) are zero-padded to a multiple of this."""
 
 
+def normalised(waveforms: Tensor) -> Tensor:
+    """Bring each waveform `[..., sample]` to mean 0 and variance 1, as transformers does."""
+    variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)
+    return (waveforms - mean) / (variance + 1e-7).sqrt()
+
+
 class ConvolutionLayer(nn.Module):
     """A convolution and its norm, if it has one; the next layer applies the GELU."""
 

@@ -14,7 +14,7 @@ from ssl_core.wav2vec2 import context, packing
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.dropout import Dropout
-from ssl_core.wav2vec2.features import FeatureExtractor
+from ssl_core.wav2vec2.features import FeatureExtractor, normalised
 from ssl_core.wav2vec2.masking import masked_count, sample_masks
 from ssl_core.wav2vec2.precision import at_least_fp32
 from ssl_core.wav2vec2.quantizer import Quantizer
@@ -217,7 +217,12 @@ class PretrainingModel(nn.Module):
         nn.init.zeros_(self.quantizer.weight_proj.bias)
 
     def features(self, waveforms: Tensor) -> Tensor:
-        """Extract features: `[batch, sample]` to `[batch, frame, channel]`."""
+        """Extract features: `[batch, sample]` to `[batch, frame, channel]`.
+
+        Crops are normalised on their own if the model wants that, as a clip is downstream.
+        """
+        if self.config.do_normalize:
+            waveforms = normalised(waveforms)
         return self.wav2vec2.feature_extractor(waveforms)
 
     def _masked_frames(self, normalised: Tensor, draws: Draws) -> Tensor:

@@ -1,5 +1,6 @@
 """The ClientApp as Flower calls it: what it answers, and what it keeps to itself."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,24 @@ def test_the_same_instructions_give_the_same_update(ask: Callable[..., Message])
     )
     assert all(first[name].data == again[name].data for name in first)
     assert any(first[name].data != other[name].data for name in first)
+
+
+def test_a_client_trains_the_architecture_that_the_server_sends(
+    ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(**asked: Any) -> dict[str, bytes]:
+        reply = ask(MessageType.TRAIN, round_of(weights(), **asked))
+        return {name: array.data for name, array in reply.content[protocol.UPDATE].items()}
+
+    settings: Any = from_run_config(RUN)
+    wanted = dataclasses.replace(settings.architecture, do_normalize=True, layer_norm_eps=1e-3)
+    plain, told = update(), update(architecture=protocol.architecture_text(wanted))
+    assert plain != told
+    monkeypatch.setitem(RUN, "architecture.do-normalize", True)
+    monkeypatch.setitem(RUN, "architecture.layer-norm-eps", 1e-3)
+    assert update() == told
+    reply = ask(MessageType.TRAIN, round_of(weights(), architecture="{"))
+    assert reply.error.reason == "ProtocolError"
 
 
 def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(

@@ -1,5 +1,6 @@
 """What a federation does, for those who look on."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,24 @@ def test_who_trains_with_what_and_who_failed_is_shown(
     assert capsys.readouterr().out.endswith(f"{run.path}\n")
     assert main(["watch", str(run.path), "--once"]) == 0
     assert "loss 1.500" in capsys.readouterr().out
+
+
+def test_numbers_that_do_not_exist_are_shown_as_such(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", "rounds: 2\n")
+    status = Status(run.path, 2)
+    status.began(0, TWO)
+    metrics = dict.fromkeys(protocol.TRAIN_METRICS, 1.0) | {"predicted_bytes": math.nan}
+    status.replied(3, metrics)
+    held_out = {"held_out_loss": math.nan, "held_out_accuracy": math.inf, "round_seconds": 3.0}
+    run.log(1, {"contrastive": math.nan, "accuracy": 0.25, **held_out})
+    for file in ("status.json", "metrics.jsonl"):
+        text = (run.path / file).read_text()
+        assert "null" in text
+        assert "NaN" not in text
+    text = " ".join(shown(run.path).split())
+    assert "loss not finite, accuracy 0.250; held out: loss not finite, accuracy not fin" in text
+    run.log(2, {"loss": 1.0, "test_after": math.nan, "round_seconds": 3.0})
+    assert "loss 1.000, on the clients' own clips not finite" in shown(run.path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fl_client.local_data import load_manifest
 from fl_client.task_data import load_pool
 from partitions.corpus_record import CORPUS, CorpusRecord
 from partitions.manifest import read_manifest
-from simulation import run as simulation
+from simulation import simulate
 
 SMALL = [
     "--model", "tiny", "--architecture.num-hidden-layers", "1", "--length", "1s", "--clients", "3",
@@ -29,8 +29,8 @@ TASK = [
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Node configs of the clients of each simulation, which ends before its first round."""
     nodes: list[Any] = []
-    monkeypatch.setattr(simulation, "_simulate", lambda *given: nodes.append(given[2]))
-    monkeypatch.setattr(simulation, "write_report", lambda *_: "report.md")
+    monkeypatch.setattr(simulate, "run_on_ray", lambda *given: nodes.append(given[2]))
+    monkeypatch.setattr(simulate, "write_report", lambda *_: "report.md")
     return nodes
 
 
@@ -43,7 +43,7 @@ def copied(corpus: Path, tmp_path: Path) -> Path:
 def resume(run: Path, *options: object) -> int:
     load_pool.cache_clear()  # a resumed run is another process
     load_manifest.cache_clear()
-    return simulation.main(["--resume", str(run), *map(str, options)])
+    return simulate.main(["--resume", str(run), *map(str, options)])
 
 
 def refused(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -60,7 +60,7 @@ def test_pretraining_keeps_its_manifest_and_follows_its_corpus(
     begun: list[Any], copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    simulation.main(["--data", str(copied), *SMALL, "--output", str(run)])
+    simulate.main(["--data", str(copied), *SMALL, "--output", str(run)])
     manifest = (run / "manifest.tsv").read_bytes()
     record = CorpusRecord.read(run)
     assert record is not None
@@ -89,7 +89,7 @@ def test_an_older_run_is_compared_with_its_manifest(
     begun: list[Any], copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    simulation.main(["--data", str(copied), *SMALL, "--output", str(run)])
+    simulate.main(["--data", str(copied), *SMALL, "--output", str(run)])
     record = CorpusRecord.read(run)
     (run / CORPUS).unlink()
     moved = copied.rename(tmp_path / "moved")
@@ -111,7 +111,7 @@ def test_a_task_keeps_labels_parts_and_backbone(
     data, run = write_words(tmp_path / "words"), tmp_path / "run"
     backbone = write_backbone(tmp_path / "backbone")
     options = ["--data", str(data), "--checkpoint", str(backbone), *TASK, "--output", str(run)]
-    assert simulation.main(options) == 0
+    assert simulate.main(options) == 0
     record = CorpusRecord.read(run)
     assert record is not None
     assert len(record.clips or {}) == len(record.files or {}) == 48

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -436,6 +437,34 @@ def spoil(root: Path) -> dict[str, int]:
     write_tone(root / "no" / "aa01_nohash_0.wav", 500, 9600, rate=44_100)
     write_tone(root / "no" / "aa02_nohash_0.wav", 500, 2400, rate=8_000)
     return {"silent": 1, "too short": 1, "truncated": 1, "not finite": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([], "the validation loss is not finite after update 2"),
+        (["--batch", "1"], r"the gradient is not finite from update \d+ on \(10 updates\)"),
+    ],
+)
+def test_a_run_that_diverges_fails_and_keeps_no_such_weights(
+    words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str],
+    problem: str,
+) -> None:  # fmt: skip
+    arguments = [
+        "--task", "kws35", "--data", str(words), "--checkpoint", "logmel", *OPTIONS,
+        "--recipe.head-rate", "3e38", "--batch", "8", *options, "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        command.run(lambda _: main(arguments))
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f"^error: training has diverged: {problem}; no checkpoint was saved", error)
+    assert not (tmp_path / "run" / "best").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    if metrics.exists():
+        assert "NaN" not in metrics.read_text()
+        assert rows_of(tmp_path / "run")[0]["valid_loss"] is None
 
 
 @pytest.mark.parametrize("options", [[], ["--unfrozen", "--recipe.train-extractor", "true"]])
