@@ -61,15 +61,15 @@ class TaskSettings(ComputeSettings):
             raise UsageError(f"verification needs the head x-vector, not {recipe.head}")
         if self.task != "verification" and recipe.metric == "eer":
             raise UsageError(f"{self.task} cannot be scored by eer: it has no trials")
-        self.step_plan()
+        self.step_plan(to_check=True)
 
-    def step_plan(self) -> Plan:
-        """How this machine takes a step.
+    def step_plan(self, to_check: bool = False) -> Plan:
+        """How this machine takes a step; `to_check` as in `plan_for`.
 
         Raises:
             UsageError: invalid settings, or settings that this machine cannot run.
         """
-        plan = self.plan_for(length=self.recipe.length, batch=self.recipe.batch)
+        plan = self.plan_for(length=self.recipe.length, batch=self.recipe.batch, to_check=to_check)
         plan.validate()
         plan.validate_clipping(self.recipe.clip_norm)
         return plan
