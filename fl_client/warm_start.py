@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from fl_client.page_release import release_program_pages
+from fl_client.unneeded import left_out
 
 APP, EXECUTOR = "flwr-clientapp", "flower-superexec"
 SHARED = (
@@ -117,7 +118,8 @@ def begin(address: str) -> Forks | None:
         return None
     orders, pipe = os.pipe()
     try:
-        _import(SHARED)
+        with left_out():
+            _import(SHARED)
         process = os.fork()
     except (ImportError, OSError):  # another version of Flower, or no room for a process
         os.close(orders)
