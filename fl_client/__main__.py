@@ -29,6 +29,7 @@ from fl_client.environment import be_lean, be_quiet
 from fl_client.identity import default_folder, identity
 from fl_client.link_security import link_security
 from fl_client.polling import quicken
+from fl_client.unneeded import left_out
 from partitions.librispeech import list_audio
 from ssl_core.planning.device import AUTO
 from ssl_core.planning.device_profiles import find_profile
@@ -116,14 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = str(Path(sys.executable).parent)
     os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
-    if not options.cold_start and not warm_start.begin():
+    port = options.port or _free_port()
+    forks = None if options.cold_start else warm_start.begin(f"127.0.0.1:{port}")
+    if forks is None and not options.cold_start:
         print("every round starts Python and PyTorch anew, as with --cold-start", flush=True)
     sys.argv = [
         "flower-supernode",
         "--superlink",
         options.superlink,
         "--port",
-        str(options.port or _free_port()),
+        str(port),
+        "--isolation",
+        "process" if forks else "subprocess",
         "--node-config",
         node,
         *security,
@@ -135,12 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--root-certificates (`python -m fl_server certificates` makes them)",
             flush=True,
         )
-    import httpx
-    from flwr.supernode.cli import flower_supernode
+    with left_out():
+        import httpx
+        from flwr.supernode.cli import flower_supernode
 
     watch = Watch(options.superlink, options.root_certificates, _say)
     watch.start()
-    quicken()
+    quicken(forks)
+    if forks is not None:
+        forks.watch(_say)
     with signals() as received:
         try:
             flower_supernode()

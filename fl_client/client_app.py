@@ -20,10 +20,7 @@ from fl_client.federation_settings import TaskFederation, from_run_config
 from fl_client.identity import default_folder
 from fl_client.limits import Limits
 from fl_client.local_data import client_audio, client_key
-from fl_client.local_training import train_round
-from fl_client.round_plan import budget_of
 from fl_client.task_data import client_clips
-from fl_client.task_training import train_task_round
 from partitions.sampling import SAMPLE_RATE
 from partitions.speakers import seconds_of
 
@@ -96,6 +93,11 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _reply(message: Message, context: Context, evaluate_only: bool = False) -> Message:
+    # These import torch, which takes a board seconds: a client describes itself without.
+    from fl_client.local_training import train_round
+    from fl_client.round_plan import budget_of
+    from fl_client.task_training import train_task_round
+
     settings = from_run_config(context.run_config)
     weights = message.content.array_records[protocol.WEIGHTS]
     instructions = message.content.config_records[protocol.INSTRUCTIONS]

@@ -14,12 +14,15 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from common.atomic import replacing, write_text
 from common.errors import DataError, ShortwaveError
-from ssl_core.training.tensor_file import TensorFile, write_tensors
+
+if TYPE_CHECKING:  # a device describes itself without PyTorch
+    from torch import Tensor
+
+    from ssl_core.training.tensor_file import TensorFile
 
 log = logging.getLogger("shortwave.client")
 OPTIMIZER = "optimizer"
@@ -54,7 +57,7 @@ class ClientState:
     def _path(self, kind: str, number: int) -> Path:
         return self.folder / f"{kind}-{number:05d}.safetensors"
 
-    def load(self, kind: str, number: int) -> TensorFile:
+    def load(self, kind: str, number: int) -> "TensorFile":
         """Tensors of a round by name, each `[...]`, read on access.
 
         Args:
@@ -64,13 +67,17 @@ class ClientState:
         Raises:
             StateLost: the file is missing or broken.
         """
+        from ssl_core.training.tensor_file import TensorFile
+
         path = self._path(kind, number)
         try:
             return TensorFile(path)
         except (OSError, DataError) as error:
             raise StateLost(f"{kind} of round {number + 1} cannot be read: {error}") from None
 
-    def save(self, kind: str, number: int, tensors: Mapping[str, Tensor], needed: int = -1) -> None:
+    def save(
+        self, kind: str, number: int, tensors: "Mapping[str, Tensor]", needed: int = -1
+    ) -> None:
         """Write tensors of a round; of earlier rounds only the last and `needed` are kept.
 
         Args:
@@ -82,6 +89,8 @@ class ClientState:
         Raises:
             OSError: the disk is full, for example; earlier files stay as they were.
         """
+        from ssl_core.training.tensor_file import write_tensors
+
         self.folder.mkdir(parents=True, exist_ok=True)
         # No fsync: a file cut short by a power loss is detected, and the server resends everything.
         with replacing(self._path(kind, number), sync=False) as path:

@@ -7,17 +7,15 @@ Feedback Fixes SignSGD", 2019).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord
 
-from fl_client.protocol import ProtocolError
+from fl_client.protocol import Encoding, ProtocolError
 from fl_client.updates import Floats, Views
 
-Encoding = Literal["fp32", "bf16", "int8", "int4", "topk"]
-ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 Bytes = npt.NDArray[np.uint8]
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fl_client import encoding, protocol, updates
 from fl_client.client_state import ClientState, StateLost
-from fl_client.encoding import Decoded, Encoding
+from fl_client.encoding import Decoded
+from fl_client.protocol import Encoding
 
 
 class Weights(Protocol):
@@ -103,7 +104,7 @@ class _Encoded:
         self._untouched = True
 
     def _receive(self, weights: ArrayRecord, base: int, how: str) -> None:
-        if how not in encoding.ENCODINGS:
+        if how not in protocol.ENCODINGS:
             raise protocol.ProtocolError(f"unknown encoding of the weights: '{how}'")
         shapes = {name: tuple(value.shape) for name, value in self.own.items()}
         received = Decoded(weights, shapes, how)

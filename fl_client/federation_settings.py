@@ -11,7 +11,7 @@ from common.errors import UsageError
 from common.options import short_names
 from common.settings import flat, from_mapping, unflat
 from common.units import Names, Seconds
-from fl_client.encoding import Encoding
+from fl_client.protocol import Encoding
 from partitions.speakers import How
 from ssl_core.downstream.task_corpus import TRAIN
 from ssl_core.downstream.task_recipe import Method, Share

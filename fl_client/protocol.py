@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -17,6 +18,10 @@ INSTRUCTIONS = "instructions"
 """ConfigRecord, server to client: what the client does in this round."""
 METRICS = "metrics"
 """MetricRecord, client to server: only the names below."""
+
+Encoding = Literal["fp32", "bf16", "int8", "int4", "topk"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
+"""How tensors travel, see `encoding`."""
 
 CLIENT_FAILED = 100
 """Error code of a client that could not answer, for example because it has no usable audio."""

@@ -1,45 +1,42 @@
-"""Starts ClientApps by forking a process that has already imported PyTorch.
+"""Starts ClientApps by forking a process that imports PyTorch when the device is idle.
 
-Flower starts a new `flwr-clientapp` for every message, and each imports PyTorch first, which takes
-seconds of a board's processor in every round. Here the device forks a server process, which imports
-a ClientApp's third-party packages while the SuperNode looks for its SuperLink. A stand-in for
-`flwr-clientapp`, first on PATH, sends its arguments to that server, which forks a child; the child
-runs Flower's own `flwr_clientapp` with them, on the app's code as sent by the SuperLink. Every
-message still has a process of its own, whose death harms no other. `flower-superexec`, which starts
-the ClientApps, is forked likewise. Flower itself is imported once for all of them. Without the
-server the stand-ins start Flower's commands as usual.
+Flower's SuperNode starts `flower-superexec`, which asks it for tasks and starts a `flwr-clientapp`
+for each, a new Python that imports PyTorch: seconds of a board's processor in every round. Here the
+device forks a process before its SuperNode starts. That process runs Flower's own loop of
+`flower-superexec`, but forks where the loop would start a program: the child runs Flower's own
+`flwr_clientapp`, on the app's code as sent by the SuperLink. Every message still has a process of
+its own, whose death harms no other. Flower itself is imported once for all of them.
 
-The stand-ins run this file as a script, with only the standard library.
+To describe itself a device needs no PyTorch. The process imports it after the first answer, or once
+no message has come for a while. Should the process end, the device starts Flower's commands as
+usual.
 """
 
-import array
 import contextlib
+import ctypes
 import gc
 import importlib
-import json
 import os
 import random
 import select
-import shlex
-import shutil
 import signal
-import socket
+import subprocess
 import sys
-import tempfile
+import threading
 import traceback
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
-if __name__ != "__main__":  # the stand-ins have the standard library only
-    from fl_client.page_release import release_program_pages
+from fl_client.page_release import release_program_pages
+from fl_client.unneeded import left_out
 
 APP, EXECUTOR = "flwr-clientapp", "flower-superexec"
-COMMANDS = {
-    APP: ("flwr.supernode.cli", "flwr_clientapp"),
-    EXECUTOR: ("flwr.supercore.cli", "flower_superexec"),
-}
-"""Commands that are forked: module and function of each."""
-SHARED = tuple(module for module, _ in COMMANDS.values())
+SHARED = (
+    "flwr.supernode.cli",
+    "flwr.supercore.superexec.executor.subprocess_executor",
+    "flwr.supercore.superexec.run_superexec",
+)
 """What every process of the device imports, before the first fork."""
 IMPORTED = (
     "docstring_parser",
@@ -55,195 +52,188 @@ IMPORTED = (
     "yaml",
 )
 """Third-party packages that the ClientApp imports; a test keeps this complete."""
+LOOK = 3.0
+"""Seconds after which the loop looks for a task of which it was not told."""
+_TASK, _IDLE = b"t", b"i"
 _OWN = ("common", "partitions", "ssl_core", "fl_client", "fl_server")
-_SOCKET = "socket"
-_PR_SET_NAME = 15  # linux/prctl.h
-_KILLED = 137
-_LARGEST_ORDER = 2**22
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 
-def begin() -> bool:
-    """Fork the server process, which ends with this one, and put the stand-ins first on PATH.
+class Forks:
+    """The SuperNode's hold on the process that forks its ClientApps."""
 
-    Call it while this process has a single thread.
+    def __init__(self, process: int, pipe: int, address: str) -> None:
+        """Take over the process.
+
+        Args:
+            process: its id.
+            pipe: by which it is told what happens.
+            address: HOST:PORT of the SuperNode's runtime API.
+        """
+        self.process, self.address = process, address
+        self._pipe = pipe
+        os.set_blocking(pipe, False)
+
+    def task(self) -> None:
+        """Tell the process that there is a task."""
+        self._tell(_TASK)
+
+    def idle(self) -> None:
+        """Tell the process that nothing needs the processor now."""
+        self._tell(_IDLE)
+
+    def _tell(self, what: bytes) -> None:
+        with contextlib.suppress(OSError):  # it is busy for long, or has ended
+            os.write(self._pipe, what)
+
+    def watch(self, say: Callable[[str], None]) -> None:
+        """Start Flower's own `flower-superexec` if the process ends, for as long as this one runs.
+
+        Args:
+            say: prints a line.
+        """
+        threading.Thread(target=self._watch, args=(say,), name="forks", daemon=True).start()
+
+    def _watch(self, say: Callable[[str], None]) -> None:
+        os.waitpid(self.process, 0)
+        say(
+            "the process that starts ClientApps has ended; from now on "
+            "every round starts Python and PyTorch anew, as with --cold-start"
+        )
+        words = ["--insecure", "--runtime-api-address", self.address]
+        subprocess.Popen([EXECUTOR, *words, "--parent-pid", str(os.getpid())])
+
+
+def begin(address: str) -> Forks | None:
+    """Fork the process, which ends with this one; only one with a single thread may call this.
+
+    Args:
+        address: HOST:PORT at which the SuperNode of this process will have its runtime API.
 
     Returns:
-        False if forking is not safe with PyTorch (on anything but Linux), or if the stand-ins
-        cannot be written: the disk is full, or `TMPDIR` is too long for a socket.
+        None if forking is not safe with PyTorch (on anything but Linux), or fails.
     """
-    real = {name: shutil.which(name) for name in COMMANDS}
-    if sys.platform != "linux" or None in real.values():
-        return False
-    listener = socket.socket(socket.AF_UNIX)
-    folder: Path | None = None
+    if sys.platform != "linux":
+        return None
+    orders, pipe = os.pipe()
     try:
-        folder = Path(tempfile.mkdtemp(prefix="shortwave-"))
-        here = str(Path(__file__).resolve())
-        for name, path in real.items():
-            words = [sys.executable, "-I", "-S", here, str(folder / _SOCKET), name, str(path)]
-            stand_in = folder / name
-            stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-            stand_in.chmod(0o700)
-        listener.bind(str(folder / _SOCKET))
-        listener.listen()
-    except OSError:
-        listener.close()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        return False
-    _import(SHARED)
-    # The kernel closes `kept` when this process ends, however it ends.
-    alive, kept = os.pipe()
-    if os.fork() == 0:
-        os.close(kept)
-        code = 1
-        try:
-            code = _wait(listener, alive)
-            shutil.rmtree(folder, ignore_errors=True)
-        except SystemExit as end:  # of a ClientApp
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    listener.close()
-    os.close(alive)
-    os.environ["PATH"] = str(folder) + os.pathsep + os.environ.get("PATH", "")
-    return True
+        with left_out():
+            _import(SHARED)
+        process = os.fork()
+    except (ImportError, OSError):  # another version of Flower, or no room for a process
+        os.close(orders)
+        os.close(pipe)
+        return None
+    if process:
+        os.close(orders)
+        return Forks(process, pipe, address)
+    os.close(pipe)
+    _leave(lambda: _serve(orders, address))
 
 
-def _import(names: tuple[str, ...]) -> None:
+def _import(names: Sequence[str]) -> None:
+    """Import modules so that processes forked from this one share their pages."""
+    gc.disable()  # what a collection frees leaves holes, and the next object there copies the page
     for name in names:
         importlib.import_module(name)
-    gc.collect()
     gc.freeze()  # a collection in a child would copy every page that it touches
+    gc.enable()
 
 
-def _wait(listener: socket.socket, alive: int) -> int:
-    """Fork a command for each connection, until the other end of `alive` is closed.
-
-    Raises:
-        SystemExit: in the children, when their app has ended.
-    """
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # meant for the SuperNode, with which this process ends
-        signal.signal(number, signal.SIG_IGN)
+def _serve(orders: int, address: str) -> None:
+    """Fork a ClientApp for each task, until the other end of the pipe `orders` is closed."""
+    device = os.getppid()
+    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != device:  # it has ended meanwhile
+        return
+    _control(_PR_SET_NAME, EXECUTOR.encode())
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)  # for the SuperNode, with which this process ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child becomes a zombie
     for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
         del sys.modules[name]  # the app has its own copy
-    waiting: list[Any] = [listener, alive]
-    todo = list(IMPORTED)
-    while True:
-        # Between two imports, look for the executor, which needs none of them.
-        ready, _, _ = select.select(waiting, [], [], 0 if todo else None)
-        if not ready:
-            importlib.import_module(todo.pop(0))
-            if not todo:
-                _import(())
+    pace = _Pace(orders)
+    loop: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
+    launcher: Any = importlib.import_module(SHARED[1])
+    loop.time = pace
+    loop.register_signal_handlers = lambda **_: None
+    launcher.subprocess = SimpleNamespace(Popen=_start, DEVNULL=subprocess.DEVNULL)
+    pace.wait(None)  # until the SuperNode is there
+    loop.run_superexec(address, insecure=True)
+
+
+class _Pace:
+    """Stands in for the module `time` in Flower's loop, which then waits for tasks."""
+
+    def __init__(self, orders: int) -> None:
+        """Take orders from a pipe."""
+        self._orders = orders
+        self._todo = list(IMPORTED)
+        self._idle = False
+
+    def sleep(self, _: float) -> None:
+        """Return when there may be a task."""
+        self.wait(LOOK)
+
+    def wait(self, patience: float | None) -> None:
+        """Return when there may be a task; meanwhile import, as long as the device is idle.
+
+        Args:
+            patience: seconds after which to return anyhow; None for no end.
+        """
+        while True:
+            imports = self._idle and self._todo
+            if select.select([self._orders], [], [], 0 if imports else patience)[0]:
+                told = os.read(self._orders, 4_096)
+                if not told:
+                    raise SystemExit(0)
+                self._idle = told.endswith(_IDLE)
+                return
+            if not imports:
+                return
+            _import([self._todo.pop(0)])
+            if not self._todo:
                 release_program_pages()
-            continue
-        if alive in ready:
-            return 0
-        connection, _ = listener.accept()
-        with connection:
-            if os.fork() == 0:
-                listener.close()
-                os.close(alive)
-                _run(connection, todo)
 
 
-def _run(connection: socket.socket, todo: list[str]) -> None:
-    """Run the requested command in this process, to its end.
+def _start(command: Sequence[str], **options: Any) -> None:
+    """Stands in for `subprocess.Popen` in Flower's loop, and forks what is a ClientApp."""
+    if command[0] != APP or options:
+        subprocess.Popen(command, **options)
+    elif os.fork() == 0:
+        _leave(lambda: _run(command))
 
-    Args:
-        connection: to the stand-in.
-        todo: packages of a ClientApp that are still to be imported.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+def _run(command: Sequence[str]) -> None:
+    """Run a ClientApp in this process."""
+    for number in (*_STOPS, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _control(_PR_SET_NAME, APP.encode())
+    random.seed()
+    sys.argv = list(command)
+    importlib.import_module("flwr.supernode.cli").flwr_clientapp()
+
+
+def _leave(run: Callable[[], None]) -> NoReturn:
+    """Run in a process that was just forked, and end it."""
     code = 1
     try:
-        streams = array.array("i", [0, 0])
-        room = socket.CMSG_SPACE(len(streams.tobytes()))
-        text, extra, _, _ = connection.recvmsg(_LARGEST_ORDER, room)
-        while not text.endswith(b"\n"):
-            more = connection.recv(_LARGEST_ORDER)
-            if not more:  # the stand-in has gone
-                raise SystemExit(code)
-            text += more
-        streams = array.array("i", extra[0][2])
-        for target, stream in enumerate(streams, 1):
-            os.dup2(stream, target)
-            os.close(stream)
-        order = json.loads(text)
-        os.chdir(order["folder"])
-        os.environ.clear()
-        os.environ.update(order["environment"])
-        name = order["name"]
-        sys.argv = [name, *order["arguments"]]
-        _be_called(name)
-        random.seed()
-        if name == EXECUTOR:
-            connection.send(b"\0")  # nobody waits for its end
-        else:
-            _import(tuple(todo))
-        module, function = COMMANDS[name]
-        getattr(importlib.import_module(module), function)()
+        run()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        with contextlib.suppress(OSError):
-            connection.send(bytes([code & 255]))
-    raise SystemExit(code)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
-def _be_called(name: str) -> None:
-    """Set the process name that `ps` and `top` show."""
-    import ctypes
-
+def _control(option: int, value: int | bytes) -> None:
+    """Set an attribute of this process, see prctl(2)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
-
-
-def hand_over(path: str, name: str, real: str, arguments: list[str]) -> int:
-    """Let the server process run a command.
-
-    Args:
-        path: socket of the server process.
-        name: of the command.
-        real: Flower's own command, run if there is no server.
-        arguments: of the command.
-
-    Returns:
-        A ClientApp's exit code, when it has ended; 0 for the executor, when it has started.
-    """
-    order = {
-        "name": name,
-        "arguments": arguments,
-        "folder": os.getcwd(),
-        "environment": dict(os.environ),
-    }
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.connect(path)
-        streams = array.array("i", [1, 2])
-        extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams.tobytes())]
-        text = json.dumps(order).encode() + b"\n"
-        sent = connection.sendmsg([text], extra)
-        connection.sendall(text[sent:])
-    except OSError:
-        os.execv(real, [real, *arguments])
-    answer = b""
-    with contextlib.suppress(OSError):
-        answer = connection.recv(1)
-    return answer[0] if answer else _KILLED
-
-
-if __name__ == "__main__":
-    sys.exit(hand_over(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

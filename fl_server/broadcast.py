@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fl_client import encoding, updates
-from fl_client.encoding import Encoding
+from fl_client.protocol import Encoding
 
 WHOLE: Mapping[Encoding, Encoding] = {
     "fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "topk": "int8",

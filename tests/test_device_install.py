@@ -77,6 +77,7 @@ def test_what_a_device_imports_is_among_its_dependencies() -> None:
         "from fl_client import warm_start\n"
         "for name in warm_start.SHARED + warm_start.IMPORTED: importlib.import_module(name)\n"
         "import fl_client.__main__, fl_client.client_app\n"
+        "import fl_client.local_training, fl_client.task_training\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run(

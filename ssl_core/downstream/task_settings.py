@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import UsageError
-from common.settings import to_yaml
-from ssl_core.downstream.task_recipe import TaskRecipe, recipe_of
+from common.options import underscored
+from common.settings import read_yaml, to_yaml
+from ssl_core.downstream.task_recipe import FOLDER, TaskRecipe, recipe_of
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.stored_settings import stored_settings
 
-_UNNAMED = recipe_of("kws12")
-"""Placeholder until the task is known."""
+_UNNAMED = TaskRecipe(**underscored(read_yaml(FOLDER / "kws12.yaml")))
+"""Placeholder until the task is known; `recipe_of` would check it, a second on a board."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,15 @@ class TaskSettings(ComputeSettings):
             raise UsageError(f"verification needs the head x-vector, not {recipe.head}")
         if self.task != "verification" and recipe.metric == "eer":
             raise UsageError(f"{self.task} cannot be scored by eer: it has no trials")
-        self.step_plan()
+        self.step_plan(to_check=True)
 
-    def step_plan(self) -> Plan:
-        """How this machine takes a step.
+    def step_plan(self, to_check: bool = False) -> Plan:
+        """How this machine takes a step; `to_check` as in `plan_for`.
 
         Raises:
             UsageError: invalid settings, or settings that this machine cannot run.
         """
-        plan = self.plan_for(length=self.recipe.length, batch=self.recipe.batch)
+        plan = self.plan_for(length=self.recipe.length, batch=self.recipe.batch, to_check=to_check)
         plan.validate()
         plan.validate_clipping(self.recipe.clip_norm)
         return plan

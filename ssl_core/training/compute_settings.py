@@ -4,8 +4,7 @@ import dataclasses
 from typing import Literal
 
 from common.errors import UsageError
-from ssl_core.planning.step_plan import Plan, StepOptions
-from ssl_core.training.torch_device import choose_device, choose_precision
+from ssl_core.planning.step_plan import Plan, Precision, StepOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,24 +25,35 @@ class ComputeSettings:
     plan: StepOptions = StepOptions()
     """How a step trades time for memory."""
 
-    def plan_for(self, *, length: float, batch: int, accumulation: int = 1) -> Plan:
+    def plan_for(
+        self, *, length: float, batch: int, accumulation: int = 1, to_check: bool = False
+    ) -> Plan:
         """The plan of a step on this machine.
 
         Args:
             length: seconds in a crop or clip.
             batch: crops or clips in a batch.
             accumulation: batches in an update.
+            to_check: the plan is not followed. Settings that suit every machine then leave torch
+                alone, whose import takes a board seconds; the plan is one for the CPU in fp32.
 
         Raises:
-            UsageError: no such torch device here.
+            UsageError: no such torch device here, or not with this precision.
         """
-        device = choose_device(self.device)
+        device: str = "cpu"
+        precision: Precision = "fp32"
+        suits_all = self.device in ("auto", "cpu") and self.precision in ("auto", "fp32")
+        if not (to_check and suits_all):
+            from ssl_core.training.torch_device import choose_device, choose_precision
+
+            device = choose_device(self.device)
+            precision = choose_precision(self.precision, device)
         return Plan(
             length=length,
             batch=batch,
             micro_batch=self.micro_batch,
             accumulation=accumulation,
-            precision=choose_precision(self.precision, device),
+            precision=precision,
             device=device,
             threads=self.threads,
             **vars(self.plan),

@@ -71,15 +71,20 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
         self.require_at_least(0, "eval_crops", "seed")
         self.architecture.validate()
         self.recipe.validate()
-        self.step_plan()
+        self.step_plan(to_check=True)
 
-    def step_plan(self) -> Plan:
-        """The plan of a step on this machine.
+    def step_plan(self, to_check: bool = False) -> Plan:
+        """The plan of a step on this machine; `to_check` as in `plan_for`.
 
         Raises:
             UsageError: settings that do not fit together or this machine.
         """
-        plan = self.plan_for(length=self.length, batch=self.batch, accumulation=self.accumulation)
+        plan = self.plan_for(
+            length=self.length,
+            batch=self.batch,
+            accumulation=self.accumulation,
+            to_check=to_check,
+        )
         self.recipe.validate_plan(self.architecture, plan)
         return plan
 

@@ -3,9 +3,12 @@
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _words(keys: tuple[int | str, ...]) -> list[int]:
@@ -18,8 +21,10 @@ def generator(*keys: int | str) -> np.random.Generator:
 
 
 @contextmanager
-def torch_seed(device: torch.device, *keys: int | str) -> Iterator[None]:
+def torch_seed(device: "torch.device", *keys: int | str) -> Iterator[None]:
     """Seed torch's global generators by keys inside the block, and restore them after it."""
+    import torch  # takes seconds, and a device divides its clips without it
+
     seed = int(np.random.SeedSequence(_words(keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -1,6 +1,9 @@
 """The ClientApp as Flower calls it: what it answers, and what it keeps to itself."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +16,12 @@ from conftest import Writer
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
+from tone_words import write_words
 
 from fl_client import local_training, protocol, round_plan, updates
 from fl_client.client_app import app
-from fl_client.encoding import Encoding
 from fl_client.federation_settings import PretrainingFederation, from_run_config
+from fl_client.protocol import Encoding
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
@@ -26,6 +30,7 @@ from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 pytestmark = pytest.mark.usefixtures("shared_estimates")
 
+ROOT = Path(__file__).parents[2]
 WORDS = "EXTRAORDINARY CIRCUMSTANCES"
 SPEAKERS = ("40711", "40712", "40713", "40714")
 RUN = {
@@ -90,6 +95,52 @@ def test_a_client_says_its_number_and_how_much_audio_it_has(ask: Callable[..., M
     assert set(reply.content) == {protocol.METRICS}
     # Two of six speakers are held out, the other four shared by two clients: two with 3 s each.
     assert dict(reply.content[protocol.METRICS]) == {"partition": 1, "crops": 6, "seconds": 6.0}
+
+
+QUERY = """
+import json, sys
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from fl_client import protocol
+from fl_client.client_app import app
+
+def ask(kind, run, node, **asked):
+    content = RecordDict({protocol.INSTRUCTIONS: protocol.instructions(**asked)} if asked else {})
+    return app(Message(content, 8, kind, group_id="1"), Context(7, 8, node, RecordDict(), run))
+
+TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 7
+cases = json.loads(sys.argv[1])
+for run, node in cases:
+    print(json.dumps(dict(ask("query", run, node).content[protocol.METRICS])))
+ask("query", *cases[0], ask="notice", notice="version", number=0)
+print(json.dumps(sorted({"torch", "transformers"} & sys.modules.keys())))
+ask("train", *cases[0])
+print(json.dumps(sorted({"torch", "transformers"} & sys.modules.keys())))
+"""
+
+
+def test_a_client_describes_itself_without_torch_and_trains_with_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    node = {"data": str(corpus), "partition-id": 1, "num-partitions": 2}
+    words = write_words(tmp_path / "words")
+    task = {"task": "kws35", "checkpoint": "logmel", "batch": 4, "partition": "labels"}
+    cases = [
+        (RUN, node),
+        ({**RUN, "precision": "auto", "device": "cpu", "batch": 4, "micro-batch": 2}, node),
+        (task, {**node, "data": str(words)}),
+        (task, {"data": str(words), "client-key": 5}),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", QUERY, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *described, without, with_it = map(json.loads, done.stdout.splitlines())
+    assert [each["partition"] for each in described] == [1, 1, 1, 5]
+    assert [each["crops"] for each in described[:2]] == [6, 6]
+    assert all(each["crops"] > 0 for each in described)
+    assert without == []
+    assert with_it == ["torch"]
 
 
 def test_an_update_is_the_change_of_the_weights_and_the_agreed_metrics(

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fl_client.encoding import ENCODINGS, TOP_FRACTION, Decoded, Encoding, decode, encode
-from fl_client.protocol import ProtocolError
+from fl_client.encoding import TOP_FRACTION, Decoded, decode, encode
+from fl_client.protocol import ENCODINGS, Encoding, ProtocolError
 from fl_client.updates import pack
 
 SHAPES = [(7,), (), (3, 5), (1, 1, 9), (4, 3, 2), (1, 6, 5), (300, 17)]

@@ -102,7 +102,7 @@ def test_sigterm_ends_it_and_all_that_it_started(start: Start, write: Writer, ro
         taken.bind(("127.0.0.1", 0))
         superlink = f"127.0.0.1:{taken.getsockname()[1]}"
         process, log = start("--data", str(root), "--superlink", superlink)
-        until(lambda: "Starting Flower SuperExec" in log.read_text(encoding="utf-8"))
+        until(lambda: "Connection attempt failed" in log.read_text(encoding="utf-8"))
         assert tuned(found := psutil.Process(process.pid).environ()) == found
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143

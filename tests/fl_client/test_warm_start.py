@@ -1,15 +1,15 @@
 """ClientApps that are forked from a process that has imported PyTorch already."""
 
+import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,30 +19,52 @@ from fl_client import warm_start
 ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="it forks on Linux only")
 
-# A device: begins, then runs `flwr-clientapp` as Flower's executor would, with Flower's command
-# replaced by one that says where it runs.
+# A device: forks, and passes on what it reads. Flower's command says where it runs; Flower's loop
+# takes its tasks from a folder, and starts them by Flower's own executor.
 DEVICE = """
-import json, os, subprocess, sys
+import importlib, json, os, subprocess, sys
+from pathlib import Path
 import fl_client.federation_settings  # some of the project, which the app must not find imported
 from fl_client import warm_start
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor import ExecutionSpec, SubprocessExecutor
+import flwr.supernode.cli
+
+loop = importlib.import_module("flwr.supercore.superexec.run_superexec")
+tasks = Path(sys.argv[1])
 
 def app():
     own = [n for n in sys.modules if n.partition(".")[0] in ("fl_client", "ssl_core", "partitions")]
     print(json.dumps({
-        "arguments": sys.argv, "folder": os.getcwd(), "word": os.environ.get("WORD"),
-        "pid": os.getpid(), "torch": "torch" in sys.modules, "own": own,
+        "arguments": sys.argv, "pid": os.getpid(), "torch": "torch" in sys.modules, "own": own,
     }), flush=True)
-    print("to stderr", file=sys.stderr, flush=True)
     if "wait" in sys.argv:
         import time
         time.sleep(60)
-    sys.exit(int(sys.argv[-1]))
+    sys.exit(3)
 
-import flwr.supernode.cli
+def run(address, insecure):
+    while True:
+        for task in tasks.iterdir():
+            task.unlink()
+            SubprocessExecutor().launch(ExecutionSpec(
+                task_type=TaskType.CLIENT_APP, runtime_api_address=address, token=task.name,
+                insecure=insecure, root_certificates_path=None, runtime_dependency_install=False,
+                parent_pid=os.getpid(), suppress_output=False, task_id=1,
+            ))
+        loop.time.sleep(0.2)
+
+loop.run_superexec = run
 flwr.supernode.cli.flwr_clientapp = app
-assert warm_start.begin()
-print(json.dumps({"path": os.environ["PATH"].split(os.pathsep)[0]}), flush=True)
-sys.stdin.read()
+forks = warm_start.begin("127.0.0.1:9")
+forks.watch(lambda text: print(json.dumps({"said": text}), flush=True))
+print(json.dumps({"process": forks.process}), flush=True)
+for line in sys.stdin:
+    if line == "idle\\n":
+        forks.idle()
+    else:
+        (tasks / line.strip()).touch()
+        forks.task()
 """
 
 
@@ -50,26 +72,27 @@ class Device:
     """A process that has begun."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        binaries = str(Path(sys.executable).parent)
-        path = binaries + os.pathsep + os.environ.get("PATH", "")
+        tasks, binaries = folder / "tasks", folder / "binaries"
+        for made in (tasks, binaries):
+            made.mkdir()
+        stand_in = binaries / warm_start.EXECUTOR
+        stand_in.write_text('#!/bin/sh\necho "[\\"$*\\"]"\n', encoding="utf-8")
+        stand_in.chmod(0o700)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DEVICE],
-            cwd=ROOT, env=os.environ | {"PATH": path, "TMPDIR": str(folder)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", DEVICE, str(tasks)],
+            cwd=ROOT, env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.forking = psutil.Process(self.said()["process"])
+
+    def said(self) -> Any:
         assert self.process.stdout is not None
-        self.stand_in = Path(json.loads(self.process.stdout.readline())["path"], "flwr-clientapp")
+        return json.loads(self.process.stdout.readline())
 
-    def ask(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [str(self.stand_in), *arguments],
-            cwd=self.folder, env=os.environ | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def tell(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
 
     def end(self) -> None:
         self.process.kill()
@@ -77,8 +100,10 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> "Device":
-    return Device(tmp_path)
+def device(tmp_path: Path) -> Iterator[Device]:
+    begun = Device(tmp_path)
+    yield begun
+    begun.end()
 
 
 def until(happens: Callable[[], bool]) -> None:
@@ -88,85 +113,82 @@ def until(happens: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 @linux
 def test_an_app_runs_in_a_process_of_its_own_as_if_it_had_been_started(device: Device) -> None:
-    try:
-        seen = []
-        for code in (0, 3):
-            app = device.ask("--token", "secret", str(code), WORD=f"word {code}")
-            output, errors = app.communicate(timeout=60)
-            assert app.returncode == code
-            assert errors == "to stderr\n"
-            said = json.loads(output)
-            assert said["arguments"] == ["flwr-clientapp", "--token", "secret", str(code)]
-            assert (said["folder"], said["word"]) == (str(device.folder), f"word {code}")
-            assert said["torch"]
-            assert said["own"] == []
-            seen.append(said["pid"])
-        assert len({*seen, device.process.pid}) == 3
-    finally:
-        device.end()
+    seen = []
+    for token in ("first", "second"):
+        device.tell(token)
+        said = device.said()
+        assert said["arguments"] == [
+            "flwr-clientapp", "--runtime-api-address", "127.0.0.1:9", "--token", token,
+            "--insecure", "--parent-pid", str(device.forking.pid),
+        ]  # fmt: skip
+        assert not said["torch"]
+        assert said["own"] == []
+        seen.append(said["pid"])
+    assert len({*seen, device.process.pid, device.forking.pid}) == 4
 
 
 @linux
-def test_a_killed_app_is_noticed_and_the_next_one_runs(device: Device) -> None:
-    try:
-        app = device.ask("wait", "0")
-        assert app.stdout is not None
-        pid = json.loads(app.stdout.readline())["pid"]
-        assert psutil.Process(pid).name() == "flwr-clientapp"
-        os.kill(pid, signal.SIGKILL)
-        app.communicate(timeout=60)
-        assert app.returncode == 137
-        assert device.ask("0").wait(60) == 0
-    finally:
-        device.end()
+def test_an_idle_device_imports_torch_for_the_apps_to_come(device: Device) -> None:
+    device.tell("idle")
+    maps = Path(f"/proc/{device.forking.pid}/maps")
+    until(lambda: "libtorch" in maps.read_text(encoding="utf-8"))
+    device.tell("now")
+    assert device.said()["torch"]
 
 
-@pytest.mark.slow
 @linux
-def test_it_ends_with_the_device_and_leaves_nothing(device: Device) -> None:
-    (waiting,) = device.children()
+def test_a_killed_app_harms_no_other(device: Device) -> None:
+    device.tell("wait")
+    app = psutil.Process(device.said()["pid"])
+    assert app.name() == "flwr-clientapp"
+    app.kill()
+    until(lambda: gone(app))
+    device.tell("next")
+    assert "next" in device.said()["arguments"]
+    until(lambda: device.forking.children() == [])
+
+
+@linux
+@pytest.mark.parametrize("told", ["", "wait"])
+def test_it_ends_with_the_device(device: Device, told: str) -> None:
+    if told:  # before, it waits for a SuperNode
+        device.tell(told)
+        device.said()
     device.end()
-    until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE)
-    until(lambda: not device.stand_in.exists())
+    until(lambda: gone(device.forking))
+
+
+@linux
+def test_signals_for_all_leave_its_end_to_the_device(device: Device) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+        device.forking.send_signal(number)
+    device.tell("one")
+    assert "one" in device.said()["arguments"]
 
 
 @linux
 def test_without_it_flowers_own_command_is_started(device: Device) -> None:
-    try:
-        (waiting,) = device.children()
-        waiting.kill()
-        until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE)
-        output, _ = device.ask("--help").communicate(timeout=120)
-        assert "--runtime-api-address" in output
-    finally:
-        device.end()
+    device.forking.kill()
+    assert "as with --cold-start" in device.said()["said"]
+    own = f"--parent-pid {device.process.pid}"
+    assert device.said() == [f"--insecure --runtime-api-address 127.0.0.1:9 {own}"]
 
 
 @linux
-def test_who_asks_and_goes_at_once_leaves_no_process(device: Device) -> None:
-    try:
-        with socket.socket(socket.AF_UNIX) as asking:
-            asking.connect(str(device.stand_in.parent / "socket"))
-            asking.send(b"{")
-        assert device.ask("0").wait(60) == 0
-        until(lambda: len(device.children()) == 1)
-    finally:
-        device.end()
-
-
-@linux
-def test_a_place_too_long_for_a_socket_leaves_every_start_cold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_machine_without_room_for_it_starts_every_app_anew(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    long = tmp_path / ("x" * 120)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert not warm_start.begin()
-    assert os.environ["PATH"] == str(Path(sys.executable).parent)
-    assert list(long.iterdir()) == []
+    def fail() -> int:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fail)
+    assert warm_start.begin("127.0.0.1:9") is None
 
 
 def test_a_device_registers_no_operation_that_the_app_will_register() -> None:
@@ -181,7 +203,7 @@ def test_a_client_app_imports_nothing_of_others_that_is_not_there_already() -> N
         "from fl_client import warm_start\n"
         "for name in warm_start.SHARED + warm_start.IMPORTED: importlib.import_module(name)\n"
         "before = set(sys.modules)\n"
-        "import fl_client.client_app\n"
+        "import fl_client.client_app, fl_client.local_training, fl_client.task_training\n"
         "new = {n.partition('.')[0] for n in set(sys.modules) - before}\n"
         "known = sys.stdlib_module_names | set(warm_start._OWN) | {'attr', 'attrs'}\n"
         "print(sorted(new - known))"

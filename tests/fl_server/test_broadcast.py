@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fl_client import updates
 from fl_client.client_state import ClientState, StateLost
-from fl_client.encoding import Decoded, Encoding
+from fl_client.encoding import Decoded
 from fl_client.exchange import exchange_of
+from fl_client.protocol import Encoding
 from fl_server.broadcast import WHOLE, Broadcast
 
 KEYS = (3, 8)
