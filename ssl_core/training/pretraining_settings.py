@@ -3,16 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.settings import to_yaml
 from common.units import Names, Seconds
 from ssl_core.planning.step_plan import Plan
-from ssl_core.training import hf_checkpoint
 from ssl_core.training.compute_settings import ComputeSettings
 from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.stored_settings import stored_settings
-from ssl_core.wav2vec2.model import PretrainingModel
+
+if TYPE_CHECKING:  # settings are read without PyTorch
+    from ssl_core.wav2vec2.model import PretrainingModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,11 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
         if given.get("resume"):
             return vars(stored_settings(cls, Path(given["resume"])))
         found, checkpoint = super().defaults(given), given.get("checkpoint")
-        if checkpoint and (Path(checkpoint) / hf_checkpoint.CONFIG).exists():
-            found["architecture"] = hf_checkpoint.load_config(Path(checkpoint))
+        if checkpoint:
+            from ssl_core.training import hf_checkpoint
+
+            if (Path(checkpoint) / hf_checkpoint.CONFIG).exists():
+                found["architecture"] = hf_checkpoint.load_config(Path(checkpoint))
         return found
 
     def validate(self) -> None:
@@ -88,7 +92,7 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
         self.recipe.validate_plan(self.architecture, plan)
         return plan
 
-    def load_checkpoint(self, model: PretrainingModel) -> list[str]:
+    def load_checkpoint(self, model: "PretrainingModel") -> list[str]:
         """Load the weights of `checkpoint` into a model; does nothing if none was given.
 
         Returns:
@@ -99,6 +103,8 @@ class PretrainingSettings(ComputeSettings, ModelSettings):
         """
         if self.checkpoint is None:
             return []
+        from ssl_core.training import hf_checkpoint
+
         unused = hf_checkpoint.load_pretrained(model, self.checkpoint)
         lines, differences = [f"weights of {self.checkpoint}"], self.differences()
         if differences:
