@@ -1,10 +1,12 @@
 """The run directory: configuration, metrics, TensorBoard events and checkpoints of a run."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -15,7 +17,7 @@ from common import atomic, strict_json
 from common.errors import DataError, UsageError
 from common.lock import Locked, lock
 from common.settings import flat
-from partitions.corpus_record import NOTHING, CorpusRecord
+from partitions.corpus_record import CORPUS, NOTHING, CorpusRecord
 from ssl_core.training.stored_settings import CONFIG, require_run, stored_settings
 
 if TYPE_CHECKING:  # a device has no TensorBoard
@@ -24,6 +26,9 @@ if TYPE_CHECKING:  # a device has no TensorBoard
 log = logging.getLogger("shortwave.run")
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+_LOCK, _IDENTITY = ".lock", "identity"
+_START = {CONFIG, CORPUS, "manifest.tsv", "status.json", "tensorboard", _LOCK, _IDENTITY}
+"""What a run may write before its first update."""
 LOCK_WAIT = 60.0
 """Seconds to wait for another process to release a run's lock: a server that was killed may leave a
 child behind."""
@@ -54,7 +59,7 @@ class RunDirectory:
         """Create the directory of a new run.
 
         Args:
-            path: new or empty directory.
+            path: new or empty directory, or that of a run that failed before its first update.
             config: YAML of all settings.
             record: of the run's corpus.
 
@@ -63,6 +68,7 @@ class RunDirectory:
         """
         if path.exists() and not path.is_dir():
             raise UsageError(f"--output {path} is a file; give a directory")
+        _remove_start(path)
         if path.exists() and any(path.iterdir()):
             raise UsageError(
                 f"--output {path} is not empty: choose another, or go on with --resume {path}"
@@ -90,7 +96,7 @@ class RunDirectory:
             UsageError: another process holds the lock.
         """
         try:
-            self._lock = lock(self.path / ".lock", LOCK_WAIT)
+            self._lock = lock(self.path / _LOCK, LOCK_WAIT)
         except Locked:
             raise UsageError(
                 f"{self.path}: another process still writes into this run; end it first"
@@ -98,7 +104,7 @@ class RunDirectory:
 
     def identity(self) -> str:
         """The unique name of the run, created at its first use."""
-        path = self.path / "identity"
+        path = self.path / _IDENTITY
         if not path.exists():
             atomic.write_text(path, uuid.uuid4().hex + "\n")
         return path.read_text(encoding="utf-8").strip()
@@ -241,3 +247,18 @@ def _keep(run: RunDirectory, begun: CorpusRecord | None, record: CorpusRecord) -
 
 def _line(row: Mapping[str, Any]) -> str:
     return strict_json.dumps(row, sort_keys=False) + "\n"
+
+
+def _remove_start(path: Path) -> None:
+    """Remove what a run has written that has logged and saved nothing, unless it still runs."""
+    names = {file.name for file in path.iterdir()} if path.exists() else set()
+    if CONFIG not in names or names - _START:
+        return
+    with contextlib.suppress(Locked):
+        held = lock(path / _LOCK, 0.0)
+        for name in names:
+            file = path / name
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+        (path / _LOCK).unlink(missing_ok=True)
+        if held is not None:
+            held.close()
