@@ -120,7 +120,7 @@ def _descendant(process: "subprocess.Popen[str]", word: str) -> psutil.Process:
     """The process of a run whose command line has this word."""
     found = {each: each.cmdline()[:2] for each in _descendants(process)}
     fitting = [each for each, words in found.items() if any(word in text for text in words)]
-    assert fitting, found
+    assert fitting, "\n".join(f"{each.pid} {each.ppid()} {words}" for each, words in found.items())
     return fitting[0]
 
 
@@ -131,8 +131,8 @@ def _descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 def _faulty_run(command: list[str], environment: dict[str, str], output: Path) -> str:
     """Run while a worker, then the raylet is killed; what the run printed.
 
-    The driver is suspended meanwhile, so that the run cannot end first. Nobody without the token
-    may use the ports that Ray listens on, which the environment's variables have no part in.
+    The driver or the workers are suspended meanwhile, so that the run cannot end first. Nobody
+    without the run's own token may use the ports that Ray listens on, whatever the environment.
     """
     narrow = output.parent / ("long" * 20)
     narrow.mkdir()
@@ -150,14 +150,19 @@ def _faulty_run(command: list[str], environment: dict[str, str], output: Path) -
     with process:
         try:
             driver = wait_for("round-00001")
-            assert [refuses(*each) for each in listeners([driver])] == [True]
             driver.suspend()
             others = _descendants(process)
             found = listeners(each for each in others if each != driver)
             assert len(found) > 3
             assert not [each for each in found if not refuses(*each)]
-            _descendant(process, "ray::Worker").kill()
+            workers = [each for each in others if each.name().startswith("ray::Worker")]
+            assert len(workers) == 2
+            for worker in workers:
+                worker.suspend()
             driver.resume()
+            assert [refuses(*each) for each in listeners([driver])] == [True]
+            workers[0].kill()
+            workers[1].resume()
             driver = wait_for("round-00002")
             driver.suspend()
             others += _descendants(process)
@@ -179,7 +184,9 @@ def test_whatever_process_is_killed_the_run_ends_with_the_same_bytes(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [*SMALL, "--rounds", "5", "--server-optimizer", optimizer]
     if optimizer == "fedavg":
-        printed = _faulty_run([*RUN, "--data", str(corpus), *options], environment, whole)
+        printed = _faulty_run(
+            [*RUN, "--data", str(corpus), *options, "--workers", "2"], environment, whole
+        )
         assert printed.count("no client is to blame: starting again") == 1
         assert printed.count("clients failed") == 0
     else:
