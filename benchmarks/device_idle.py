@@ -1,9 +1,10 @@
 """Measures a device without its training: time to its first answer, and memory between rounds.
 
 `python -m benchmarks.device_idle --data LibriSpeech` starts a SuperLink and a run that waits for
-one client, then `python -m fl_client` on one core: seconds until it has contact, and until its
-first answer (to the query that describes it) is sent. After the round it measures the memory of the
-device's processes, warm and with `--cold-start`. The last line is one JSON object.
+one client, then a device on one core: seconds until it has contact, and until its first answer (to
+the query that describes it) is sent. After the round it measures the memory of the device's
+processes. Devices are, in turn, `python -m fl_client`, the same with `--cold-start`, and plain
+Flower with the same app: `flower-supernode`. The last line is one JSON object.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from common.options import settings_parser
 from common.settings import parse
 
 _CONTACT, _ANSWERED = b"SuperNode ID", b"Sending: "
+KINDS = ("warm", "cold_start", "flower")
 _SETTLED = 15.0
 """Seconds after a run until memory between rounds is measured: Flower polls every 3."""
 
@@ -43,8 +45,25 @@ class IdleSettings:
         """Nothing to check."""
 
 
-def measure(settings: IdleSettings, data: Path, *options: str) -> dict[str, float]:
-    """Start a SuperLink, a run and a device, and measure the device."""
+def command_of(kind: str, superlink: str, data: Path) -> list[str]:
+    """The command of a device.
+
+    Args:
+        kind: one of `KINDS`.
+        superlink: HOST:PORT.
+        data: the corpus.
+    """
+    if kind == "flower":
+        node = f'data="{data}" client-key=1'
+        words = ["--superlink", superlink, "--port", str(free_port()), "--node-config", node]
+        return ["flower-supernode", "--insecure", *words]
+    words = ["--device", "rpi4", "--data", str(data), "--superlink", superlink]
+    cold = ["--cold-start"] if kind == "cold_start" else []
+    return [sys.executable, "-m", "fl_client", *words, *cold]
+
+
+def measure(settings: IdleSettings, data: Path, kind: str) -> dict[str, float]:
+    """Start a SuperLink, a run and a device of this kind, and measure the device."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = FlowerProcesses(folder / "home", XDG_STATE_HOME=str(folder / "state"))
@@ -68,10 +87,7 @@ def measure(settings: IdleSettings, data: Path, *options: str) -> dict[str, floa
             everything = os.sched_getaffinity(0)
             os.sched_setaffinity(0, core)  # inherited by the device
             started = time.monotonic()
-            device = processes.start(
-                sys.executable, "-m", "fl_client", "--device", "rpi4", "--data", str(data),
-                "--superlink", f"127.0.0.1:{port}", *options, log=log,
-            )  # fmt: skip
+            device = processes.start(*command_of(kind, f"127.0.0.1:{port}", data), log=log)
             os.sched_setaffinity(0, everything)
             found = {}
             for key, word in (("contact", _CONTACT), ("answered", _ANSWERED)):
@@ -111,7 +127,7 @@ def memory(processes: list[psutil.Process]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure warm and cold devices; returns the exit code."""
+    """Measure devices of each kind; returns the exit code."""
     parser = settings_parser(
         IdleSettings, prog="python -m benchmarks.device_idle", description=__doc__
     )
@@ -119,10 +135,13 @@ def main() -> int:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         data = settings.data.resolve() if settings.data else write_tones(Path(name))
-        for kind, options in (("warm", ()), ("cold_start", ("--cold-start",))):
-            rows = [measure(settings, data, *options) for _ in range(settings.repeats)]
-            for row in rows:
-                print(kind, {key: round(value, 2) for key, value in row.items()}, flush=True)
+        found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for _ in range(settings.repeats):
+            for kind, rows in found.items():
+                rows.append(measure(settings, data, kind))
+                shown = {key: round(value, 2) for key, value in rows[-1].items()}
+                print(kind, shown, f"load {os.getloadavg()[0]:.1f}", flush=True)
+        for kind, rows in found.items():
             result[kind] = {
                 key: sorted(row[key] for row in rows)[len(rows) // 2] for key in rows[0]
             }

@@ -29,6 +29,7 @@ from fl_client.environment import be_lean, be_quiet
 from fl_client.identity import default_folder, identity
 from fl_client.link_security import link_security
 from fl_client.polling import quicken
+from fl_client.unneeded import left_out
 from partitions.librispeech import list_audio
 from ssl_core.planning.device import AUTO
 from ssl_core.planning.device_profiles import find_profile
@@ -78,7 +79,7 @@ class DeviceSettings:
     pause_memory: Size = Size(0)
     """Pause training while less memory than this is available, as in 500MB."""
     cold_start: bool = False
-    """Start Python and PyTorch anew in every round: takes seconds longer, and leaves about 260 MB
+    """Start Python and PyTorch anew in every round: takes seconds longer, and leaves about 190 MB
     more to others between rounds."""
     insecure: bool = False
     """Do not encrypt, even off this machine."""
@@ -139,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--root-certificates (`python -m fl_server certificates` makes them)",
             flush=True,
         )
-    import httpx
-    from flwr.supernode.cli import flower_supernode
+    with left_out():
+        import httpx
+        from flwr.supernode.cli import flower_supernode
 
     watch = Watch(options.superlink, options.root_certificates, _say)
     watch.start()

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from fl_client.page_release import release_program_pages
+from fl_client.unneeded import left_out
 
 APP, EXECUTOR = "flwr-clientapp", "flower-superexec"
 SHARED = (
@@ -117,7 +118,8 @@ def begin(address: str) -> Forks | None:
         return None
     orders, pipe = os.pipe()
     try:
-        _import(SHARED)
+        with left_out():
+            _import(SHARED)
         process = os.fork()
     except (ImportError, OSError):  # another version of Flower, or no room for a process
         os.close(orders)
@@ -133,10 +135,12 @@ def begin(address: str) -> Forks | None:
 def _import(names: Sequence[str]) -> None:
     """Import modules so that processes forked from this one share their pages."""
     gc.disable()  # what a collection frees leaves holes, and the next object there copies the page
-    for name in names:
-        importlib.import_module(name)
+    try:
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        gc.enable()
     gc.freeze()  # a collection in a child would copy every page that it touches
-    gc.enable()
 
 
 def _serve(orders: int, address: str) -> None:

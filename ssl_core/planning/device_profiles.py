@@ -5,6 +5,7 @@
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from common.command import nearest
 from common.errors import UsageError
@@ -31,13 +32,8 @@ def known_profiles(extra: Path | None = None) -> dict[str, DeviceProfile]:
     Raises:
         UsageError: see `read_profiles`; or a user's profile is named `auto`.
     """
-    with resources.as_file(resources.files(__package__) / "device_profiles.yaml") as path:
-        profiles = read_profiles(path)
-    if extra is not None:
-        profiles |= read_profiles(extra)
-    if AUTO in profiles:
-        raise UsageError(f"{extra}: '{AUTO}' is this machine; give the device another name")
-    return profiles
+    packaged = {name: _profile(name, values, name) for name, values in _packaged().items()}
+    return packaged | _of_user(extra)
 
 
 def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
@@ -47,13 +43,31 @@ def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
         UsageError: no such device; the message names the nearest.
         DataError: this machine's limits cannot be read.
     """
-    profiles = known_profiles(extra)
+    own = _of_user(extra)
     if name == AUTO:
         return this_machine()
-    if name not in profiles:
-        names = [AUTO, *profiles]
+    if name in own:
+        return own[name]
+    packaged = _packaged()
+    if name not in packaged:
+        names = [AUTO, *(packaged | own)]
         raise UsageError(f"no device '{name}'{nearest(name, names)} (known: {', '.join(names)})")
-    return profiles[name]
+    return _profile(name, packaged[name], name)  # checking them all takes a board a second
+
+
+def _packaged() -> dict[str, Any]:
+    """The packaged profiles by name, as they are in the file."""
+    with resources.as_file(resources.files(__package__) / "device_profiles.yaml") as path:
+        return read_yaml(path)
+
+
+def _of_user(path: Path | None) -> dict[str, DeviceProfile]:
+    if path is None:
+        return {}
+    profiles = read_profiles(path)
+    if AUTO in profiles:
+        raise UsageError(f"{path}: '{AUTO}' is this machine; give the device another name")
+    return profiles
 
 
 def _profile(name: str, values: object, where: str) -> DeviceProfile:

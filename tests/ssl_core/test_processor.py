@@ -4,14 +4,18 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from common.errors import UsageError
+from common.settings import from_mapping
+from ssl_core.downstream.task_settings import TaskSettings
 from ssl_core.planning import processor
 from ssl_core.planning.step_plan import Precision
 from ssl_core.training import torch_device
+from ssl_core.training.pretraining_settings import PretrainingSettings
 from ssl_core.training.torch_device import choose_precision
 
 
@@ -134,3 +138,38 @@ def test_one_thread_where_more_would_be_an_illegal_instruction(
         torch.set_num_threads(2)
         processor.use_threads(0)
         assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"device": "mps"}, "device 'mps' is not supported"),
+        ({"device": "gpu"}, "'gpu' is not a torch device"),
+        ({"device": "cpu", "precision": "fp16"}, "torch cannot multiply in fp16"),
+        ({"precision": "fp16", "device": "cuda:99"}, "device 'cuda:99' is not there"),
+    ],
+)
+@pytest.mark.parametrize("kind", [PretrainingSettings, TaskSettings])
+def test_settings_that_this_machine_cannot_follow_are_refused_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], values: dict[str, str], words: str
+) -> None:
+    pretend(monkeypatch, {"fp16": 0.0}, supported=False)
+    with pytest.raises(UsageError, match=words):
+        from_mapping(kind, {"task": "kws12", **values} if kind is TaskSettings else values, "test")
+
+
+@pytest.mark.parametrize("kind", [PretrainingSettings, TaskSettings])
+def test_settings_that_suit_every_machine_are_checked_without_asking_it(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("torch is asked")
+
+    monkeypatch.setattr(torch_device, "choose_device", fail)
+    given = {"task": "kws12"} if kind is TaskSettings else {}
+    for device in ("auto", "cpu"):
+        for precision in ("auto", "fp32"):
+            from_mapping(kind, {**given, "device": device, "precision": precision}, "test")
+    with pytest.raises(UsageError, match="micro-batch and threads must not be below zero"):
+        from_mapping(kind, {**given, "micro_batch": -1}, "test")
