@@ -79,7 +79,7 @@ class DeviceSettings:
     pause_memory: Size = Size(0)
     """Pause training while less memory than this is available, as in 500MB."""
     cold_start: bool = False
-    """Start Python and PyTorch anew in every round: takes seconds longer, and leaves about 260 MB
+    """Start Python and PyTorch anew in every round: takes seconds longer, and leaves about 190 MB
     more to others between rounds."""
     insecure: bool = False
     """Do not encrypt, even off this machine."""

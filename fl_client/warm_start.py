@@ -135,10 +135,12 @@ def begin(address: str) -> Forks | None:
 def _import(names: Sequence[str]) -> None:
     """Import modules so that processes forked from this one share their pages."""
     gc.disable()  # what a collection frees leaves holes, and the next object there copies the page
-    for name in names:
-        importlib.import_module(name)
+    try:
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        gc.enable()
     gc.freeze()  # a collection in a child would copy every page that it touches
-    gc.enable()
 
 
 def _serve(orders: int, address: str) -> None:
