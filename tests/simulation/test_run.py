@@ -23,7 +23,7 @@ RUN = [sys.executable, str(ROOT / "simulation" / "run.py")]
 SMALL = [
     "--model", "tiny", "--architecture.num-hidden-layers", "1", "--length", "1s", "--clients", "4",
     "--clients-per-round", "3", "--local-updates", "2", "--batch", "2", "--eval-crops", "4",
-    "--seed", "7",
+    "--seed", "7", "--workers", "1",
 ]  # fmt: skip
 
 
@@ -78,13 +78,15 @@ def test_a_run_leaves_all_it_promises_and_a_cluster_gives_the_same_bytes(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     kept = ["--rounds", "3", "--keep-optimizer-state", "true"]
-    first = simulate(*SMALL, *kept, "--workers", "1", "--output", str(one))
+    first = simulate(*SMALL, *kept, "--output", str(one))
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip().splitlines()[-1] == str(one)
     assert first.stderr.count("| held out:") == 3
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
     with _cluster(environment) as address:
-        second = simulate(*SMALL, *kept, "--address", address, "--output", str(two))
+        second = simulate(
+            *SMALL, *kept, "--workers", "2", "--address", address, "--output", str(two)
+        )
     assert second.returncode == 0, second.stderr
     assert "on 2 workers" in second.stdout
     assert content(one) == content(two)

@@ -26,7 +26,7 @@ SMALL = [
     "--task", "kws35", "--method", "fedper", "--share", "lora", "--lora-rank", "2", "--clients",
     "3", "--clients-per-round", "3", "--local-updates", "2", "--batch", "4", "--rounds", "4",
     "--recipe.head-rate", "0.05", "--recipe.final-rate", "0.02", "--recipe.backbone-rate", "0.01",
-    "--seed", "7",
+    "--seed", "7", "--workers", "1",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
 
 @pytest.fixture(scope="module")
 def whole(simulator: Simulator) -> "subprocess.CompletedProcess[str]":
-    done = simulator.run("whole", "--workers", "1")
+    done = simulator.run("whole")
     assert done.returncode == 0, done.stderr
     return done
 
@@ -146,7 +146,7 @@ def test_any_number_of_workers_gives_the_same_bytes(simulator: Simulator) -> Non
 def test_sigterm_leaves_a_run_that_goes_on_to_the_same_bytes(simulator: Simulator) -> None:
     run = simulator.folder / "stopped"
     process = subprocess.Popen(
-        simulator.command("--output", str(run), "--workers", "1"),
+        simulator.command("--output", str(run)),
         env=simulator.environment("stopped"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
