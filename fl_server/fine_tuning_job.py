@@ -15,7 +15,8 @@ from fl_client.task_training import Resident
 from fl_server.job import Job, client_rows
 from fl_server.personal_report import write_personal_report
 from fl_server.roster import Client
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from ssl_core.downstream.export import export
 from ssl_core.downstream.lora import merge_lora
 from ssl_core.training import checkpoint

@@ -10,7 +10,8 @@ from torch import Tensor
 from common.units import format_bytes, format_seconds
 from fl_client.federation_settings import RunSettings
 from fl_server.roster import Client
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.training.run_directory import RunDirectory
 
@@ -113,4 +114,8 @@ def describe_round(
         text += f", {skipped} {'clips' if settings.task else 'crops'} skipped"
     if result.failures:
         text += f", {len(result.failures)} of {int(metrics['cohort'])} clients failed"
+    if result.bounded:
+        text += f", {len(result.bounded)} updates bounded"
+    if row.get("undone"):
+        text += ", undone"
     return text

@@ -10,7 +10,7 @@ from torch import Tensor
 from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import held_out, load_manifest
 from fl_server.job import Job, client_rows
-from fl_server.rounds import RoundResult
+from fl_server.round_result import RoundResult
 from partitions.speakers import select
 from ssl_core.training import checkpoint, randomness
 from ssl_core.training import hf_checkpoint as hf

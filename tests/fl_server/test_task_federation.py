@@ -24,7 +24,8 @@ from fl_client.updates import Views
 from fl_server.fine_tuning_job import FineTuning
 from fl_server.job import describe_round
 from fl_server.personal_report import write_personal_report
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from fl_server.server_app import job_of, serve
 from fl_server.status import view
 from ssl_core.downstream.lora import SCALE
