@@ -1,8 +1,8 @@
 """Real faults at random moments of a real federation, and what each one costs.
 
 `python -m benchmarks.faults --runs 10` starts a SuperLink and three SuperNodes on loopback for each
-run and injects one fault. A run whose server side fails is resumed. The disk faults mount a small
-tmpfs, which needs root. The last line is one JSON object.
+run, four where a client lies, and injects one fault. A run whose server side fails is resumed. The
+disk faults mount a small tmpfs, which needs root. The last line is one JSON object.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from benchmarks.fault_injection import FAULTS, take
 from benchmarks.fault_outcome import Outcome, describe, summary
 from benchmarks.fault_trial import Trial
 from benchmarks.flower_processes import write_tones
+from benchmarks.poison import KINDS
 from benchmarks.small_disk import can_mount
 from common import command
 from common.errors import UsageError
@@ -40,8 +41,8 @@ class FaultSettings:
     """LibriSpeech; by default six speakers of tones."""
     faults: Names = Names()
     """Faults to inject in turn: clientapp, supernode, superlink, superlink_memory, serverapp,
-    disk_client, disk_server, network, poisoned, truncated, replayed, hang; by default all that this
-    user may inject."""
+    disk_client, disk_server, network, poisoned, truncated, replayed, hang, and clients that lie in
+    every round: audio, scaled, flipped, noise; by default all that this user may inject."""
     seed: int = 0
     """Seed of the moments, and of the clients that are hit."""
     deadline: float = 40.0
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             encoding = ("int8", "fp32")[(turn + number) % 2]
             if fault == "disk_client":
                 encoding = "int8"  # fp32 keeps nothing on the devices
+            if fault in KINDS:
+                encoding = "fp32"  # as `poison` reads it
             place = folder / f"{number:03d}-{fault}"
             trial = Trial(
                 fault, place, data, rng, encoding, deadline=settings.deadline,
