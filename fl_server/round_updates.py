@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
-from common.units import format_length
 from fl_client import protocol, updates
 from fl_client.encoding import Decoded
 from fl_client.federation_settings import RunSettings
@@ -104,8 +103,9 @@ class RoundUpdates:
         if most <= 0:
             raise RejectedUpdate("the client said that it has no audio when it joined")
         if stated > most:
-            counted, said = (format_length(n / SAMPLE_RATE) for n in (most, stated))
-            self._weights_bounded[client.key] = f"{said} of audio counted as {counted}"
+            self._weights_bounded[client.key] = (
+                f"{stated / SAMPLE_RATE:.3g} s of audio counted as {most / SAMPLE_RATE:.3g} s"
+            )
         return min(int(stated), most)
 
     def _tensors(self, record: ArrayRecord) -> tuple[Update, bool]:

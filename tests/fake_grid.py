@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 
 from fl_client import protocol, updates
+from fl_client.encoding import Encoding, encode
 
 Reply = Callable[[Message], Message]
 
@@ -62,11 +63,14 @@ def update(
     name: str = "w",
     metrics: dict[str, Any] | None = None,
     dtype: type = np.float32,
+    encoding: Encoding = "fp32",
 ) -> Reply:
     """An answer to a train message: `w` and `b` changed by `values` (of `w`) and 0."""
     numbers = dict.fromkeys(protocol.TRAIN_METRICS, 1.0)
     numbers |= {"samples": samples} | (metrics or {})
     arrays: dict[str, Any] = {name: np.array(values, dtype), "b": np.zeros((), dtype)}
+    if encoding != "fp32":
+        arrays = {key: encode(value, encoding) for key, value in arrays.items()}
 
     def answer(message: Message) -> Message:
         if message.metadata.message_type == MessageType.QUERY:  # a notice

@@ -18,6 +18,7 @@ from benchmarks.poison import poison
 from common.errors import UsageError
 from common.units import Seconds
 from fl_client import protocol, updates
+from fl_client.encoding import Encoding
 from fl_client.federation_settings import PretrainingFederation, TaskFederation, from_run_config
 from fl_server.fold import SKETCH, Fold
 from fl_server.guards import Guards, judge, largest_weight
@@ -36,11 +37,11 @@ def in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of(**changes: Any) -> PretrainingFederation:
-    values = {"model": "tiny", "length": Seconds(1), "clients_per_round": 10}
+    values: dict[str, Any] = {"model": "tiny", "length": Seconds(1), "clients_per_round": 10}
     return PretrainingFederation(**(values | changes))
 
 
-OFF = {"norm_bound": 0.0, "against_bound": 0.0}
+OFF: dict[str, Any] = {"norm_bound": 0.0, "against_bound": 0.0}
 
 
 class Lab:
@@ -136,7 +137,7 @@ def test_an_update_counts_for_no_more_audio_than_its_client_can_have(
     assert [client["samples"] for client in result.clients] == [64000, 128000]
     assert result.metrics["weights_bounded"] == 1
     assert result.failures == ()
-    assert result.bounded[0].endswith("s of audio counted as 8s")
+    assert result.bounded[0].endswith(" s of audio counted as 8 s")
     assert result.bounded[0].startswith("client 1: ")
 
 
@@ -298,21 +299,22 @@ def test_a_refusal_that_leaves_too_few_updates_ends_the_run() -> None:
         lab.round(same(4, [1.0, 2.0]) | {4: update([-1.0, -2.0], 16000)})
 
 
-def noisy(rng: np.random.Generator, size: float) -> Reply:
+def noisy(rng: np.random.Generator, size: float, encoding: Encoding = "fp32") -> Reply:
     """An honest update: a common direction, and as much of the client's own."""
-    return update(list(size * (np.array([1.0, 0.5]) + rng.normal(0, 0.4, 2))), 16000)
+    values = size * (np.array([1.0, 0.5]) + rng.normal(0, 0.4, 2))
+    return update(list(values), 16000, encoding=encoding)
 
 
 @pytest.mark.parametrize("encoding", ["fp32", "int8"])
 @pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
-def test_guards_that_find_nothing_change_no_bit(encoding: str, optimizer: str) -> None:
+def test_guards_that_find_nothing_change_no_bit(encoding: Encoding, optimizer: str) -> None:
     """Also while the learning rate warms up and decays, by factors of 4 between two rounds."""
     runs = []
     for changes in ({}, OFF):
-        kinds = {"encoding": "fp32", "server_optimizer": optimizer}
+        kinds: dict[str, Any] = {"encoding": encoding, "server_optimizer": optimizer}
         lab, rng = Lab(**kinds, **changes), np.random.default_rng(5)
         for size in (0.01, 0.04, 0.16, 0.1, 0.02, 0.005):
-            result = lab.round({key: noisy(rng, size) for key in range(6)})
+            result = lab.round({key: noisy(rng, size, encoding) for key in range(6)})
             assert (result.failures, result.bounded) == ((), ())
         runs.append((lab.bits(), [value.tolist() for value in lab.server.tensors().values()]))
     assert runs[0] == runs[1]
