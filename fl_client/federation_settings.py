@@ -59,9 +59,10 @@ class FederationSettings(ComputeSettings):
     of them took. 0 waits for all."""
     wait: float = 600.0
     """Seconds to wait for that many clients to connect."""
-    norm_bound: float = 3.0
+    norm_bound: float = 5.0
     """Longest an update may be, in median norms of its cohort's updates; a longer one is scaled
-    down to that. 0 is no bound."""
+    down to the median. 0 is no bound. A client that begins without the optimizer state that others
+    have kept is about 3 times as long."""
     against_bound: float = 0.9
     """How much a client's updates may point against those of its cohorts of four or more, added up
     over rounds (an update with a flipped sign: about 1 a round), before they are refused. 0 refuses

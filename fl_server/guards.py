@@ -3,8 +3,9 @@
 A **weight** is bounded by what the client said it has when it joined, and by what the run's plan
 lets any client train on. An honest client states no more than either.
 
-A **norm** is bounded by the cohort's median: Adam gives the updates of a round about the same norm,
-whoever trains, and the median holds while fewer than half of the cohort are bad.
+A **norm** is bounded by a multiple of the cohort's median: Adam gives the updates of a round about
+the same norm, whoever trains, and the median holds while fewer than half of the cohort are bad. An
+update beyond the bound is scaled down to the median, as its size says nothing.
 
 A **direction** is judged over several rounds: a flipped sign has a plausible norm, but points
 against the others' updates. One round does not tell, as a client's batch may do so by chance. So
@@ -141,8 +142,8 @@ class Guards:
 
     def scale(self, update: Measured, cohort: Judgement) -> float:
         """What an update is multiplied by; 1 unless it is too long."""
-        longest = self.norm_bound * cohort.norm
-        return longest / update.norm if 0 < longest < update.norm else 1.0
+        too_long = 0 < self.norm_bound * cohort.norm < update.norm
+        return cohort.norm / update.norm if too_long else 1.0
 
     def learn(self, cohort: Judgement) -> None:
         """Take a round's judgement into account, before `refuses` is asked about the round."""

@@ -139,7 +139,7 @@ class RoundUpdates:
             elif scale < 1:
                 shortened += 1
                 times = self._measured[key].norm / cohort.norm
-                what = f"a norm of {times:.3g} medians scaled down to {self.guards.norm_bound:g}"
+                what = f"a norm of {times:.3g} medians of the cohort scaled down to one"
                 bounded[key] = "; ".join(filter(None, (bounded.get(key), what)))
             del record
         self._spool.close()

@@ -184,14 +184,20 @@ def same(count: int, values: list[float]) -> dict[int, Reply]:
     return {key: update(values, 16000) for key in range(count)}
 
 
-def test_a_long_update_is_scaled_down_to_a_multiple_of_the_median_norm() -> None:
+def test_an_update_beyond_the_bound_is_scaled_down_to_the_median_norm() -> None:
     lab = Lab(norm_bound=2.0)
     result = lab.round(same(4, [3.0, 4.0]) | {4: update([12.0, 16.0], 16000)})
-    # The fifth is [6, 8] after: twice the median norm of 5.
-    assert lab.server.weights["w"].tolist() == [np.float32(18 / 5), np.float32(24 / 5)]
-    assert result.bounded == ("client 4: a norm of 4 medians scaled down to 2",)
+    assert lab.server.weights["w"].tolist() == [3.0, 4.0]  # the fifth is [3, 4] after
+    assert result.bounded == ("client 4: a norm of 4 medians of the cohort scaled down to one",)
     assert (result.metrics["norms_bounded"], result.metrics["update_norm"]) == (1, 5.0)
     assert result.metrics["samples"] == 5 * 16000
+
+
+def test_an_update_at_the_bound_is_left_alone() -> None:
+    lab = Lab(norm_bound=4.0)
+    result = lab.round(same(4, [3.0, 4.0]) | {4: update([12.0, 16.0], 16000)})
+    assert result.bounded == ()
+    assert lab.server.weights["w"].tolist() == [np.float32(24 / 5), np.float32(32 / 5)]
 
 
 def test_the_median_of_this_round_counts_not_that_of_the_last_one() -> None:
@@ -372,7 +378,7 @@ def test_what_agrees_is_folded_at_once_and_waits_for_no_one(
     lab.round(same(4, [1.0, 2.0]))
     assert sorted(kept) == [0, 1, 2, 3], "nothing is known before the first round"
     kept.clear()
-    lab.round(same(4, [1.0, 2.0]) | {4: update([5.0, 0.0], 16000)})
+    lab.round(same(4, [1.0, 2.0]) | {4: update([6.0, 0.0], 16000)})
     assert kept == [4]
     kept.clear()
     off = Lab(**OFF)
@@ -435,7 +441,7 @@ def test_who_looks_on_sees_what_was_bounded_and_refused(tmp_path: Path) -> None:
     assert (rows[4]["state"], rows[4]["replies"], rows[4]["failures"]) == ("failed", 0, 1)
     assert rows[4]["error"] == "its updates point against those of the other clients"
     assert (rows[5]["state"], rows[5]["replies"], rows[5]["failures"]) == ("done", 1, 0)
-    assert rows[5]["error"] == "a norm of 6 medians scaled down to 3"
+    assert rows[5]["error"] == "a norm of 6 medians of the cohort scaled down to one"
     assert (rows[0]["state"], rows[0]["error"]) == ("done", "")
 
 
