@@ -255,12 +255,12 @@ class Federation:
         for key in silent:
             refuse(key, why)
         settled = received.settle()
-        for key in received.folded():
-            self.folded[key] = self.broadcast.held[key] = number
+        self.folded |= dict.fromkeys(received.folded(), number)
+        # Who was refused only now has answered, so it holds the round's weights like the others.
+        self.broadcast.held |= dict.fromkeys((*received.folded(), *settled.refused), number)
         for key, reason in sorted((settled.refused | settled.bounded).items()):
             if key in settled.refused:
                 failures.append(f"client {key}: {reason}")
-                self.broadcast.held.pop(key, None)
             if observer is not None:
                 observer.judged(key, key in settled.refused, reason)
         nodes = [client.node for client in cohort if client.key in settled.refused]

@@ -13,6 +13,9 @@ import torch
 from fake_grid import FakeGrid, Reply, description, update
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from benchmarks.poison import poison
 from common.errors import UsageError
@@ -122,6 +125,26 @@ def test_a_weight_of_a_task_is_bounded_by_the_clips_of_the_run(
     )
     assert isinstance(settings, TaskFederation)
     assert largest_weight(Client(0, 1, *client), settings) == seconds * 16000
+
+
+@hypothesis_settings(deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.integers(16000, 40000), min_size=1, max_size=30),
+    length=st.integers(16000, 40000),
+    updates_=st.integers(1, 4),
+    batch=st.integers(1, 4),
+)
+def test_an_honest_client_is_never_bounded(
+    lengths: list[int], length: int, updates_: int, batch: int
+) -> None:
+    """Whatever its sequences, and with crops as long as the run's or, in a fleet, shorter."""
+    settings = settings_of(length=Seconds(2.5), local_updates=updates_, batch=batch)
+    client = Client(0, 1, len(lengths), sum(lengths) / 16000)
+    heard = sorted(samples for samples in lengths if samples >= length)[: updates_ * batch]
+    assert len(heard) * length <= largest_weight(client, settings)
+    # A task's client states all its clips.
+    whole = from_run_config({"task": "kws12", "checkpoint": "random", "rounds": 20, "batch": 4})
+    assert sum(lengths) <= largest_weight(client, whole)
 
 
 @pytest.mark.parametrize("stated", [128001, 1e9, 1e300])
@@ -256,6 +279,7 @@ def test_a_flipped_sign_is_refused_and_its_owner_told() -> None:
     assert (result.metrics["refused"], result.metrics["failures"]) == (1, 1)
     assert result.metrics["bytes_received"] == 4 * size_of([1.0, 2.0])
     assert lab.server.folded == dict.fromkeys(range(4), 0)
+    assert lab.server.broadcast.held == dict.fromkeys(range(5), 0), "it has the round's weights"
     last = lab.grid.sent[-1]
     told = protocol.notice_text(last.content.config_records[protocol.INSTRUCTIONS])
     assert (last.metadata.dst_node_id, "could not use" in told) == (104, True)
