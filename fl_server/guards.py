@@ -8,10 +8,10 @@ the same norm, whoever trains, and the median holds while fewer than half of the
 update beyond the bound is scaled down to the median, as its size says nothing.
 
 A **direction** is judged over several rounds: a flipped sign has a plausible norm, but points
-against the others' updates. One round does not tell, as a client's batch may do so by chance. So
-each client has a score, which grows while its updates point against the others' and falls while
-they do not (a CUSUM chart; Page, 1954). Updates of a client with a high score are refused, until it
-has fallen again.
+against the others' updates, and noise points nowhere. One round does not tell, as a client's batch
+may do so by chance. So each client has a score, which grows while its updates do not point to the
+side of the others' and falls while they do (a CUSUM chart; Page, 1954). Updates of a client with a
+high score are refused, until it has fallen again.
 
 Norms and directions are known once all replies are there, but the server cannot hold them until
 then. It keeps the norm and a sketch of each update, folds most updates at once, and lets those that
@@ -44,6 +44,9 @@ CLEAR = 0.25
 """Median cosine below which a round counts for less. In 28 rounds of ten honest clients of `tiny`
 one update had a cosine of -0.13 where the median was 0.06, and none had one below -0.02 where the
 median was above this."""
+ASIDE = 0.2
+"""Cosine of an update, as a fraction of the median, below which it speaks against its client. Over
+34 rounds the means of ten honest clients of `tiny` were 0.87 to 1.15, and those of noise 0."""
 SPREAD = 0.35
 """Deviation of the cosines, as a fraction of their median, above which a round counts for less."""
 WATCHED = 0.5
@@ -75,9 +78,9 @@ class Judgement(NamedTuple):
     agreement: float
     """Median over the updates of the cosine with the sum of the others; 0 if too few to tell."""
     against: dict[int, float]
-    """How much the update of each client, by key, points against the others': minus its cosine
-    with their sum, as a fraction of the agreement (near -1 for most), and less if the cohort agrees
-    little. Empty if the round shows nothing."""
+    """How much the update of each client, by key, points against the others': `ASIDE` minus its
+    cosine with their sum, as a fraction of the agreement (near -0.8 for most), and less if the
+    cohort agrees little. Empty if the round shows nothing."""
 
 
 def judge(measured: Mapping[int, Measured]) -> Judgement:
@@ -94,7 +97,7 @@ def judge(measured: Mapping[int, Measured]) -> Judgement:
     relative = cosines / agreement
     spread = 1.4826 * float(np.median(np.abs(relative - 1)))  # a deviation, if they are normal
     certainty = min(1.0, agreement / CLEAR, (SPREAD / spread) ** 2 if spread else 1.0)
-    against = np.round(-relative * certainty, 6)
+    against = np.round((ASIDE - relative) * certainty, 6)
     return Judgement(norm, agreement, dict(zip(keys, map(float, against), strict=True)))
 
 

@@ -125,7 +125,7 @@ class RoundUpdates:
             scale = self.guards.scale(self._measured[key], cohort)
             reason = ""
             if self.guards.refuses(key):
-                reason = "its updates point against those of the other clients"
+                reason = "its updates do not point to the side of the other clients'"
             else:
                 try:
                     self._fold(key, record, scale)

@@ -125,7 +125,7 @@ def _guards(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"| updates whose weight, or norm, was bounded | {sums['weights_bounded']}, "
         f"{sums['norms_bounded']} |",
-        f"| updates that pointed elsewhere than the others' | {sums['refused']} |",
+        f"| updates refused, of clients that pushed against the others | {sums['refused']} |",
         f"| rounds undone as they harmed the model | {sums['undone']} |",
     ]
 

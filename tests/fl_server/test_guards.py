@@ -275,7 +275,9 @@ def test_a_flipped_sign_is_refused_and_its_owner_told() -> None:
     lab = Lab()
     result = lab.round(same(4, [1.0, 2.0]) | {4: update([-1.0, -2.0], 16000)})
     assert lab.server.weights["w"].tolist() == [1.0, 2.0]
-    assert result.failures == ("client 4: its updates point against those of the other clients",)
+    assert result.failures == (
+        "client 4: its updates do not point to the side of the other clients'",
+    )
     assert (result.metrics["refused"], result.metrics["failures"]) == (1, 1)
     assert result.metrics["bytes_received"] == 4 * size_of([1.0, 2.0])
     assert lab.server.folded == dict.fromkeys(range(4), 0)
@@ -288,6 +290,16 @@ def test_a_flipped_sign_is_refused_and_its_owner_told() -> None:
 def size_of(values: list[float]) -> int:
     arrays = {"w": np.array(values, np.float32), "b": np.zeros((), np.float32)}
     return updates.size(updates.pack(arrays.items()))
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [2.0, -1.0]])
+def test_updates_that_never_point_to_any_side_are_refused_after_some_rounds(
+    values: list[float],
+) -> None:
+    lab = Lab()
+    answers = same(6, [1.0, 2.0]) | {6: update(values, 16000)}
+    refused = [len(lab.round(answers).failures) for _ in range(7)]
+    assert refused == [0, 0, 0, 0, 1, 1, 1]  # 0.2 a round, and 0.9 is the bound
 
 
 def test_a_repaired_client_takes_part_again_after_some_rounds() -> None:
@@ -451,9 +463,9 @@ def test_a_cohort_is_judged_by_exact_numbers() -> None:
     found = judge(made)
     # Unit vectors u, u, u, v (across) and -u: the others' sum is u + v for each u, 2u for v.
     assert (found.norm, found.agreement) == (5.0, 0.707107)
-    assert found.against[3] == 0
-    assert found.against[4] == pytest.approx(0.948683 / 0.707107, abs=1e-5)
-    assert [found.against[key] for key in (0, 1, 2)] == [-1, -1, -1]
+    assert found.against[3] == 0.2
+    assert found.against[4] == pytest.approx(0.2 + 0.948683 / 0.707107, abs=1e-5)
+    assert [found.against[key] for key in (0, 1, 2)] == [-0.8, -0.8, -0.8]
     assert judge({}) == (0.0, 0.0, {})
 
 
@@ -463,7 +475,7 @@ def test_who_looks_on_sees_what_was_bounded_and_refused(tmp_path: Path) -> None:
     lab.round(same(4, [1.0, 2.0]) | {4: update([-1.0, -2.0], 16000), 5: update([6.0, 12.0], 16000)})
     rows = status.clients
     assert (rows[4]["state"], rows[4]["replies"], rows[4]["failures"]) == ("failed", 0, 1)
-    assert rows[4]["error"] == "its updates point against those of the other clients"
+    assert rows[4]["error"] == "its updates do not point to the side of the other clients'"
     assert (rows[5]["state"], rows[5]["replies"], rows[5]["failures"]) == ("done", 1, 0)
     assert rows[5]["error"] == "a norm of 6 medians of the cohort scaled down to one"
     assert (rows[0]["state"], rows[0]["error"]) == ("done", "")
