@@ -30,6 +30,9 @@ class LossGuard:
     """Perplexity below which a codebook has collapsed."""
     kept: dict[str, float] = dataclasses.field(default_factory=dict)
     """Held-out metrics of the weights that the next round begins with."""
+    trained: bool = False
+    """Whether these are trained weights: the perplexity of random ones may fall to that of a
+    collapsed codebook in the first round of an honest run, and rise again."""
     in_a_row: int = 0
     """Rounds undone since the last one that was kept."""
 
@@ -38,7 +41,8 @@ class LossGuard:
         """The guard of a run. A task's server has no held-out clips: its guard undoes nothing."""
         if isinstance(settings, PretrainingFederation):
             collapsed = COLLAPSED * settings.architecture.num_codevector_groups
-            return cls(settings.loss_margin, settings.undone_rounds, collapsed)
+            trained = settings.checkpoint is not None
+            return cls(settings.loss_margin, settings.undone_rounds, collapsed, trained=trained)
         return cls(0.0, 0)
 
     @property
@@ -53,7 +57,7 @@ class LossGuard:
         why = self._harm(found)
         self.in_a_row = self.in_a_row + 1 if why else 0
         if not why:
-            self.kept = dict(found)
+            self.kept, self.trained = dict(found), True
         return why
 
     def _harm(self, found: Mapping[str, float]) -> str:
@@ -63,7 +67,7 @@ class LossGuard:
         if loss > before * (1 + self.margin):
             return f"the held-out loss rose from {before:.3f} to {loss:.3f}"
         codes, had = found["held_out_perplexity"], self.kept["held_out_perplexity"]
-        if codes < self.collapsed and codes < LEFT * had:
+        if self.trained and codes < self.collapsed and codes < LEFT * had:
             return f"the held-out perplexity fell from {had:.1f} to {codes:.1f}"
         return ""
 
@@ -88,12 +92,16 @@ class LossGuard:
 
     def state(self) -> dict[str, Any]:
         """Values for a checkpoint."""
-        return {"loss_guard": {"kept": self.kept, "in_a_row": self.in_a_row}} if self.kept else {}
+        if not self.kept:
+            return {}
+        names = ("kept", "trained", "in_a_row")
+        return {"loss_guard": {name: getattr(self, name) for name in names}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state; a run that had stopped may undo as many rounds again."""
         values = state.get("loss_guard", {})
         self.kept = dict(values.get("kept", {}))
+        self.trained = bool(values.get("trained", True))
         self.in_a_row = int(values.get("in_a_row", 0))
         if self.in_a_row >= self.most:
             self.in_a_row = 0

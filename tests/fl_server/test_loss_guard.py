@@ -202,14 +202,24 @@ def metrics(loss: float, perplexity: float = 40.0) -> dict[str, float]:
     ],
 )
 def test_what_counts_as_harm(found: dict[str, float], why: str) -> None:
-    guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0))
+    guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0), trained=True)
     assert guard.check(found) == why
     assert guard.kept == (metrics(4.0) if why else found)
     assert guard.in_a_row == int(bool(why))
 
 
+def test_random_weights_may_lose_their_perplexity_in_the_first_round() -> None:
+    guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0, 40.0))
+    assert guard.check(metrics(4.0, 3.0)) == ""
+    assert guard.check(metrics(4.0, 40.0)) == ""
+    assert guard.check(metrics(4.0, 3.0)) == "the held-out perplexity fell from 40.0 to 3.0"
+    given = {"model": "tiny", "checkpoint": "/somewhere"}
+    assert LossGuard.of(from_run_config(given)).trained
+    assert not LossGuard.of(from_run_config({"model": "tiny"})).trained
+
+
 def test_a_codebook_that_is_small_from_the_start_is_not_the_rounds_doing() -> None:
-    guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0, 5.0))
+    guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0, 5.0), trained=True)
     for perplexity in (3.9, 3.0, 2.1):
         assert guard.check(metrics(4.0, perplexity)) == ""
 
