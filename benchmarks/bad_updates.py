@@ -1,4 +1,4 @@
-"""A client that sends poisoned, truncated or replayed updates, for `benchmarks.faults`.
+"""A client that sends poisoned, truncated or replayed updates, or lies, for `benchmarks.faults`.
 
 The SuperNode of one client finds a `flwr-clientapp` that wraps Flower's `ClientApp.__call__` and
 alters the reply, so that all of the project's code runs unchanged.
@@ -19,16 +19,25 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
+sys.path.append(ROOT)  # which the app that Flower installs does not hold
+from benchmarks.poison import KINDS, poison
+
 original = ClientApp.__call__
 
 
 def altered(app, message, context):
     reply = original(app, message, context)
     instructions = message.content.config_records.get("instructions", {})
-    if "round" not in instructions or reply.has_error():
+    if reply.has_error():
+        return reply
+    if FAULT in KINDS:
+        poison(reply, FAULT)
+    if "round" not in instructions:
         return reply
     number, kept = int(instructions["round"]), Path(FOLDER, "reply")
-    if FAULT == "replayed":
+    if FAULT in KINDS:
+        pass
+    elif FAULT == "replayed":
         if number not in ROUNDS:
             kept.write_bytes(pickle.dumps(reply.content))
             return reply
@@ -72,7 +81,7 @@ def write_double(
 
     Args:
         folder: to make.
-        fault: `poisoned`, `truncated` or `replayed`.
+        fault: `poisoned`, `truncated`, `replayed` or one of `poison.KINDS`.
         output: existing folder for `bad.jsonl`, which lists the rounds whose replies were altered.
         rounds: numbers of the rounds to alter, from 0.
         pattern: bytes of a poisoned tensor, see `POISONS`.
@@ -81,6 +90,7 @@ def write_double(
     (folder / "python").symlink_to(sys.executable)
     constants = {
         "FAULT": fault,
+        "ROOT": str(Path(__file__).parents[1]),
         "FOLDER": str(output),
         "ROUNDS": list(rounds),
         "PATTERN": pattern,

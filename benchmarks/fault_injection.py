@@ -13,6 +13,7 @@ from benchmarks.bad_updates import POISONS, write_double
 from benchmarks.fault_lab import read_log
 from benchmarks.fault_outcome import Outcome
 from benchmarks.fault_trial import TRAIN, UP, TimeUp, Trial
+from benchmarks.poison import KINDS
 from benchmarks.small_disk import fill, small_disk
 from benchmarks.tcp_proxy import Proxy
 
@@ -148,6 +149,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "truncated": send_bad_updates,
     "replayed": send_bad_updates,
     "hang": hang,
+    **dict.fromkeys(KINDS, send_bad_updates),
 }
 
 
@@ -168,7 +170,8 @@ def _add_proxy(trial: Trial) -> None:
 
 def _add_double(trial: Trial) -> None:
     folder = trial.lab.folder / "double"
-    write_double(folder, trial.fault, trial.lab.folder, [trial.at], trial.rng.choice(POISONS))
+    rounds = range(trial.rounds) if trial.fault in KINDS else [trial.at]
+    write_double(folder, trial.fault, trial.lab.folder, rounds, trial.rng.choice(POISONS))
     trial.lab.doubles[trial.victim] = folder
 
 
@@ -176,7 +179,7 @@ PREPARE: dict[str, Callable[[Trial], None]] = {
     "disk_client": _mount_state,
     "disk_server": _mount_output,
     "network": _add_proxy,
-    **dict.fromkeys(("poisoned", "truncated", "replayed"), _add_double),
+    **dict.fromkeys(("poisoned", "truncated", "replayed", *KINDS), _add_double),
 }
 
 

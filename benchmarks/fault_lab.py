@@ -20,14 +20,18 @@ NODES = 3
 class Lab:
     """A SuperLink, its SuperNodes and the processes they start, in a folder of their own."""
 
-    def __init__(self, folder: Path, data: Path, database: bool = False) -> None:
+    def __init__(
+        self, folder: Path, data: Path, database: bool = False, nodes: int = NODES
+    ) -> None:
         """Make the folder; nothing is started.
 
         Args:
             folder: new.
             data: corpus in LibriSpeech's layout, divided among the nodes.
             database: whether the SuperLink keeps its state on disk.
+            nodes: how many SuperNodes to start.
         """
+        self.count = nodes
         self.folder, self.data, self.database = folder, data, database
         folder.mkdir(parents=True)
         (folder / "tmp").mkdir()
@@ -83,7 +87,7 @@ class Lab:
     def start_node(self, number: int) -> None:
         """Start or restart a SuperNode."""
         words = [
-            "--device", "auto", "--data", str(self.data), "--partition", f"{number}/{NODES}",
+            "--device", "auto", "--data", str(self.data), "--partition", f"{number}/{self.count}",
             "--superlink", f"127.0.0.1:{self.ways.get(number, self.port)}",
         ]  # fmt: skip
         launch = ["-m", "fl_client"]

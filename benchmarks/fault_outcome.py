@@ -36,7 +36,9 @@ class Outcome:
     clients_not_back: int = 0
     """Clients missing from the last round."""
     bad_updates_folded: int = 0
-    """Poisoned, truncated or replayed updates that were folded into the model."""
+    """Poisoned, truncated or replayed updates, and a liar's, that were folded as they came."""
+    bad_updates_bounded: int = 0
+    """A liar's updates of which the weight or the norm was bounded."""
     resumed: int = 0
     """How often the run was resumed."""
     seconds: float = 0.0
@@ -82,7 +84,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         name: sum(int(getattr(outcome, name)) for outcome in outcomes)
         for name in (
             "completed", "rounds_lost", "audio_counted_twice", "state_lost", "updates_lost",
-            "clients_not_back", "bad_updates_folded", "resumed",
+            "clients_not_back", "bad_updates_folded", "bad_updates_bounded", "resumed",
         )
     }  # fmt: skip
 
@@ -95,7 +97,7 @@ def describe(outcome: Outcome) -> str:
     told += [
         f"{name.replace('_', ' ')} {int(values[name])}"
         for name in ("rounds_lost", "audio_counted_twice", "state_lost", "updates_lost",
-                     "clients_not_back", "bad_updates_folded")
+                     "clients_not_back", "bad_updates_folded", "bad_updates_bounded")
         if values[name]
     ]  # fmt: skip
     return "  ".join([*told, *(f"[{note}]" for note in outcome.notes)])

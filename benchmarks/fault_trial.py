@@ -14,7 +14,9 @@ import psutil
 
 from benchmarks.fault_lab import NODES, Lab, read_log
 from benchmarks.fault_outcome import Outcome, failures_of, lost_states, resume_problems
+from benchmarks.poison import KINDS
 from common.errors import ShortwaveError
+from fl_server.guards import SMALLEST_COHORT
 from ssl_core.training import checkpoint
 from ssl_core.training.run_directory import RunDirectory
 
@@ -64,11 +66,13 @@ class Trial:
         """
         self.fault, self.rng, self.encoding, self.deadline = fault, rng, encoding, deadline
         self.patience, self.latest = patience, latest
-        self.rounds = rounds or (4 if fault in ("hang", "supernode") else 3)
+        lies = fault in KINDS
+        self.rounds = rounds or (4 if lies or fault in ("hang", "supernode") else 3)
         self.at = rng.randrange(min(2, self.rounds - 1)) if fault != "replayed" else 1
         """Round of the fault, from 0; later rounds are for recovery."""
-        self.victim = rng.randrange(NODES)
-        self.lab = Lab(folder, data, database=fault == "superlink")
+        nodes = SMALLEST_COHORT if lies else NODES
+        self.victim = rng.randrange(nodes)
+        self.lab = Lab(folder, data, fault == "superlink", nodes)
         self.output = folder / "run"
         self.outcome = Outcome(fault, encoding)
         self.outcome.notes.append(f"client {self.victim}, round {self.at + 1} of {self.rounds}")
@@ -170,7 +174,7 @@ class Trial:
         """Start `flwr run` for a new run, or to resume it."""
         given = {
             "model": "tiny", "architecture.num-hidden-layers": 1, "length": "1s", "batch": 2,
-            "local-updates": 1, "rounds": self.rounds, "clients-per-round": NODES,
+            "local-updates": 1, "rounds": self.rounds, "clients-per-round": self.lab.count,
             "min-clients": 1, "deadline": self.deadline, "patience": self.patience,
             "encoding": self.encoding, "eval-crops": 4,
             "data": str(self.lab.data), "resume" if resume else "output": str(self.output),
@@ -186,9 +190,9 @@ class Trial:
         lab = self.lab
         lab.start_link()
         self.wait(lambda: UP in read_log(lab.link_log), "the SuperLink is up")
-        for number in range(NODES):
+        for number in range(lab.count):
             lab.start_node(number)
-        for number in range(NODES):
+        for number in range(lab.count):
             log = lab.node_log(number)
             self.wait(lambda log=log: "SuperNode ID:" in read_log(log), "a SuperNode is up")  # type: ignore[misc]
         self.launch()
@@ -248,17 +252,20 @@ class Trial:
         outcome.completed = self.whole()
         problems = resume_problems(self.output, rows)
         last_keys = {client["key"] for client in rows[-1]["clients"]} if rows else set()
-        outcome.clients_not_back = NODES - len(last_keys)
+        outcome.clients_not_back = self.lab.count - len(last_keys)
         bad = [int(line) for line in read_log(self.lab.folder / "bad.jsonl").split()]
         for row in rows:
             clients = row["clients"]
             keys = [client["key"] for client in clients]
-            outcome.updates_lost += NODES - len(set(keys))
+            outcome.updates_lost += self.lab.count - len(set(keys))
             heard = round(sum(client["seconds"] for client in clients) * 16_000)
             if len(set(keys)) < len(keys) or heard != round(row["samples"]):
                 outcome.audio_counted_twice = True
                 outcome.notes.append(f"round {row['step']}: clients {keys}, {heard} samples")
             if row["step"] - 1 in bad and self.victim in keys:
+                if row["weights_bounded"] or row["norms_bounded"]:
+                    outcome.bad_updates_bounded += 1
+                    continue
                 outcome.bad_updates_folded += 1
                 outcome.audio_counted_twice |= self.fault == "replayed"
         steps = [row["step"] for row in rows]

@@ -1,9 +1,9 @@
 """Real faults at random moments of a real federation, and what each one costs.
 
 `python -m benchmarks.faults --runs 10` starts a SuperLink and three SuperNodes on loopback for each
-run and injects one fault. A run whose server side fails is resumed. The disk faults mount a small
-tmpfs, which needs root. With `--simulation true` the federation is a simulation on Ray, whose
-processes are killed. The last line is one JSON object.
+run, four where a client lies, and injects one fault. A run whose server side fails is resumed. The
+disk faults mount a small tmpfs, which needs root. With `--simulation true` the federation is a
+simulation on Ray, whose processes are killed. The last line is one JSON object.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from benchmarks.fault_injection import FAULTS, take
 from benchmarks.fault_outcome import Outcome, describe, summary
 from benchmarks.fault_trial import Trial
 from benchmarks.flower_processes import write_tones
+from benchmarks.poison import KINDS
 from benchmarks.small_disk import can_mount
 from common import command, strict_json
 from common.errors import UsageError
@@ -44,8 +45,8 @@ class FaultSettings:
     """LibriSpeech; by default six speakers of tones."""
     faults: Names = Names()
     """Faults to inject in turn: clientapp, supernode, superlink, superlink_memory, serverapp,
-    disk_client, disk_server, network, poisoned, truncated, replayed, hang; by default all that this
-    user may inject."""
+    disk_client, disk_server, network, poisoned, truncated, replayed, hang, and clients that lie in
+    every round: audio, scaled, flipped, noise; by default all that this user may inject."""
     seed: int = 0
     """Seed of the moments, and of the clients that are hit."""
     deadline: float = 40.0
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             encoding = ("int8", "fp32")[(turn + number) % 2]
             if fault == "disk_client":
                 encoding = "int8"  # fp32 keeps nothing on the devices
+            if fault in KINDS:
+                encoding = "fp32"  # as `poison` reads it
             place = folder / f"{number:03d}-{fault}"
             trial = Trial(
                 fault, place, data, rng, encoding, deadline=settings.deadline,

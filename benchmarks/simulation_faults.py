@@ -6,7 +6,6 @@ them gets SIGKILL, or the command SIGTERM. A run that fails is resumed.
 
 import contextlib
 import dataclasses
-import os
 import random
 import shutil
 import signal
@@ -175,7 +174,7 @@ def take(
 def _inject(fault: str, run: Run, rng: random.Random) -> None:
     """Kill a process of the run, as soon as there is one of that kind."""
     if fault in ("command", "sigterm"):
-        os.kill(run.process.pid, signal.SIGTERM if fault == "sigterm" else signal.SIGKILL)
+        run.process.send_signal(signal.SIGTERM if fault == "sigterm" else signal.SIGKILL)
         return
     found: list[psutil.Process] = []
 

@@ -60,6 +60,14 @@ class FederationSettings(ComputeSettings):
     of them took. 0 waits for all."""
     wait: float = 600.0
     """Seconds to wait for that many clients to connect."""
+    norm_bound: float = 5.0
+    """Longest an update may be, in median norms of its cohort's updates; a longer one is scaled
+    down to the median. 0 is no bound. A client that begins without the optimizer state that others
+    have kept is about 3 times as long."""
+    against_bound: float = 0.9
+    """How much a client's updates may point against those of its cohorts of four or more, added up
+    over rounds (a flipped sign: about 1.2 a round; noise: 0.2), before they are refused. 0 refuses
+    none."""
     keep: int = 2
     """Checkpoints to keep."""
     output: Path | None = None
@@ -82,6 +90,10 @@ class FederationSettings(ComputeSettings):
                 raise UsageError(f"{field.name.replace('_', '-')} must be finite, not {value}")
         if self.deadline < 0 or self.patience < 0:
             raise UsageError("deadline and patience must not be below zero")
+        if self.norm_bound and not self.norm_bound >= 1:
+            raise UsageError(f"norm-bound must be 0 or at least 1, not {self.norm_bound}")
+        if not self.against_bound >= 0:
+            raise UsageError(f"against-bound must not be below zero, not {self.against_bound}")
         if self.server_rate < 0 or not 0 <= self.server_momentum < 1:
             raise UsageError("server-rate must not be below zero, server-momentum in [0, 1)")
         super().validate()  # type: ignore[misc]
@@ -107,6 +119,11 @@ class PretrainingFederation(FederationSettings, PretrainingSettings):
     time_limit: Seconds | None = None
     """Longest time an update may take a device of the fleet, as in `60s`: slower ones train on
     shorter crops, down to 1s, of the same sequences."""
+    loss_margin: float = 0.1
+    """Fraction by which a round may raise the held-out loss; a round that raises it more, or
+    collapses the codebook, is undone. 0 undoes none."""
+    undone_rounds: int = 3
+    """Rounds undone in a row after which the run stops; it can be resumed."""
 
     def validate(self) -> None:
         """Check values and that they fit together.
@@ -117,6 +134,9 @@ class PretrainingFederation(FederationSettings, PretrainingSettings):
         super().validate()
         if not 0 <= self.held_out < 1:
             raise UsageError(f"held-out is a fraction of speakers in [0, 1), not {self.held_out}")
+        if not self.loss_margin >= 0:
+            raise UsageError(f"loss-margin must not be below zero, not {self.loss_margin}")
+        self.require_at_least(1, "undone_rounds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Messages of server and clients: record names, instructions, the fixed lists of metrics."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -152,10 +153,16 @@ def instructions(**values: int | float | str) -> ConfigRecord:
             first update), `updates` (how many to take), `encoding` of the weights, `base_round`
             (round to whose weights they are added; -1 for whole weights), `folded_round` (last
             round in which this client's update was folded; -1 for none); for a task, `backbone`
-            (digest of the backbone that all clients start from); for pretraining, `architecture`
-            (see `architecture_text`). A query has only `ask="describe"`, or is a `notice`.
+            (digest of the backbone that all clients start from) and, where the head is shared,
+            `labels` (see `labels_digest`); for pretraining, `architecture` (see
+            `architecture_text`). A query has only `ask="describe"`, or is a `notice`.
     """
     return ConfigRecord(dict(values))
+
+
+def labels_digest(labels: Sequence[str]) -> str:
+    """Digest of a task's labels in their order, which is that of the head's outputs."""
+    return hashlib.sha256(strict_json.dumps(list(labels)).encode()).hexdigest()
 
 
 def architecture_text(config: ModelConfig) -> str:

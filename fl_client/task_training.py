@@ -128,6 +128,12 @@ def train_task_round(
         raise protocol.ProtocolError(
             f"the checkpoint '{settings.checkpoint}' of this device is not that of the server"
         )
+    labels = instructions.get("labels")
+    if labels is not None and labels != protocol.labels_digest(clips.labels):
+        raise protocol.ProtocolError(
+            f"the {len(clips.labels)} labels of this device's corpus are not those of the server, "
+            "with which it shares a head"
+        )
     client = ClientRound(settings, instructions, clips.key, chosen, budget, limits, state, started)
     client.receive(own, weights)
     trained = client.run(lambda: _train(own, clips, client, settings, evaluate_only))

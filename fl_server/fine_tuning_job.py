@@ -10,13 +10,15 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from common.errors import DataError, UsageError
+from fl_client import protocol
 from fl_client.federation_settings import TaskFederation
 from fl_client.task_data import load_pool
 from fl_client.task_training import Resident
 from fl_server.job import Job, client_rows
 from fl_server.personal_report import write_personal_report
 from fl_server.roster import Client
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from partitions.corpus_record import CorpusRecord
 from ssl_core.downstream.export import export
 from ssl_core.downstream.lora import merge_lora
@@ -47,8 +49,10 @@ class FineTuning(Job):
         if self.own.model.upstream.note:
             print(self.own.model.upstream.note, flush=True)
         self.weights = dict(self.own.state_dict())
-        self.backbone = self.own.backbone
-        self.record = CorpusRecord(labels=self.labels or None, backbone=self.backbone)
+        self.told = {"backbone": self.own.backbone}
+        if self.labels:
+            self.told["labels"] = protocol.labels_digest(self.labels)
+        self.record = CorpusRecord(labels=self.labels or None, backbone=self.own.backbone)
 
     def restore(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Load the shared part; returns the checkpoint's state and other tensors, each `[...]`.

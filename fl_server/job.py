@@ -10,7 +10,8 @@ from torch import Tensor
 from common.units import format_bytes, format_seconds
 from fl_client.federation_settings import RunSettings
 from fl_server.roster import Client
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from partitions.corpus_record import NOTHING
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.training.run_directory import RunDirectory
@@ -23,12 +24,11 @@ class Job:
 
     weights: dict[str, Tensor]
     """Global weights by parameter name, each `[...]`; each round changes them in place."""
-    backbone = ""
-    """Digest of the backbone that all clients start from, if the weights do not hold it."""
+    told: Mapping[str, str] = {}
+    """What clients are told in every round, by the names of `protocol.instructions`, so that none
+    trains something else."""
     record = NOTHING
     """Of the corpus that the server reads, with which a resumed run is compared."""
-    architecture = ""
-    """JSON of the architecture that clients train, if their settings do not hold it."""
 
     def start(self) -> list[str]:
         """Load the weights that the settings name, for a run without a checkpoint.
@@ -123,4 +123,8 @@ def describe_round(
         text += f", {skipped} {'clips' if settings.task else 'crops'} skipped"
     if result.failures:
         text += f", {len(result.failures)} of {int(metrics['cohort'])} clients failed"
+    if result.bounded:
+        text += f", {len(result.bounded)} updates bounded"
+    if row.get("undone"):
+        text += ", undone"
     return text

@@ -11,7 +11,7 @@ from fl_client import protocol
 from fl_client.federation_settings import PretrainingFederation
 from fl_client.local_data import held_out, load_manifest
 from fl_server.job import Job, client_rows
-from fl_server.rounds import RoundResult
+from fl_server.round_result import RoundResult
 from partitions.corpus_record import record_of
 from partitions.speakers import select
 from ssl_core.training import checkpoint, randomness
@@ -43,7 +43,7 @@ class Pretraining(Job):
             self.model = PretrainingModel(self.config)
         # They share the model's memory, so there is one copy.
         self.weights = dict(self.model.state_dict())
-        self.architecture = protocol.architecture_text(self.config)
+        self.told = {"architecture": protocol.architecture_text(self.config)}
         self.alarm = CollapseAlarm(self.config)
         self.crops: CropBatch | None = None
         if not settings.held_out or not settings.eval_crops:

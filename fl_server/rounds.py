@@ -4,10 +4,10 @@ It talks only to a Flower Grid, so it runs unchanged over a SuperLink, Flower's 
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -15,44 +15,24 @@ from torch import Tensor
 
 from fl_client import protocol, updates
 from fl_client.federation_settings import RunSettings, TaskFederation
-from fl_client.protocol import ProtocolError
 from fl_server.broadcast import PREFIX, WHOLE, Broadcast
-from fl_server.fold import RejectedUpdate
-from fl_server.replies import metrics_in, replies_of, tell
+from fl_server.collecting import collect
+from fl_server.guards import Guards
+from fl_server.replies import metrics_in, tell
 from fl_server.roster import Client, RoundFailed, choose_cohort
+from fl_server.round_result import Observer, RoundResult
 from fl_server.round_updates import RoundUpdates
 from fl_server.server_optimizer import ServerOptimizer
 from ssl_core.training.schedule import gumbel_temperature, learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundResult:
-    """What a round did."""
+class _Before:
+    """What a round changes, as it was before."""
 
-    number: int
-    """From 0."""
-    metrics: dict[str, float]
-    """Means over clients, weighted by audio; counts and bytes are sums."""
-    clients: tuple[dict[str, float], ...]
-    """Metrics of each client whose update was folded, with its `key`, ordered by key."""
-    failures: tuple[str, ...]
-    """A line for each other client of the cohort."""
-
-
-class Observer(Protocol):
-    """Is told what happens in a round."""
-
-    def began(self, number: int, cohort: Sequence[Client]) -> None:
-        """Round `number` is being sent to its cohort."""
-
-    def replied(self, key: int, metrics: dict[str, float] | None, error: str = "") -> None:
-        """A client has answered, or is known not to.
-
-        Args:
-            key: the client's number.
-            metrics: those of a folded update; None if there is none.
-            error: why there is none.
-        """
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    folded: dict[int, int]
 
 
 class Federation:
@@ -64,7 +44,8 @@ class Federation:
         optimizer: ServerOptimizer,
         settings: RunSettings,
         run: str = "run",
-        backbone: str = "",
+        told: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Start from the given weights.
 
@@ -74,15 +55,19 @@ class Federation:
             optimizer: applies the mean update.
             settings: of the run.
             run: identity of the run.
-            backbone: for a task, digest of the backbone that all clients start from.
+            told: what clients are told in every round, see `Job.told`.
+            folder: where updates wait that are not folded at once; None is the system's temporary
+                folder.
         """
         self.weights, self.optimizer, self.settings = weights, optimizer, settings
-        self.run = run
-        self.base = {"backbone": backbone} if backbone else {}
+        self.run, self.folder = run, folder
+        self.told = dict(told or {})
         self.broadcast = Broadcast(settings.encoding)
         self.shapes = {name: tuple(value.shape) for name, value in weights.items()}
         self.folded: dict[int, int] = {}
         """Last round in which a client's update was folded, by key."""
+        self.guards = Guards(settings)
+        self._before: _Before | None = None
 
     def round(
         self,
@@ -90,6 +75,7 @@ class Federation:
         clients: list[Client],
         number: int,
         observer: Observer | None = None,
+        undoable: bool = False,
     ) -> RoundResult:
         """Take one round.
 
@@ -98,6 +84,7 @@ class Federation:
             clients: those connected.
             number: round, from 0.
             observer: is told what happens.
+            undoable: whether `undo` may follow; it takes another copy of what the round changes.
 
         Raises:
             RoundFailed: fewer than `min_clients` updates could be folded.
@@ -107,10 +94,14 @@ class Federation:
         messages, sent = self._train_messages(cohort, number)
         if observer is not None:
             observer.began(number, cohort)
-        received = RoundUpdates(self.shapes, self.settings, number)
-        failures = self._fold_replies(grid, messages, cohort, received, observer)
+        before = _Before({}, dict(self.optimizer.state), dict(self.folded))
+        received = RoundUpdates(self.shapes, self.settings, number, self.guards, self.folder)
+        failures, bounded = self._fold_replies(grid, messages, cohort, received, observer)
         self._require_enough(received, cohort, failures)
-        self.optimizer.apply(self.weights, received.fold.mean())
+        self._before = before if undoable else None
+        self.optimizer.apply(
+            self.weights, received.fold.mean(), before.weights if undoable else None
+        )
         metrics = received.averages() | {
             "cohort": len(cohort),
             "failures": len(failures),
@@ -119,7 +110,21 @@ class Federation:
             "round_seconds": time.monotonic() - started,
         }
         metrics |= self._schedule(number)
-        return RoundResult(number, metrics, received.clients(), tuple(sorted(failures)))
+        return RoundResult(
+            number, metrics, received.clients(), tuple(sorted(failures)), tuple(sorted(bounded))
+        )
+
+    def undo(self) -> None:
+        """Go back to the weights and the server optimizer's state from before the last round.
+
+        What clients hold of the broadcast stays as it is, since they have received it, and so does
+        what the guards have learnt of them.
+        """
+        assert self._before is not None, "the round was not undoable"
+        for name, value in self._before.weights.items():
+            self.weights[name].copy_(value)
+        self.optimizer.state = self._before.moments
+        self.folded, self._before = self._before.folded, None
 
     def evaluate(
         self, grid: Grid, clients: list[Client], number: int
@@ -147,7 +152,7 @@ class Federation:
         def refuse(key: int, reason: str) -> None:
             failures.append(f"client {key}: {reason}")
 
-        silent = self._collect(grid, messages, clients, take, refuse, number)
+        silent = collect(grid, messages, clients, take, refuse, self.settings, number)
         if silent:
             failures.append(f"{len(silent)} clients did not answer")
         return found, tuple(sorted(failures))
@@ -155,7 +160,7 @@ class Federation:
     def state(self, number: int) -> dict[str, Any]:
         """The state for a checkpoint after round `number`; nothing in it depends on the time."""
         settings = self.settings
-        kept: dict[str, Any] = {}
+        kept: dict[str, Any] = self.guards.state()
         lossy = settings.encoding != "fp32"
         if lossy or settings.keep_optimizer_state:  # clients go on from their last folded round
             kept["folded"] = self.folded
@@ -177,6 +182,7 @@ class Federation:
         """Continue from a checkpoint's `state` and `tensors`, each `[...]`."""
         sent = {name: value for name, value in tensors.items() if name.startswith(PREFIX)}
         self.optimizer.state = {n: value for n, value in tensors.items() if n not in sent}
+        self.guards.restore(state)
         self.broadcast.load(sent, state.get("held", {}))
         self.folded = {int(key): number for key, number in state.get("folded", {}).items()}
 
@@ -195,7 +201,7 @@ class Federation:
         def instructions(client: Client) -> ConfigRecord:
             return protocol.instructions(
                 run=self.run,
-                **self.base,
+                **self.told,
                 round=number,
                 first_update=number * settings.local_updates,
                 updates=settings.local_updates if train else 0,
@@ -223,13 +229,16 @@ class Federation:
         cohort: list[Client],
         received: RoundUpdates,
         observer: Observer | None,
-    ) -> list[str]:
-        """Send a round's messages and fold the replies; a line for each client that failed."""
+    ) -> tuple[list[str], list[str]]:
+        """Send a round's messages and fold the replies.
+
+        Returns:
+            A line for each client that failed, and for each folded update that was bounded.
+        """
         failures: list[str] = []
 
         def take(client: Client, reply: Message) -> None:
-            metrics = received.add(client.key, reply)
-            self.folded[client.key] = self.broadcast.held[client.key] = received.number
+            metrics = received.add(client, reply)
             if observer is not None:
                 observer.replied(client.key, metrics)
 
@@ -239,51 +248,24 @@ class Federation:
             if observer is not None:
                 observer.replied(key, None, reason)
 
-        silent = self._collect(grid, messages, cohort, take, refuse, received.number)
-        limited = self.settings.deadline or self.settings.patience
+        settings, number = self.settings, received.number
+        silent = collect(grid, messages, cohort, take, refuse, settings, number)
+        limited = settings.deadline or settings.patience
         why = "no answer in time" if limited else "the message could not be sent"
         for key in silent:
             refuse(key, why)
-        return failures
-
-    def _collect(
-        self,
-        grid: Grid,
-        messages: list[Message],
-        clients: list[Client],
-        take: Callable[[Client, Message], None],
-        refuse: Callable[[int, str], None],
-        number: int,
-    ) -> set[int]:
-        """Send messages and pass each reply to `take`; the keys of clients that did not answer.
-
-        Where `take` raises, `refuse` gets the client's key and the reason. The owner of a device
-        whose answer is refused is told.
-
-        Args:
-            grid: connects to the clients.
-            messages: for each client.
-            clients: those asked.
-            take: uses a reply.
-            refuse: notes a failure.
-            number: round, from 0.
-        """
-        by_node = {client.node: client for client in clients}
-        silent = {client.key for client in clients}
-        limit = self.settings.deadline or math.inf
-        rejected = []
-        for node, reply in replies_of(grid, messages, limit, self.settings.patience):
-            client = by_node[node]
-            silent.discard(client.key)
-            try:
-                take(client, reply)
-            except (ProtocolError, RejectedUpdate) as error:
-                refuse(client.key, str(error))
-                if not reply.has_error():
-                    rejected.append(node)
-            del reply  # before the next one comes
-        tell(grid, rejected, protocol.notice("rejected", number + 1))
-        return silent
+        settled = received.settle()
+        self.folded |= dict.fromkeys(received.folded(), number)
+        # Who was refused only now has answered, so it holds the round's weights like the others.
+        self.broadcast.held |= dict.fromkeys((*received.folded(), *settled.refused), number)
+        for key, reason in sorted((settled.refused | settled.bounded).items()):
+            if key in settled.refused:
+                failures.append(f"client {key}: {reason}")
+            if observer is not None:
+                observer.judged(key, key in settled.refused, reason)
+        nodes = [client.node for client in cohort if client.key in settled.refused]
+        tell(grid, nodes, protocol.notice("rejected", number + 1))
+        return failures, [f"client {key}: {what}" for key, what in settled.bounded.items()]
 
     def _require_enough(
         self, received: RoundUpdates, cohort: list[Client], failures: list[str]

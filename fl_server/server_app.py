@@ -18,9 +18,11 @@ from common.progress import bar_of
 from fl_client.federation_settings import RunSettings, TaskFederation, from_run_config
 from fl_server.fine_tuning_job import FineTuning
 from fl_server.job import Job, describe_round
+from fl_server.loss_guard import LossGuard
 from fl_server.pretraining_job import Pretraining
 from fl_server.roster import Roster
-from fl_server.rounds import Federation, RoundResult
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from fl_server.server_optimizer import ServerOptimizer
 from fl_server.status import Status
 from partitions.corpus_record import NOTHING, CorpusRecord
@@ -33,7 +35,10 @@ from ssl_core.training.run_directory import RunDirectory, open_run
 
 app = ServerApp()
 
-_FREE = {"output", "resume", "keep", "wait", "min_clients", "deadline", "patience"}
+_FREE = {
+    "output", "resume", "keep", "wait", "min_clients", "deadline", "patience", "loss_margin",
+    "undone_rounds",
+}  # fmt: skip
 """Settings that may change when a run is resumed."""
 
 
@@ -142,10 +147,11 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
         optimizer = ServerOptimizer(
             settings.server_optimizer, settings.server_rate, settings.server_momentum
         )
-        federation = Federation(job.weights, optimizer, settings, run.identity(), job.backbone)
-        if job.architecture:
-            federation.base["architecture"] = job.architecture
-        first = _start(job, federation, run, say)
+        federation = Federation(
+            job.weights, optimizer, settings, run.identity(), job.told, run.path
+        )
+        guard = LossGuard.of(settings)
+        first = _start(job, federation, guard, run, say)
         if settings.resume:
             run.rewind(first + 1)
         checkpoint.prune(run.checkpoints, settings.keep)
@@ -158,14 +164,17 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
             status.advance = functools.partial(progress.advance, bar)
             for number in range(first, settings.rounds):
                 clients = clients if number == first else roster.refresh()
-                result = federation.round(grid, clients, number, status)
-                row = _log_and_save(job, federation, run, result)
+                result = federation.round(grid, clients, number, status, guard.watches)
+                row, harm = _log_and_save(job, federation, guard, run, result)
                 say(describe_round(job, result, row, settings))
-                for failure in result.failures:
-                    say(f"  {failure}")
+                for line in (*result.failures, *result.bounded):
+                    say(f"  {line}")
                 warning = job.warning(result)
-                if warning:
+                if harm:
+                    say(f"round {number + 1} is undone: {harm}", "yellow")
+                elif warning:
                     say(warning, "yellow")
+                guard.require_progress(run.path)
         for line in job.finish(federation, grid, clients, run):
             say(line)
     except KeyboardInterrupt:
@@ -178,36 +187,53 @@ def serve(grid: Grid, settings: RunSettings, manifest: str = "") -> Path:
     return run.path
 
 
-def _start(job: Job, federation: Federation, run: RunDirectory, say: Callable[[str], None]) -> int:
+def _start(
+    job: Job,
+    federation: Federation,
+    guard: LossGuard,
+    run: RunDirectory,
+    say: Callable[[str], None],
+) -> int:
     """Restore the newest checkpoint, if there is one; the round to take next."""
     saved = checkpoint.latest(run.checkpoints)
+    first = 0
     if saved is None:
         for line in job.start():
             say(line)
-        return 0
-    state, tensors = job.restore(saved)
-    federation.restore(state, tensors)
-    first = int(state["next_round"])
-    say(f"going on with {run.path} at round {first + 1} of {federation.settings.rounds}")
+    else:
+        state, tensors = job.restore(saved)
+        federation.restore(state, tensors)
+        guard.restore(state)
+        first = int(state["next_round"])
+        say(f"going on with {run.path} at round {first + 1} of {federation.settings.rounds}")
+    if guard.margin and not guard.kept:
+        guard.kept = job.evaluate()
     return first
 
 
 def _log_and_save(
-    job: Job, federation: Federation, run: RunDirectory, result: RoundResult
-) -> dict[str, Any]:
-    """Evaluate, log and save a round; its logged metrics.
+    job: Job, federation: Federation, guard: LossGuard, run: RunDirectory, result: RoundResult
+) -> tuple[dict[str, Any], str]:
+    """Evaluate a round, undo it if it did harm, log and save it.
 
     It is logged first: a round that is logged but not saved is taken and logged again.
+
+    Returns:
+        The logged metrics, where the held-out ones are of the weights that are kept, and the harm.
 
     Raises:
         Diverged: the weights or the held-out loss are not finite.
     """
     started = time.monotonic()
-    row = job.row(result) | job.evaluate()
+    found = job.evaluate()
+    harm = guard.check(found)
+    if harm:
+        federation.undo()
+    row = job.row(result) | (guard.kept if harm else found) | {"undone": int(bool(harm))}
     run.log(result.number + 1, row | {"evaluate_seconds": time.monotonic() - started})
     watch = Watch(lambda: checkpoint.latest(run.checkpoints))
     watch.require_finite("held-out loss", row.get("held_out_loss", 0.0), row["updates_done"])
     path = run.checkpoints / f"round-{result.number + 1:05d}"
-    job.save(path, federation.state(result.number), federation.tensors())
+    job.save(path, federation.state(result.number) | guard.state(), federation.tensors())
     checkpoint.prune(run.checkpoints, federation.settings.keep)
-    return row
+    return row, harm

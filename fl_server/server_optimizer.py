@@ -30,15 +30,27 @@ class ServerOptimizer:
         self.state: dict[str, Tensor] = {}
         """Moments by `kind/parameter name`, for checkpoints."""
 
-    def apply(self, weights: dict[str, Tensor], mean: Iterable[tuple[str, Floats]]) -> None:
+    def apply(
+        self,
+        weights: dict[str, Tensor],
+        mean: Iterable[tuple[str, Floats]],
+        before: dict[str, Tensor] | None = None,
+    ) -> None:
         """Change the global weights in place.
 
         Args:
             weights: by parameter name, each `[...]`.
             mean: the mean update, shaped as the weights.
+            before: gets a copy of each weight `[...]`, one at a time as `mean` frees its memory;
+                the moments are then replaced, not changed. None copies nothing.
         """
         for name, value in mean:
             delta = torch.from_numpy(value)
+            if before is not None:
+                before[name] = weights[name].clone()
+                for key in (f"first/{name}", f"second/{name}"):
+                    if key in self.state:
+                        self.state[key] = self.state[key].clone()
             if self.kind == "fedavg":
                 weights[name].add_(delta, alpha=self.rate)
                 continue

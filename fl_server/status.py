@@ -65,6 +65,21 @@ class Status:
         self._write()
         self.advance()
 
+    def judged(self, key: int, refused: bool, reason: str) -> None:
+        """A client's update was bounded, or refused after all.
+
+        Args:
+            key: the client's number.
+            refused: whether the update does not count.
+            reason: what was bounded, or why it does not count.
+        """
+        row = self.clients[key]
+        row["error"] = reason
+        if refused:
+            row |= {"state": "failed", "replies": row["replies"] - 1}
+            row["failures"] += 1
+        self._write()
+
     def _write(self) -> None:
         values = {
             "round": self.round + 1,
@@ -139,6 +154,8 @@ def view(path: Path, now: float | None = None) -> Group:
                 f"; held out: loss {format_number(last['held_out_loss'], 3)}, "
                 f"accuracy {format_number(last['held_out_accuracy'], 3)}"
             )
+        if last.get("undone"):
+            text += "; the last round was undone"
         seconds = sum(row["round_seconds"] for row in rows) / len(rows)
         left = seconds * (status["rounds"] - len(rows))
         lines.append(f"{text}; about {format_seconds(left)} left")

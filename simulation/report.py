@@ -1,7 +1,9 @@
 """Writes the report of a simulated pretraining run: Markdown and figures."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import atomic
 from common.figures import new_figure, plots, save_figure
@@ -85,6 +87,7 @@ def write_report(
         f"| time in rounds | {format_seconds(sum(row['round_seconds'] for row in rows))} |",
         f"| largest client process | {format_bytes(max(row['peak_bytes'] for row in rows))} |",
         f"| updates that failed | {int(sum(row['failures'] for row in rows))} |",
+        *_guards(rows),
         f"| crops skipped | {_skips(skipped)} |",
         f"| recutting | {', '.join(manifest.describe_skips()) or 'nothing skipped'}; remainder "
         f"{format_seconds(manifest.remainder_seconds)} |",
@@ -111,6 +114,20 @@ def write_report(
     path = run.path / "report.md"
     atomic.write_text(path, "\n".join(lines) + "\n")
     return path
+
+
+def _guards(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the guards did; rounds of 0.1 have none."""
+    sums = {
+        name: sum(int(row.get(name, 0)) for row in rows)
+        for name in ("weights_bounded", "norms_bounded", "refused", "undone")
+    }
+    return [
+        f"| updates whose weight, or norm, was bounded | {sums['weights_bounded']}, "
+        f"{sums['norms_bounded']} |",
+        f"| updates refused, of clients that pushed against the others | {sums['refused']} |",
+        f"| rounds undone as they harmed the model | {sums['undone']} |",
+    ]
 
 
 def _skips(skipped: dict[str, int]) -> str:

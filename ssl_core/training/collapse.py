@@ -4,6 +4,9 @@ import math
 
 from ssl_core.wav2vec2.config import ModelConfig
 
+COLLAPSED = 2
+"""Perplexity of each codebook, of all of whose entries so few are in use, that has collapsed."""
+
 
 class CollapseAlarm:
     """Watches training metrics and reports each kind of collapse once."""
@@ -37,7 +40,7 @@ class CollapseAlarm:
     ) -> tuple[str, str] | None:
         if not math.isfinite(contrastive):
             return "diverged", "the loss is not finite: lower the learning rate or use fp32"
-        if perplexity < 2 * self.groups:
+        if perplexity < COLLAPSED * self.groups:
             return "codebook", (
                 f"the codebook has collapsed (perplexity {perplexity:.1f}, minimum {self.groups}): "
                 "lower the learning rate, lengthen the warm-up or raise diversity_loss_weight"

@@ -50,5 +50,6 @@ def test_sums_over_runs() -> None:
     outcomes = [Outcome("hang", "int8", True, 2, False, True), Outcome("hang", "fp32")]
     assert summary(outcomes) == {
         "runs": 2, "completed": 1, "rounds_lost": 2, "audio_counted_twice": 0, "state_lost": 1,
-        "updates_lost": 0, "clients_not_back": 0, "bad_updates_folded": 0, "resumed": 0,
+        "updates_lost": 0, "clients_not_back": 0, "bad_updates_folded": 0, "bad_updates_bounded": 0,
+        "resumed": 0,
     }  # fmt: skip

@@ -19,12 +19,15 @@ from common.errors import DataError, Interrupted, ShortwaveError, UsageError
 from fl_client import protocol
 from fl_client.client_app import app
 from fl_client.federation_settings import TaskFederation, from_run_config
+from fl_client.task_data import Pool, load_pool
 from fl_client.task_training import Resident
 from fl_client.updates import Views
 from fl_server.fine_tuning_job import FineTuning
 from fl_server.job import describe_round
 from fl_server.personal_report import write_personal_report
-from fl_server.rounds import Federation, RoundResult
+from fl_server.roster import RoundFailed
+from fl_server.round_result import RoundResult
+from fl_server.rounds import Federation
 from fl_server.server_app import job_of, serve
 from fl_server.status import view
 from ssl_core.downstream.lora import SCALE
@@ -535,8 +538,24 @@ def test_weights_of_all_rounds_come_from_one_federation(lab: Lab) -> None:
 
 def test_a_federation_says_on_which_backbone_it_is_built(lab: Lab) -> None:
     job = FineTuning(lab.settings())
-    assert job.backbone
-    assert Federation(job.weights, None, lab.settings(), "run", job.backbone).base == {  # type: ignore[arg-type]
-        "backbone": job.backbone
+    assert job.told["backbone"]
+    assert Federation(job.weights, None, lab.settings(), "run", job.told).told == {  # type: ignore[arg-type]
+        "backbone": job.told["backbone"]
     }
-    assert Federation({}, None, lab.settings()).base == {}  # type: ignore[arg-type]
+    assert Federation({}, None, lab.settings()).told == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedper"])
+def test_labels_in_another_order_are_refused_where_the_head_is_shared(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def another_order(*given: Any) -> Pool:
+        pool = load_pool(*given)
+        return pool._replace(labels=pool.labels[::-1])
+
+    monkeypatch.setattr("fl_server.fine_tuning_job.load_pool", another_order)
+    if method == "fedper":  # a head of its own may have labels of its own
+        lab.run("run", method=method, rounds=1)
+        return
+    with pytest.raises(RoundFailed, match="4 labels of this device's corpus are not those of the"):
+        lab.run("run", method=method, rounds=1)

@@ -12,7 +12,8 @@ import torch
 from common import command
 from common.errors import UsageError
 from fl_server.job import Job
-from fl_server.rounds import RoundResult
+from fl_server.loss_guard import LossGuard
+from fl_server.round_result import RoundResult
 from fl_server.server_app import _log_and_save
 from ssl_core.downstream.results import plot_learning
 from ssl_core.train import main
@@ -233,10 +234,10 @@ def test_a_federation_ends_as_a_central_run_does(
         result = RoundResult(number, {"loss": 1.0}, (), ())
         if number:
             with pytest.raises(Diverged, match=text) as error:
-                _log_and_save(job, federation, run, result)  # type: ignore[arg-type]
+                _log_and_save(job, federation, LossGuard(0.0, 0), run, result)  # type: ignore[arg-type]
             assert str(run.checkpoints / "round-00001") in str(error.value)
         else:
-            _log_and_save(job, federation, run, result)  # type: ignore[arg-type]
+            _log_and_save(job, federation, LossGuard(0.0, 0), run, result)  # type: ignore[arg-type]
     rows = strict(run.path / "metrics.jsonl")
     assert rows[1]["held_out_loss"] == (None if not math.isfinite(loss) else loss)
     assert checkpoint.latest(run.checkpoints) == run.checkpoints / "round-00001"

@@ -272,7 +272,7 @@ def test_a_server_takes_the_architecture_and_tells_its_clients(
     # A device that does not have the checkpoint takes what the server sends.
     away: Any = from_run_config(run | {"checkpoint": "/not/on/this/device"})
     assert away.architecture != OTHER
-    told = {"architecture": job.architecture}
+    told = dict(job.told)
     assert protocol.architecture_in(told, away.architecture) == OTHER
     assert protocol.architecture_in({}, away.architecture) == away.architecture
 
