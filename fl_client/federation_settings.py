@@ -119,9 +119,10 @@ class PretrainingFederation(FederationSettings, PretrainingSettings):
     time_limit: Seconds | None = None
     """Longest time an update may take a device of the fleet, as in `60s`: slower ones train on
     shorter crops, down to 1s, of the same sequences."""
-    loss_margin: float = 0.1
+    loss_margin: float = 0.25
     """Fraction by which a round may raise the held-out loss; a round that raises it more, or
-    collapses the codebook, is undone. 0 undoes none."""
+    collapses the codebook, is undone. The first rounds of an honest run may raise it by 0.12.
+    0 undoes none."""
     undone_rounds: int = 3
     """Rounds undone in a row after which the run stops; it can be resumed."""
 
