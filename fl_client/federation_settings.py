@@ -121,8 +121,8 @@ class PretrainingFederation(FederationSettings, PretrainingSettings):
     shorter crops, down to 1s, of the same sequences."""
     loss_margin: float = 0.25
     """Fraction by which a round may raise the held-out loss; a round that raises it more, or
-    collapses the codebook, is undone. The first rounds of an honest run may raise it by 0.12.
-    0 undoes none."""
+    collapses the codebook, is undone. The first rounds of an honest run may raise it by 0.12; while
+    more codes come into use, it may rise to that of guessing. 0 undoes none."""
     undone_rounds: int = 3
     """Rounds undone in a row after which the run stops; it can be resumed."""
 

@@ -28,6 +28,8 @@ class LossGuard:
     """Rounds undone in a row after which the run stops."""
     collapsed: float = 0.0
     """Perplexity below which a codebook has collapsed."""
+    chance: float = 0.0
+    """Loss of a model that tells no frame from its negatives."""
     kept: dict[str, float] = dataclasses.field(default_factory=dict)
     """Held-out metrics of the weights that the next round begins with."""
     trained: bool = False
@@ -42,7 +44,10 @@ class LossGuard:
         if isinstance(settings, PretrainingFederation):
             collapsed = COLLAPSED * settings.architecture.num_codevector_groups
             trained = settings.checkpoint is not None
-            return cls(settings.loss_margin, settings.undone_rounds, collapsed, trained=trained)
+            chance = math.log(1 + settings.architecture.num_negatives)
+            return cls(
+                settings.loss_margin, settings.undone_rounds, collapsed, chance, trained=trained
+            )
         return cls(0.0, 0)
 
     @property
@@ -64,9 +69,12 @@ class LossGuard:
         loss, before = found["held_out_loss"], self.kept["held_out_loss"]
         if not math.isfinite(loss):
             return "the held-out loss is not finite any more"
-        if loss > before * (1 + self.margin):
-            return f"the held-out loss rose from {before:.3f} to {loss:.3f}"
         codes, had = found["held_out_perplexity"], self.kept["held_out_perplexity"]
+        # With few codes in use, negatives equal the target and the loss is small: where more codes
+        # have come into use, a higher loss is no harm, as long as it is not above chance.
+        most = max(before, self.chance) if codes > had * (1 + self.margin) else before
+        if loss > most * (1 + self.margin):
+            return f"the held-out loss rose from {before:.3f} to {loss:.3f}"
         if self.trained and codes < self.collapsed and codes < LEFT * had:
             return f"the held-out perplexity fell from {had:.1f} to {codes:.1f}"
         return ""

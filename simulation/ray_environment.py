@@ -10,7 +10,11 @@ _TOKEN = "RAY_AUTH_TOKEN"
 _OWN = {
     # Without this a raylet kills workers while other programs fill the memory. Plans bound ours.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Ray's workers have niceness 15: beside other work they would get next to no processor time.
+    "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "45",  # then Ray does not start
+    # Agents look for a control store that has been killed for so long before they end.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
 }
 _made = ""
 """The token of this process' own Ray."""

@@ -14,12 +14,16 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import simulation.supervisor  # noqa: F401, ends this process with its parent
 from fl_client.environment import be_quiet
-from simulation.supervisor import SUPERVISED
 
 be_quiet()
 
-if importlib.util.find_spec("ray") is None:
+try:
+    found = importlib.util.find_spec("ray")  # it is imported later, see `prepare_own_ray`
+except ImportError:
+    found = None
+if found is None:
     needed = "simulations need Ray: pip install ray, or install the extra `simulation`"
     print(f"error: {needed}", file=sys.stderr)
     sys.exit(2)
@@ -227,7 +231,4 @@ def _print_data(
 
 
 if __name__ == "__main__":
-    try:
-        command.run(main)
-    finally:
-        SUPERVISED.tell(ended=True)
+    command.run(main)

@@ -5,6 +5,7 @@ return. So a parent looks on: it says what happened, ends every process that is 
 from the last round.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -175,6 +176,7 @@ class Child:
         parent, _, descriptor = os.environ.pop(VARIABLE, "").partition(" ")
         self._descriptor = int(descriptor) if descriptor else -1
         if parent:
+            atexit.register(self.tell, ended=True)  # not called where Ray's library ends Python
             _prctl(_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != int(parent):  # it has ended before
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -51,7 +51,11 @@ class Small(Job):
         return {"held_out_loss": loss, "held_out_accuracy": 0.5, "held_out_perplexity": 20.0}
 
     def row(self, result: RoundResult) -> dict[str, Any]:
-        return {**result.metrics, "clients": client_rows(result)}
+        return {
+            "updates_done": result.number + 1,
+            **result.metrics,
+            "clients": client_rows(result),
+        }
 
     def line(self, row: Mapping[str, Any]) -> str:
         return f"held out: loss {row['held_out_loss']:.3f}"
@@ -222,6 +226,18 @@ def test_a_codebook_that_is_small_from_the_start_is_not_the_rounds_doing() -> No
     guard = LossGuard(0.1, 3, 4.0, kept=metrics(4.0, 5.0), trained=True)
     for perplexity in (3.9, 3.0, 2.1):
         assert guard.check(metrics(4.0, perplexity)) == ""
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity", "harmed"),
+    [(4.5, 8.0, False), (5.05, 8.0, False), (5.1, 8.0, True), (4.5, 5.4, True)],
+)
+def test_a_loss_that_rises_as_more_codes_come_into_use_is_no_harm_up_to_chance(
+    loss: float, perplexity: float, harmed: bool
+) -> None:
+    guard = LossGuard(0.1, 3, 4.0, chance=4.615, kept=metrics(3.9, 5.0), trained=True)
+    why = f"the held-out loss rose from 3.900 to {loss:.3f}" if harmed else ""
+    assert guard.check(metrics(loss, perplexity)) == why
 
 
 def test_a_good_round_ends_the_row() -> None:
