@@ -22,7 +22,7 @@ ROUNDS = 6
 FAULTS = ("worker", "raylet", "gcs_server", "driver", "command", "sigterm")
 HANG = 60.0
 """Seconds that a run may take longer than one without a fault."""
-_END = 10.0
+_END = 20.0
 """Seconds after a run in which its processes must have ended."""
 _OPTIONS = [
     "--model", "tiny", "--architecture.num-hidden-layers", "1", "--length", "1s", "--clients", "6",

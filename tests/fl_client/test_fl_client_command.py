@@ -247,7 +247,7 @@ def test_the_shell_gets_every_variable_that_keeps_flower_quiet() -> None:
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | {"NO_PROXY": "10.0.0.1, localhost"},
+        env=os.environ | {"no_proxy": "", "NO_PROXY": "10.0.0.1, localhost"},
     ).stdout
     exempt = dict.fromkeys(("no_proxy", "NO_PROXY"), "10.0.0.1,localhost,127.0.0.1,::1")
     wanted = QUIET | LEAN | exempt
