@@ -1,5 +1,6 @@
 """The parts of the simulation's plumbing that need no running Ray."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,43 @@ def test_a_process_bound_to_one_core_may_use_one(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout == "1\n"
+
+
+def test_rays_environment_is_the_runs_own() -> None:
+    code = (
+        "import json, os; from simulation.ray_environment import prepare_own_ray as prepare\n"
+        "prepare(); first = dict(os.environ); prepare(); assert dict(os.environ) == first\n"
+        "print(json.dumps({k: v for k, v in first.items() if k.startswith('RAY_')}))"
+    )
+    strange = {
+        "RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_TOKEN": "known", "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_TOKEN_PATH": "/known", "RAY_worker_niceness": "5",
+    }  # fmt: skip
+    tokens = set()
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | strange, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        found = json.loads(done.stdout)
+        assert not {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"} & found.keys()
+        assert found["RAY_AUTH_MODE"] == "token"
+        assert len(found["RAY_AUTH_TOKEN"]) == 64
+        assert found["RAY_worker_niceness"] == "5"  # the user's
+        assert found["RAY_memory_monitor_refresh_ms"] == "0"
+        tokens.add(found["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2
+
+
+def test_a_ray_without_a_token_is_refused() -> None:
+    code = (
+        "import sys; sys.modules['ray'] = sys\n"
+        "from simulation.ray_environment import prepare_own_ray; prepare_own_ray()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "Ray was imported before the simulation set its token" in done.stderr
 
 
 @pytest.mark.parametrize(
