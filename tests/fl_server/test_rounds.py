@@ -275,7 +275,10 @@ def test_two_clients_with_one_number_take_part_once() -> None:
     assert "number as this one, 4: only one of them takes part" in notice_of(grid.sent[-1])
 
 
-def test_of_a_device_that_was_restarted_the_node_that_answers_takes_part() -> None:
+def test_of_a_device_that_was_restarted_the_node_that_answers_takes_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fl_server.replies._TOLD_IN", 0.3)  # the old node never answers
     said: list[str] = []
 
     def once(message: Message) -> Message:
