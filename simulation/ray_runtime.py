@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -27,6 +28,10 @@ _PREFIX = "sw-ray-"
 _LONGEST_FOLDER = 40
 """Characters of the folder that holds Ray's. Ray makes sockets some 60 characters below it, and
 Linux allows a socket's path 107."""
+_RAISED = "error raised in its creation task"
+"""In Ray's message about a worker that ended with an exception, which follows."""
+_REACH = 10.0
+"""Seconds to reach a cluster."""
 _YOUNG = 60.0
 """Seconds after which a folder without a lock is nobody's."""
 _END = 10.0
@@ -110,6 +115,7 @@ class RayRuntime:
         )
 
     def _join(self) -> None:
+        _require_reachable(self.address)
         environment = tuned({}) | QUIET
         ray.init(
             address=self.address,
@@ -173,13 +179,20 @@ def gpus_of_a_worker(gpus: int, workers: int) -> float:
     return math.floor(10_000 / together) / 10_000  # Ray counts in ten-thousandths
 
 
+def _require_reachable(address: str) -> None:
+    """Raise `OSError` if nobody listens at `host:port`, for which Ray itself would look minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+
+
 def one_line(error: Exception) -> str:
     """What went wrong, from one of Ray's errors, which fill a page."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if isinstance(cause, ray.exceptions.RayActorError):
+    text = str(getattr(error, "cause", None) or error)
+    if isinstance(error, ray.exceptions.RayActorError) and _RAISED not in text:
         return "its process has ended, as when memory runs out"
-    return (lines[-1] if lines else type(cause).__name__)[:500]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
 
 
 def _own_folder() -> tuple[Path, IO[str] | None]:

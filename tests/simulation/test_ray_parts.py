@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,33 @@ def test_gpus_are_shared_so_that_every_worker_has_a_place(
     found = gpus_of_a_worker(gpus, workers)
     assert found == each
     assert gpus * int(1 / found + 1e-9) >= workers  # Ray gives a part of one GPU, never of two
+
+
+def test_an_error_of_ray_is_told_in_one_line() -> None:
+    import ray
+
+    from simulation.ray_runtime import one_line
+
+    class Died(ray.exceptions.RayActorError):  # type: ignore[misc]
+        def __str__(self) -> str:
+            return text
+
+    text = "The actor died because of an error raised in its creation task, ray::Worker\n  File\n"
+    text += "ModuleNotFoundError: No module named 'flwr'\n"
+    assert one_line(Died()) == "ModuleNotFoundError: No module named 'flwr'"
+    text = "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\n"
+    assert one_line(Died()) == "its process has ended, as when memory runs out"
+    assert one_line(ValueError("first\nlast  ")) == "last"
+    assert one_line(ray.exceptions.RaySystemError(OSError("full"))).endswith("full")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "[::1]:1"])
+def test_a_cluster_that_is_not_there_is_named_at_once(address: str) -> None:
+    from simulation.ray_runtime import RayFailed, RayRuntime
+
+    runtime = RayRuntime(workers=1, most=1, address=address, weights_bytes=0, gpu=False)
+    with pytest.raises(RayFailed, match=f"Ray cannot join the cluster {re.escape(address)}: "):
+        runtime.start()
 
 
 def test_workers_on_a_gpu_that_is_not_there_are_refused() -> None:
