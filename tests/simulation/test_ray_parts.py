@@ -123,7 +123,7 @@ def test_an_error_of_ray_is_told_in_one_line() -> None:
 
     from simulation.ray_runtime import one_line
 
-    class Died(ray.exceptions.RayActorError):  # type: ignore[misc]
+    class Died(ray.exceptions.RayActorError):
         def __str__(self) -> str:
             return text
 
