@@ -208,6 +208,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "hangs": sum(each.hung for each in outcomes),
         "left_behind": sum(len(each.left_behind) for each in outcomes),
         "resumed": sum(each.resumed for each in outcomes),
+        "too_late": sum(not (each.code or each.seconds > 0.2) for each in outcomes),
         "longest_seconds": round(max((each.seconds for each in outcomes), default=0.0), 1),
     }
 

@@ -83,8 +83,8 @@ def run_on_ray(
     SUPERVISED.tell(run=str(run.path), again=processes.again(settings, run.path))
     done = latest(run.checkpoints)
     try:
-        runtime.start()
         SUPERVISED.tell(watch=not processes.address)
+        runtime.start()
         grid = RayGrid(run_config, configs, runtime)
         if done is None or not done.name.endswith(f"{settings.rounds:05d}"):
             print(

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -177,9 +178,8 @@ class Child:
         self._descriptor = int(descriptor) if descriptor else -1
         if parent:
             atexit.register(self.tell, ended=True)  # not called where Ray's library ends Python
-            _prctl(_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != int(parent):  # it has ended before
-                os.kill(os.getpid(), signal.SIGKILL)
+            _prctl(_SET_PDEATHSIG, signal.SIGTERM)  # so that Ray's processes are ended too
+            threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
 
     def tell(self, **values: Any) -> bool:
         """Report values; whether there is a parent.
@@ -194,6 +194,14 @@ class Child:
         with contextlib.suppress(OSError):
             os.write(self._descriptor, json.dumps(values).encode() + b"\n")
         return True
+
+
+def _end_with(parent: int) -> None:
+    """End this process, at the latest `_GRACE` seconds after its parent."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK)
+    time.sleep(_GRACE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def ended(name: str) -> str:
