@@ -28,7 +28,7 @@ ESSENTIAL = ("gcs_server", "raylet")
 """Processes without which Ray does nothing."""
 _RESTARTS = 3
 """Times that the child is started again before another round is saved."""
-_GRACE = 30.0
+_GRACE = 15.0
 """Seconds that the child gets to notice that Ray has failed."""
 _END = 5.0
 """Seconds that other processes get to end by themselves after the child has ended."""

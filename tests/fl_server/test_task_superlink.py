@@ -121,6 +121,7 @@ def test_each_device_keeps_its_head(lab: Lab, output: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == [
             "personal-00000.safetensors",
             "personal-00001.safetensors",
+            "split.json",
         ]
         heads.append(load_file(folder / "personal-00001.safetensors")["head.linear.weight"])
     assert heads[0].shape == heads[1].shape == (len(WORDS), 16)
