@@ -91,11 +91,15 @@ class Run:
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Wait until the run ends or `until`; whether that was within `seconds`."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self.look()
-            if self.process.poll() is not None or until():
-                return True
-            time.sleep(0.05)
+        try:
+            while time.monotonic() < end:
+                self.look()
+                if self.process.poll() is not None or until():
+                    return True
+                time.sleep(0.05)
+        except BaseException:  # the benchmark is stopped
+            self.end()
+            raise
         return False
 
     def end(self) -> tuple[str, ...]:
