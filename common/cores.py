@@ -4,6 +4,8 @@ import math
 import os
 from pathlib import Path
 
+from common.cgroups import cgroups_of
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores by the process' affinity and by the CPU quota of its cgroups, at least one.
@@ -21,24 +23,9 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _quotas(root: Path) -> list[float]:
     """Cores that each cgroup of this process grants, where it has a quota."""
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        found = [_quota(cgroup.folder) for cgroup in cgroups_of(root, "cpu")]
+    except (OSError, UnicodeDecodeError):
         return []
-    found = []
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, inside = rest.partition(":")
-        if number == "0":
-            mounts = [root / "sys/fs/cgroup/unified", root / "sys/fs/cgroup"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup/cpu", root / "sys/fs/cgroup/cpu,cpuacct"]
-        else:
-            continue
-        for mount in mounts:
-            own = mount / inside.lstrip("/")
-            # Inside a container, the kernel may report the path on the host.
-            folders = [own, *own.parents] if own.is_dir() else [mount]
-            found += [_quota(each) for each in folders if each.is_relative_to(mount)]
     return [quota for quota in found if quota > 0]
 
 

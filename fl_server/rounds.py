@@ -31,7 +31,7 @@ class _Before:
     """What a round changes, as it was before."""
 
     weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     folded: dict[int, int]
 
 
@@ -123,7 +123,7 @@ class Federation:
         assert self._before is not None, "the round was not undoable"
         for name, value in self._before.weights.items():
             self.weights[name].copy_(value)
-        self.optimizer.state = self._before.moments
+        self.optimizer.state = self._before.optimizer_state
         self.folded, self._before = self._before.folded, None
 
     def evaluate(

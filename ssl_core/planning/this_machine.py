@@ -6,6 +6,7 @@ from typing import Literal
 
 import psutil
 
+from common.cgroups import cgroups_of
 from common.errors import DataError
 from common.units import Size
 from ssl_core.planning.device import AUTO, DeviceProfile
@@ -79,40 +80,30 @@ _CLIENTAPP = 570 * 2**20
 """Resident after importing fl_client.client_app, measured as in `device_profiles.yaml`."""
 
 
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Files with limit and use of a memory cgroup, and the name of its file cache, by version."""
+
+
 def _free_in_cgroups(root: Path) -> list[tuple[Path, int]]:
     """Folder and free bytes of each memory cgroup of this process that has a limit."""
-    membership = root / "proc/self/cgroup"
-    if not membership.exists():
-        return []
+    try:
+        cgroups = list(cgroups_of(root, "memory"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(root / "proc/self/cgroup", error) from None
     rooms = []
-    for line in _read(membership).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, inside = rest.partition(":")
-        if number == "0":
-            mounts = [root / "sys/fs/cgroup/unified", root / "sys/fs/cgroup"]
-            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup/memory"]
-            limit, usage, cache = (
-                "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
-            )  # fmt: skip
-        else:
+    for folder, version in cgroups:
+        limit, usage, cache = _FILES[version]
+        if not (folder / limit).exists():
             continue
-        for mount in mounts:
-            own = mount / inside.lstrip("/")
-            # Inside a container, the kernel may report the path on the host.
-            folders = [own, *own.parents] if own.is_dir() else [mount]
-            for folder in folders:
-                if folder != mount and mount not in folder.parents:
-                    break
-                if not (folder / limit).exists():
-                    continue
-                text = _read(folder / limit).strip()
-                if text == "max" or _number(text, folder / limit) >= _UNLIMITED:
-                    continue
-                used = _number(_read(folder / usage).strip(), folder / usage)
-                left = _number(text, folder / limit) - used + _cache(folder, cache)
-                rooms.append((folder, max(left, 0)))
+        text = _read(folder / limit).strip()
+        if text == "max" or _number(text, folder / limit) >= _UNLIMITED:
+            continue
+        used = _number(_read(folder / usage).strip(), folder / usage)
+        left = _number(text, folder / limit) - used + _cache(folder, cache)
+        rooms.append((folder, max(left, 0)))
     return rooms
 
 
@@ -132,8 +123,12 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise DataError(f"cannot read {path}, which limits this process: {reason}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) else "not text"
+    return DataError(f"cannot read {path}, which limits this process: {reason}")
 
 
 def _number(text: str, path: Path) -> int:
