@@ -159,7 +159,7 @@ class TaskStep(PlannedStep):
         """
         plan, count = self.plan, len(batch.samples)
         rng = randomness.generator(self.seed, "dropout", key, update)
-        seeds = torch.from_numpy(rng.integers(2**62, size=count))
+        seeds = torch.from_numpy(rng.integers(2**62, size=count)).to(self.device)
         keep = None
         if self.unfrozen:
             config = self.model.wav2vec2.config  # type: ignore[union-attr]

@@ -22,6 +22,10 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_
 """On a CPU these hold copies of input, weights and output (or gradients) in oneDNN's layout."""
 
 
+_MASKS = ("shortwave::keep_mask", "shortwave::attention_mask")
+"""Their bodies read values, and need little memory beside the result."""
+
+
 class TrackedBlock(Block):
     """Memory that counts in `LiveMemory` until the last tensor that uses it is gone."""
 
@@ -113,7 +117,7 @@ class LiveMemory(Shapes):
     ) -> Any:
         """Run an operation on shapes, with the memory that it holds while it runs."""
         body = BODIES.get(func._name)
-        if body is not None and func._name != "shortwave::keep_mask":
+        if body is not None and func._name not in _MASKS:
             return self._run_body(func, body, args, kwargs or {})
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func in _CONVOLUTIONS:

@@ -14,6 +14,10 @@ from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import compute_dtype
 from ssl_core.wav2vec2.recompute import recomputed
 
+PROJECTED, ENCODER_INPUT, _SITES = 0, 1, 8
+"""Sites of dropout (see `keyed_bits`) before the layers, and how many each layer has from its own
+first one on, which follows those before it; `model` and the heads have others."""
+
 
 class FeatureProjection(nn.Module):
     """Layer norm of the features, then a projection to the transformer's width."""
@@ -22,7 +26,7 @@ class FeatureProjection(nn.Module):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
-        self.dropout = Dropout(config.feat_proj_dropout, 0)
+        self.dropout = Dropout(config.feat_proj_dropout, PROJECTED)
 
     def forward(
         self, features: Tensor, seeds: Tensor | None = None, lengths: Sequence[int] = ()
@@ -31,7 +35,7 @@ class FeatureProjection(nn.Module):
 
         Args:
             features: `[batch, frame, channel]`.
-            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             lengths: frames of each packed crop (see `packing`), else empty.
 
         Returns:
@@ -45,9 +49,11 @@ class FeatureProjection(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention among the frames of a crop."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, site: int) -> None:
+        """`site`: number of the dropout's site in the network."""
         super().__init__()
         size = config.hidden_size
+        self.site = site
         self.heads = config.num_attention_heads
         self.rate = config.attention_dropout
         self.keep_weights = False
@@ -64,7 +70,7 @@ class Attention(nn.Module):
         Args:
             x: `[batch, frame, hidden]`, all frames.
             wanted: `[batch, wanted frame, hidden]`, frames whose output is wanted.
-            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             lengths: frames of each packed crop (see `packing`), else empty.
 
         Returns:
@@ -77,7 +83,7 @@ class Attention(nn.Module):
             heads=self.heads,
             rate=self.rate,
             seeds=seeds,
-            site=1,
+            site=self.site,
             keep=self.keep_weights,
             lengths=lengths,
         )
@@ -110,10 +116,11 @@ class _ActivatedLinear(torch.autograd.Function):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, site: int) -> None:
+        """`site`: number of the dropout's site in the network."""
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = Dropout(config.activation_dropout, 2)
+        self.intermediate_dropout = Dropout(config.activation_dropout, site)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
@@ -121,7 +128,7 @@ class FeedForward(nn.Module):
 
         Args:
             x: `[batch, frame, hidden]`.
-            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             lengths: frames of each packed crop (see `packing`), else empty.
 
         Returns:
@@ -136,14 +143,16 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """A transformer layer; layer norm comes after each part (base), or before it (`stable`)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        """`index`: of the layer, from 0."""
         super().__init__()
+        site = _SITES * (index + 1)
         self.stable = config.do_stable_layer_norm
-        self.attention = Attention(config)
-        self.dropout = Dropout(config.hidden_dropout, 3)
+        self.attention = Attention(config, site)
+        self.dropout = Dropout(config.hidden_dropout, site + 2)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.final_dropout = Dropout(config.hidden_dropout, 4)
+        self.feed_forward = FeedForward(config, site + 1)
+        self.final_dropout = Dropout(config.hidden_dropout, site + 3)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -158,7 +167,7 @@ class EncoderLayer(nn.Module):
         Args:
             x: `[batch, frame, hidden]`.
             frames: `[batch, wanted frame]`, indices of frames whose output is wanted; None for all.
-            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             lengths: frames of each packed crop (see `packing`), else empty; not with `frames`.
 
         Returns:
@@ -193,8 +202,10 @@ class Encoder(nn.Module):
         self.recompute = False
         self.pos_conv_embed = PositionalConvolution(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout, 5)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.dropout = Dropout(config.hidden_dropout, ENCODER_INPUT)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
 
     def forward(
         self,
@@ -209,7 +220,7 @@ class Encoder(nn.Module):
         Args:
             x: `[batch, frame, hidden]`.
             keep: for each layer, whether it runs (layerdrop); None runs all.
-            seeds: `[batch]` int64 on the CPU, one per crop, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             frames: `[batch, wanted frame]`, indices of frames whose output is wanted; None for all.
             lengths: frames of each packed crop (see `packing`), else empty; not with `frames`.
 
@@ -222,11 +233,10 @@ class Encoder(nn.Module):
         for index in running:
             # The last layer attends to all frames, but only from the wanted ones.
             wanted = frames if index == running[-1] else None
-            own = None if seeds is None else seeds + index + 1
             if self.recompute and torch.is_grad_enabled():
-                x = recomputed(self.layers[index], x, wanted, own, lengths)
+                x = recomputed(self.layers[index], x, wanted, seeds, lengths)
             else:
-                x = self.layers[index](x, wanted, own, lengths)
+                x = self.layers[index](x, wanted, seeds, lengths)
         if frames is not None and not running:
             x = take_frames(x, frames)
         return self.layer_norm(x) if self.stable else x

@@ -8,12 +8,11 @@ frame, without copying any.
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_core.wav2vec2.keyed_bits import Keys, below
 from ssl_core.wav2vec2.precision import at_least_fp32
 
 
@@ -26,25 +25,23 @@ class Contrast(NamedTuple):
     """Frames that are more similar to their own code than to any negative."""
 
 
-def sample_negatives(
-    pools: int, masked: int, negatives: int, rng: np.random.Generator
-) -> npt.NDArray[np.float32]:
+def sample_negatives(keys: Keys, pools: int, masked: int, negatives: int) -> Tensor:
     """Draw negatives: how often each masked frame is a negative of each other one.
 
     Args:
+        keys: of the site, for each crop.
         pools: number of crops, or 1 if the whole batch is one pool.
-        masked: masked frames in a pool, at least 2.
+        masked: masked frames in a pool, at least 2; equally many of each crop.
         negatives: negatives per frame, drawn uniformly from the other frames of its pool.
-        rng: random generator.
 
     Returns:
-        Multiplicities, `[pool, masked, masked]`; rows sum to `negatives`, the diagonal is 0.
+        Multiplicities, `[pool, masked, masked]` fp32; rows sum to `negatives`, the diagonal is 0.
     """
-    drawn = rng.integers(0, masked - 1, (pools, masked, negatives))
-    drawn += drawn >= np.arange(masked)[None, :, None]
-    rows = np.arange(pools * masked).reshape(pools, masked, 1) * masked
-    counts = np.bincount((rows + drawn).ravel(), minlength=pools * masked * masked)
-    return counts.reshape(pools, masked, masked).astype(np.float32)
+    own = pools * masked // len(keys.first)
+    drawn = below(keys, own * negatives, masked - 1).view(pools, masked, negatives)
+    drawn = drawn + (drawn >= torch.arange(masked, device=drawn.device)[None, :, None])
+    counts = torch.zeros(pools, masked, masked, device=drawn.device)
+    return counts.scatter_add_(2, drawn, torch.ones((), device=drawn.device).expand(drawn.shape))
 
 
 def contrastive_loss(

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu.strided_convolution import activated_convolution, first_convolutions
 from ssl_core.wav2vec2.precision import compute_dtype
-from ssl_core.wav2vec2.strided_convolution import activated_convolution, first_convolutions
 
 WINDOW = 16
 """A window's columns (samples, then a one for the bias) are zero-padded to a multiple of this."""

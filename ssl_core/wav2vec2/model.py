@@ -15,9 +15,13 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.features import FeatureExtractor, normalised
-from ssl_core.wav2vec2.masking import masked_count, sample_masks
+from ssl_core.wav2vec2.keyed_bits import site_keys
+from ssl_core.wav2vec2.masking import sample_masks
 from ssl_core.wav2vec2.precision import at_least_fp32
-from ssl_core.wav2vec2.quantizer import Quantizer
+from ssl_core.wav2vec2.quantizer import Quantizer, gumbel_noise
+
+QUANTIZED, GUMBEL, NEGATIVES = 2, 3, 4
+"""Sites (see `keyed_bits`) of the dropout of frames to be quantised, of noise and of negatives."""
 
 
 class Draws(NamedTuple):
@@ -34,7 +38,7 @@ class Draws(NamedTuple):
     noise: Tensor | None
     """`[batch, masked, group, entry]`: standard Gumbel noise; None in evaluation."""
     seeds: Tensor | None
-    """`[batch]` int64 on the CPU: seed of each crop's dropout; None drops nothing."""
+    """`[batch]` int64: seed of each crop's dropout; None drops nothing."""
     layer_keep: tuple[bool, ...] | None
     """For each transformer layer, whether it runs (layerdrop); None runs all."""
 
@@ -49,14 +53,62 @@ class Draws(NamedTuple):
         )
 
     def to(self, device: torch.device) -> "Draws":
-        """The draws on `device`; `seeds` stay on the CPU."""
+        """The draws on `device`."""
         return Draws(
             self.masked.to(device),
             self.multiplicity.to(device),
             None if self.noise is None else self.noise.to(device),
-            self.seeds,
+            None if self.seeds is None else self.seeds.to(device),
             self.layer_keep,
         )
+
+
+class Chance(NamedTuple):
+    """What is drawn on the host for a batch; all other draws follow from the seeds."""
+
+    masked: Tensor
+    """`[batch, masked]` int64: indices of masked frames, ascending, equally many in each crop."""
+    seeds: Tensor
+    """`[batch]` int64: seed of each crop."""
+    layer_keep: tuple[bool, ...]
+    """For each transformer layer, whether it runs (layerdrop)."""
+
+
+def draw_chance(config: ModelConfig, batch: int, samples: int, rng: np.random.Generator) -> Chance:
+    """Draw masks, seeds and layerdrop for a batch of crops.
+
+    Args:
+        config: the architecture with its masking and dropout rates.
+        batch: number of crops.
+        samples: samples in each crop.
+        rng: seeded by the caller from (seed, partition, global update).
+    """
+    masked = torch.from_numpy(sample_masks(config, batch, config.frames(samples), rng))
+    seeds = torch.from_numpy(rng.integers(2**62, size=batch))
+    layers = tuple(bool(x) for x in rng.random(config.num_hidden_layers) >= config.layerdrop)
+    return Chance(masked, seeds, layers)
+
+
+def complete(
+    config: ModelConfig, chance: Chance, *, pool: str = "utterance", training: bool = True
+) -> Draws:
+    """Draw negatives and Gumbel noise from the crops' seeds, on the device of `chance`.
+
+    Args:
+        config: the architecture with its masking and dropout rates.
+        chance: masks, seeds and layerdrop.
+        pool: draw negatives from the same `utterance` or from the whole `batch`.
+        training: whether there are noise, dropout and layerdrop.
+    """
+    batch, count = chance.masked.shape
+    pools, pool_size = (1, batch * count) if pool == "batch" else (batch, count)
+    keys = site_keys(chance.seeds, NEGATIVES)
+    negatives = sample_negatives(keys, pools, pool_size, config.num_negatives)
+    if not training:
+        return Draws(chance.masked, negatives, None, None, None)
+    codes = (batch, count, config.num_codevector_groups, config.num_codevectors_per_group)
+    noise = gumbel_noise(chance.seeds, GUMBEL, math.prod(codes[1:])).view(codes)
+    return Draws(chance.masked, negatives, noise, chance.seeds, chance.layer_keep)
 
 
 def draw(
@@ -78,20 +130,8 @@ def draw(
         pool: draw negatives from the same `utterance` or from the whole `batch`.
         training: whether to draw noise, dropout and layerdrop.
     """
-    frames = config.frames(samples)
-    masked = torch.from_numpy(sample_masks(config, batch, frames, rng))
-    count = masked_count(config, frames)
-    pools, pool_size = (1, batch * count) if pool == "batch" else (batch, count)
-    negatives = sample_negatives(pools, pool_size, config.num_negatives, rng)
-    if not training:
-        return Draws(masked, torch.from_numpy(negatives), None, None, None)
-    codes = (batch, count, config.num_codevector_groups, config.num_codevectors_per_group)
-    uniform = rng.random(codes, dtype=np.float32)
-    np.clip(uniform, np.finfo(np.float32).tiny, 1 - 2**-24, out=uniform)
-    noise = torch.from_numpy(-np.log(-np.log(uniform)))
-    seeds = torch.from_numpy(rng.integers(2**62, size=batch))
-    layers = tuple(bool(x) for x in rng.random(config.num_hidden_layers) >= config.layerdrop)
-    return Draws(masked, torch.from_numpy(negatives), noise, seeds, layers)
+    chance = draw_chance(config, batch, samples, rng)
+    return complete(config, chance, pool=pool, training=training)
 
 
 class LossParts(NamedTuple):
@@ -147,7 +187,7 @@ class Backbone(nn.Module):
         Args:
             features: `[batch, frame, channel]`.
             lengths: frames of each packed clip (see `packing`), else empty.
-            seeds: `[batch]` int64 on the CPU, one per clip, for dropout; None drops nothing.
+            seeds: `[batch]` int64, one per clip, for dropout; None drops nothing.
             keep: for each layer, whether it runs; None runs all.
 
         Returns:
@@ -190,7 +230,7 @@ class PretrainingModel(nn.Module):
         config.validate()
         self.config = config
         self.wav2vec2 = Backbone(config)
-        self.dropout_features = Dropout(config.feat_quantizer_dropout, 6)
+        self.dropout_features = Dropout(config.feat_quantizer_dropout, QUANTIZED)
         self.quantizer = Quantizer(config)
         self.project_hid = nn.Linear(config.hidden_size, config.proj_codevector_dim)
         self.project_q = nn.Linear(config.codevector_dim, config.proj_codevector_dim)

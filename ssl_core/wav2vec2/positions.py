@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu.spectral_convolution import spectral_convolution
 from ssl_core.wav2vec2.precision import compute_dtype
-from ssl_core.wav2vec2.spectral_convolution import spectral_convolution
 
 SPECTRA_FROM = 256
 """Frames in a batch from which the spectral convolution is faster on a CPU than the direct one."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.keyed_bits import site_keys, uniform
 from ssl_core.wav2vec2.precision import at_least_fp32
 
 
@@ -20,6 +21,11 @@ class Quantized(NamedTuple):
     """`[group, entry]`: softmax of the logits without noise, summed over frames."""
     entropy: Tensor
     """Entropy of each frame's softmax in nats, mean over groups, summed over frames."""
+
+
+def gumbel_noise(seeds: Tensor, site: int, count: int) -> Tensor:
+    """Standard Gumbel noise from the crops' seeds, `[batch]` int64: `[batch, count]` fp32."""
+    return -torch.log(-torch.log(uniform(site_keys(seeds, site), count)))
 
 
 class Quantizer(nn.Module):

@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_core.wav2vec2 import attention as attention_module
 from ssl_core.wav2vec2 import positions as positions_module
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.context import FeedForward
+from ssl_core.wav2vec2.cpu import block_attention
+from ssl_core.wav2vec2.cpu.block_attention import attention_mask
+from ssl_core.wav2vec2.cpu.spectral_convolution import spectral_convolution
 from ssl_core.wav2vec2.dropout import Dropout, keep_mask
 from ssl_core.wav2vec2.features import ConvolutionLayer, FeatureExtractor
 from ssl_core.wav2vec2.positions import PositionalConvolution
-from ssl_core.wav2vec2.spectral_convolution import spectral_convolution
-
-CPU = torch.device("cpu")
 
 
 def plain_features(extractor: FeatureExtractor, waveforms: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def test_a_crop_without_high_frequencies_is_normed_like_any_other() -> None:
 def test_attention_with_dropout_is_that_of_the_textbook(
     queries: int, frames: int, heads: int, block: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_module, "BLOCK", block)
+    monkeypatch.setattr(block_attention, "BLOCK", block)
     torch.manual_seed(0)
     query = torch.randn(3, queries, heads * 8, dtype=torch.float64, requires_grad=True)
     key, value = (
@@ -83,7 +82,7 @@ def test_attention_with_dropout_is_that_of_the_textbook(
     def by_head(x: Tensor) -> Tensor:
         return x.view(3, -1, heads, 8).transpose(1, 2)
 
-    mask = keep_mask(seeds, 1, (heads, queries, frames), 0.1, CPU, ()).double() / 0.9
+    mask = attention_mask(seeds, 1, heads, 0, heads, (queries, frames), 0.1).double() / 0.9
     weights = torch.softmax(by_head(query) @ by_head(key).transpose(2, 3) / 8**0.5, -1) * mask
     expected = (weights @ by_head(value)).transpose(1, 2).flatten(2)
     found = attention(query, key, value, heads=heads, rate=0.1, seeds=seeds, site=1, keep=keep)
@@ -96,11 +95,11 @@ def test_attention_with_dropout_is_that_of_the_textbook(
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
 def test_the_fraction_dropped_is_the_rate(rate: float) -> None:
-    masks = keep_mask(torch.arange(200), 3, (50, 100), rate, CPU, ())
+    masks = keep_mask(torch.arange(200), 3, (50, 100), rate, ())
     # 200 thresholds in whole 256ths, one million elements.
     assert float(masks.float().mean()) == pytest.approx(1 - rate, abs=1e-3)
     assert not torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], keep_mask(torch.arange(1), 4, (50, 100), rate, CPU, ())[0])
+    assert not torch.equal(masks[0], keep_mask(torch.arange(1), 4, (50, 100), rate, ())[0])
 
 
 def test_dropout_follows_the_crop_and_its_gradient_the_same_mask() -> None:
@@ -109,7 +108,7 @@ def test_dropout_follows_the_crop_and_its_gradient_the_same_mask() -> None:
     drop = Dropout(0.3, 2)
     whole = drop(x, seeds)
     assert torch.equal(whole[2:], drop(x[2:], seeds[2:]))
-    mask = keep_mask(seeds, 2, (6, 10), 0.3, CPU, ())
+    mask = keep_mask(seeds, 2, (6, 10), 0.3, ())
     torch.testing.assert_close(whole, x * mask / 0.7)
     (gradient,) = torch.autograd.grad(whole.sum(), x)
     torch.testing.assert_close(gradient, mask / 0.7)
@@ -141,7 +140,7 @@ def test_positions_and_their_gradient_are_those_of_a_plain_convolution(
 
 def test_the_feed_forward_network_is_two_linear_layers_and_a_gelu() -> None:
     torch.manual_seed(0)
-    part = FeedForward(ModelConfig(hidden_size=12, intermediate_size=20)).double()
+    part = FeedForward(ModelConfig(hidden_size=12, intermediate_size=20), 0).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     expected = part.output_dense(F.gelu(part.intermediate_dense(x)))
     found = part(x, None)

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, sized for their caches."""
