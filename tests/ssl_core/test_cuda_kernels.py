@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton_interpreter  # noqa: F401 (before the kernels)
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from ssl_core.wav2vec2.cuda.fused_attention import (
     fused_cross_attention,
     fused_self_attention,
 )
+from ssl_core.wav2vec2.cuda.grouped_convolution import grouped_convolution
 
 Tensors = Sequence[Tensor]
 
@@ -116,3 +118,20 @@ def test_masks_of_attention_are_those_of_the_hash() -> None:
     found = found.unflatten(2, (heads, -1)).transpose(1, 2) != 0
     keys = keyed_bits.site_keys(seeds, 1)
     assert found.equal(keyed_bits.keep_pairs(keys, heads, slice(0, heads), (frames, frames), rate))
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "taps", "frames"), [(2, 12, 8, 37), (1, 20, 5, 6), (2, 4, 16, 3)]
+)
+def test_the_grouped_convolution_and_its_gradients(
+    groups: int, channels: int, taps: int, frames: int
+) -> None:
+    torch.manual_seed(0)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        out = F.conv1d(x.transpose(1, 2), weight, padding=taps // 2, groups=groups)
+        return out[:, :, :frames].transpose(1, 2)
+
+    width = groups * channels
+    inputs = torch.randn(2, frames, width), torch.randn(width, channels, taps)
+    assert_same(lambda x, weight: grouped_convolution(x, weight, groups), plain, inputs)
