@@ -9,6 +9,7 @@ import triton_interpreter  # noqa: F401 (before the kernels)
 from torch import Tensor
 
 from ssl_core.wav2vec2 import keyed_bits, packing
+from ssl_core.wav2vec2.cuda.extractor import activated_convolution, first_convolutions
 from ssl_core.wav2vec2.cuda.fused_attention import (
     fused_attention,
     fused_cross_attention,
@@ -135,3 +136,40 @@ def test_the_grouped_convolution_and_its_gradients(
     width = groups * channels
     inputs = torch.randn(2, frames, width), torch.randn(width, channels, taps)
     assert_same(lambda x, weight: grouped_convolution(x, weight, groups), plain, inputs)
+
+
+def spare_rows_without_slope(x: Tensor, spare: int) -> Tensor:
+    """`x`, `[batch, row, channel]`, with zeros in spare rows, which nothing reads."""
+    return torch.cat([x[:, : x.shape[1] - spare], torch.zeros_like(x[:, x.shape[1] - spare :])], 1)
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(3, 2), (2, 2), (4, 2)])
+def test_the_activated_convolution_and_its_gradients(taps: int, stride: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 12, 5), torch.randn(4, 5, taps)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.pad(F.gelu(x).transpose(1, 2), (0, taps - stride))
+        return spare_rows_without_slope(F.conv1d(x, weight, stride=stride).transpose(1, 2), 1)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return spare_rows_without_slope(activated_convolution(x, weight, stride), 1)
+
+    assert_same(ours, plain, inputs)
+
+
+def test_the_first_convolutions_and_their_gradients() -> None:
+    torch.manual_seed(0)
+    windows = torch.randn(2, 1070, 16)
+    windows[:, -2:] = 0
+    inputs = torch.randn(2, 16, 24), torch.randn(6, 24, 3)
+
+    def plain(kernels: Tensor, weight: Tensor) -> Tensor:
+        x = F.pad(F.gelu(windows.double() @ kernels).transpose(1, 2), (0, 1))
+        return spare_rows_without_slope(F.conv1d(x, weight, stride=2).transpose(1, 2), 1)
+
+    def ours(kernels: Tensor, weight: Tensor) -> Tensor:
+        out = first_convolutions(windows, kernels, weight, 2)
+        return spare_rows_without_slope(out, 1)
+
+    assert_same(ours, plain, inputs)
