@@ -25,6 +25,9 @@ from ssl_core.wav2vec2.cuda import launching
 LAUNCHES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
 
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+
+
 def _record(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
     LAUNCHES.append((kernel, arguments, constants))
 
@@ -50,9 +53,8 @@ def _fp32(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta", requires_grad=True)
 
 
-def _attention(frames: int, hidden: int, heads: int, rate: float) -> Tensor:
-    seeds = torch.empty(12, device="meta", dtype=torch.int64)
-    joined = _bf16(12, frames, 3 * hidden)
+def _attention(joined: Tensor, heads: int, rate: float) -> Tensor:
+    seeds = torch.empty(len(joined), device="meta", dtype=torch.int64)
     return fused_self_attention(joined, heads=heads, rate=rate, seeds=seeds, site=3)
 
 
@@ -63,12 +65,14 @@ def _cross_attention() -> Tensor:
 
 
 CASES: dict[str, Callable[[], Tensor]] = {
-    "attention": lambda: _attention(249, 768, 12, 0.1),
-    "attention, 1 s": lambda: _attention(49, 768, 12, 0.1),
-    "attention without dropout, tiny": lambda: _attention(249, 192, 4, 0.0),
+    "attention": lambda: _attention(_bf16(12, 249, 3 * 768), 12, 0.1),
+    "attention, 1 s": lambda: _attention(_bf16(96, 49, 3 * 768), 12, 0.1),
+    "attention without dropout, tiny": lambda: _attention(_bf16(12, 249, 3 * 192), 4, 0.0),
+    "attention in fp32": lambda: _attention(_fp32(12, 249, 3 * 768), 12, 0.1),
     "cross-attention": _cross_attention,
     "positions": lambda: grouped_convolution(_bf16(12, 249, 768), _fp32(768, 48, 128), 16),
     "positions, tiny": lambda: grouped_convolution(_bf16(12, 249, 192), _fp32(192, 12, 64), 16),
+    "positions in fp32": lambda: grouped_convolution(_fp32(12, 249, 768), _fp32(768, 48, 128), 16),
     "first convolutions": lambda: first_convolutions(
         _bf16(12, 16000, 16), _fp32(12, 16, 512), _fp32(512, 512, 3), 2
     ),
@@ -96,7 +100,7 @@ def _type(value: Any, parameter: Any) -> str:
 
 def _compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> dict[str, Any]:
     """Compile as a launch would, and describe the result."""
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") & constants.keys()}
+    options = {name: constants.pop(name) for name in OPTIONS & constants.keys()}
     signature: dict[str, str] = {}
     fixed: dict[tuple[int], Any] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
@@ -106,7 +110,9 @@ def _compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) 
         signature[parameter.name] = kind
         if kind == "constexpr":
             fixed[place,] = value
-        elif kind[0] == "*" or (kind == "i32" and _specialised(parameter) and value % 16 == 0):
+        elif (kind[0] == "*" and not parameter.do_not_specialize_on_alignment) or (
+            kind == "i32" and _specialised(parameter) and value % 16 == 0
+        ):
             aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
