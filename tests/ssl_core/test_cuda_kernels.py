@@ -1,6 +1,8 @@
 """The kernels for GPUs against plain torch, in Triton's interpreter."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import triton_interpreter  # noqa: F401 (before the kernels)
 from torch import Tensor
 
 from ssl_core.wav2vec2 import keyed_bits, packing
+from ssl_core.wav2vec2.cpu import strided_convolution
+from ssl_core.wav2vec2.cuda import extractor
 from ssl_core.wav2vec2.cuda.extractor import activated_convolution, first_convolutions
 from ssl_core.wav2vec2.cuda.fused_attention import (
     fused_attention,
@@ -173,3 +177,20 @@ def test_the_first_convolutions_and_their_gradients() -> None:
         return spare_rows_without_slope(out, 1)
 
     assert_same(ours, plain, inputs)
+
+
+def test_convolutions_of_a_batch_are_those_of_its_crops_on_a_cpu() -> None:
+    """Spare rows, which reach into the next crop, change neither results nor gradients."""
+    torch.manual_seed(0)
+    windows = F.pad(torch.randn(3, 61, 16), (0, 0, 0, 3))
+    inputs = [torch.randn(3, 16, 6), *(torch.randn(6, 6, taps) / 4 for taps in (3, 3, 2))]
+
+    def features(of: Any, *inputs: Tensor) -> Tensor:
+        kernels, first, *others = inputs
+        x = of.first_convolutions(windows.to(first.dtype), kernels, first, 2)
+        for weight in others:
+            x = of.activated_convolution(x, weight, 2)
+        return F.gelu(x[:, :7])
+
+    ours, theirs = partial(features, extractor), partial(features, strided_convolution)
+    assert_same(ours, theirs, inputs)
