@@ -81,7 +81,8 @@ class FusedAdamW(AdamW):
             for name, parameter in self.parameters.items()
         ]
         table = to_device(rows, self._owners.device, self.sources)
-        adamw_kernel.add_gradients(table, (self._owners, self._firsts, self._like))
+        aligned = all(number % 16 == 0 for row in rows for number in row[:3])
+        adamw_kernel.add_gradients(table, (self._owners, self._firsts, self._like), aligned=aligned)
         self._summed |= own.keys()
         if last:
             self._found = {name: self._sums[name] for name in self._sums if name in self._summed}
@@ -97,7 +98,8 @@ class FusedAdamW(AdamW):
 
     def apply_on_device(self, control: Control) -> None:
         """Update the parameters that have a gradient, by numbers that stay on the device."""
-        table = to_device(self._table(), self._owners.device, self.sources)
+        rows = self._table()
+        table = to_device(rows, self._owners.device, self.sources)
         self._all_steps += (table[:, 8] > 0) * control.finite
         adamw_kernel.adamw(
             table,
@@ -112,6 +114,7 @@ class FusedAdamW(AdamW):
             self._numbers,
             kind=self.kind,
             copies=bool(self.copies),
+            aligned=all(number % 16 == 0 for row in rows for number in row[:8]),
         )
 
     def _table(self) -> list[list[int]]:

@@ -53,8 +53,10 @@ def to_device(rows: Sequence[Sequence[int]], device: torch.device, kept: list[Te
         `[row, column]` int64.
     """
     source = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda" or not has_data(source):
+    if device.type != "cuda":
         return source
+    if not has_data(source):
+        return source.to(device)
     source = source.pin_memory()
     if torch.cuda.is_current_stream_capturing():
         kept.append(source)
