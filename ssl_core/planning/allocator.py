@@ -1,12 +1,16 @@
 """Controls whether glibc keeps freed tensor memory or returns it to the kernel.
 
-By default glibc maps a tensor of more than a few hundred KiB separately and unmaps it when it is
-freed. The kernel clears each page again at its next use, which in a training step takes longer than
-the computation on it. Keeping freed memory speeds up a step of `base` by half on a CPU. But
-kept memory is fragmented, and can grow to two thirds of what a step needs (measured). Freed memory
-is therefore returned to the kernel whenever the process exceeds its peak use by more than `spare`.
-This costs a step a few per cent of its speed and bounds its peak. Small freed objects must not
-fragment the heap either, see `common.process_environment`.
+A block that glibc maps separately is unmapped when it is freed, and the kernel clears each page
+again at its next use. With its own settings glibc does so for tensors larger than any freed so far,
+always above 32 MiB; a step of which all large tensors are mapped takes 1.28 times as long
+(`ladder.GIVEN_BACK`). But kept memory is fragmented, and can grow to two thirds of what a step
+needs (measured). Freed memory is therefore returned to the kernel whenever the process exceeds its
+peak use by more than `spare`. This costs a step a few per cent of its speed and bounds its peak.
+Small freed objects must not fragment the heap either, see `common.process_environment`.
+
+Of libraries to preload instead, jemalloc and mimalloc took more time or memory; tcmalloc took 2 to
+5 % less memory, but was not shown to be as fast in every cell ("Memory allocators" in
+`benchmarks/README.md`).
 """
 
 import contextlib
