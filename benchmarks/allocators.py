@@ -69,6 +69,7 @@ ALLOCATORS = {
         JEMALLOC, {"MALLOC_CONF": "dirty_decay_ms:-1,oversize_threshold:0,metadata_thp:auto"}
     ),
     "mimalloc2": Allocator("libmimalloc.so.2"),
+    "mimalloc2_kept": Allocator("libmimalloc.so.2", {"MIMALLOC_ALLOW_DECOMMIT": "0"}),
     "mimalloc3": Allocator("libmimalloc.so.3"),
     "mimalloc3_kept": Allocator("libmimalloc.so.3", {"MIMALLOC_PURGE_DELAY": "-1"}),
     "tcmalloc": Allocator(TCMALLOC),

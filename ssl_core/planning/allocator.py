@@ -8,9 +8,10 @@ needs (measured). Freed memory is therefore returned to the kernel whenever the 
 peak use by more than `spare`. This costs a step a few per cent of its speed and bounds its peak.
 Small freed objects must not fragment the heap either, see `common.process_environment`.
 
-No library to preload does as well in both time and memory: jemalloc and mimalloc clear more pages or
-take 3 to 9 % more memory, tcmalloc takes 2 to 5 % less but a step of 5 s x 4 takes over 10 % longer
-("Memory allocators" in `benchmarks/README.md`).
+No library to preload was shown to do as well in both time and memory: tcmalloc takes 2 to 5 % less
+memory, but a step of 5 s x 4 takes over 10 % longer; jemalloc and mimalloc clear more pages or take
+more memory, but for one setting that is not measured in full ("Memory allocators" in
+`benchmarks/README.md`).
 """
 
 import contextlib
