@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ssl_core.wav2vec2.attention import attention
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu import products
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import compute_dtype
@@ -25,7 +27,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.projection = Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = Dropout(config.feat_proj_dropout, PROJECTED)
 
     def forward(
@@ -57,10 +59,10 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.rate = config.attention_dropout
         self.keep_weights = False
-        self.k_proj = nn.Linear(size, size)
-        self.v_proj = nn.Linear(size, size)
-        self.q_proj = nn.Linear(size, size)
-        self.out_proj = nn.Linear(size, size)
+        self.k_proj = Linear(size, size)
+        self.v_proj = Linear(size, size)
+        self.q_proj = Linear(size, size)
+        self.out_proj = Linear(size, size)
 
     def forward(
         self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()
@@ -96,7 +98,7 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+        return products.affine(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -106,9 +108,9 @@ class _ActivatedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             torch.ops.aten.gelu(x, out=grad_x)
-            grad_weight = torch.mm(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = products.multiply(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
             grad_bias = rows.sum(0, dtype=weight.dtype)
-        torch.mm(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
+        products.multiply(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
         torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad_bias
 
@@ -119,9 +121,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, site: int) -> None:
         """`site`: number of the dropout's site in the network."""
         super().__init__()
-        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_dropout = Dropout(config.activation_dropout, site)
-        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
         """Apply the feed-forward network.
@@ -135,7 +137,7 @@ class FeedForward(nn.Module):
             `[batch, frame, hidden]`.
         """
         x = self.intermediate_dense(x)
-        if self.intermediate_dropout.rate or type(self.output_dense) is not nn.Linear:
+        if self.intermediate_dropout.rate or type(self.output_dense) is not Linear:
             return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds, lengths))
         return _ActivatedLinear.apply(x, self.output_dense.weight, self.output_dense.bias)
 
