@@ -69,8 +69,9 @@ def mixed(x: _Bits) -> _Bits:
 def site_keys(seeds: Tensor, site: int) -> Keys:
     """The keys of a site from the crops' seeds, `[batch]` int64 on any device."""
     if seeds.device.type == "cpu":
-        halves = [_words((seeds >> shift).to(torch.int32)) for shift in (0, 32)]
-        return Keys(*(torch.from_numpy(key.view(np.int32)) for key in _keys(*halves, site)))
+        wide = seeds.numpy().view(np.uint64)
+        found = _keys(wide.astype(np.uint32), (wide >> np.uint64(32)).astype(np.uint32), site)
+        return Keys(*(torch.from_numpy(key.view(np.int32)) for key in found))
     return Keys(*_keys(seeds.to(torch.int32), (seeds >> 32).to(torch.int32), site))
 
 
