@@ -16,6 +16,8 @@ from ssl_core.wav2vec2.model import Backbone
 
 _CHECKED_WEIGHTS = ("feed_forward.intermediate_dense.weight", "attention.out_proj.weight")
 """Weights of a transformer layer after whose gradients kept freed memory is checked."""
+SMALL = 2**16
+"""Elements of a parameter from which its gradient is applied on its own in the backward pass."""
 LOSS_SCALE_INTERVAL = 2000
 """Updates after which the loss scale (fp16) is doubled, as in torch's GradScaler."""
 
@@ -146,7 +148,10 @@ class PlannedStep:
 
 
 class AppliedInBackward:
-    """Applies every gradient as soon as the backward pass has computed it; a context manager."""
+    """Applies gradients as soon as the backward pass has computed them; a context manager.
+
+    Those of parameters of fewer than `SMALL` elements are applied together at its end.
+    """
 
     def __init__(
         self, optimizers: Mapping[str, AdamW], rates: Mapping[str, float], factor: float
@@ -180,13 +185,35 @@ class AppliedInBackward:
 
         return apply
 
+    def _apply_small(self) -> None:
+        """Apply the gradients of small parameters together: a call takes longer than its work."""
+        for group, optimizer in self.optimizers.items():
+            small = {
+                name: value
+                for name, value in optimizer.parameters.items()
+                if value.numel() < SMALL and value.grad is not None
+            }
+            grads = [value.grad for value in small.values() if value.grad is not None]
+            if self.factor != 1 and grads:
+                torch._foreach_mul_(grads, self.factor)
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            self.finite = self.finite and math.isfinite(norm)
+            if self.finite:
+                self.square += norm * norm
+                optimizer.apply(self.rates[group], small)
+            for value in small.values():
+                value.grad = None
+
     def __enter__(self) -> None:
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(group, name))
             for group, optimizer in self.optimizers.items()
             for name, parameter in optimizer.parameters.items()
+            if parameter.numel() >= SMALL
         ]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if error is None:
+            self._apply_small()
