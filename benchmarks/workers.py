@@ -167,8 +167,9 @@ def _gradient_error(job: Job) -> float:
     model, rng = PretrainingModel(config), np.random.default_rng(2)
     waveforms = torch.from_numpy(noise(rng, plan.batch, plan.samples))
     draws = draw(config, plan.batch, plan.samples, rng)
-    weights = Weights(config.diversity_loss_weight, 0.0, 1.7)
-    theirs = peers.transformers_backward(model, waveforms, draws, weights.temperature).gradients
+    temperature = 1.7
+    weights = Weights(config.diversity_loss_weight, 0.0, temperature)
+    theirs = peers.transformers_backward(model, waveforms, draws, temperature).gradients
     recipe = Recipe(feature_grad_scale=1.0, feature_penalty_weight=0.0)
     step = PretrainingStep(model, recipe, plan, seed=0, total_updates=1)
     step.accumulate(waveforms, draws, weights, 1)

@@ -20,8 +20,9 @@ from fl_client.round_plan import NO_BUDGET, Budget, RoundPlan
 from ssl_core.planning.processor import use_threads
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
-from ssl_core.training.pretraining_step import PretrainingStep, StepReport
+from ssl_core.training.pretraining_step import PretrainingStep
 from ssl_core.training.pretraining_work import PretrainingWork
+from ssl_core.training.step_report import StepReport
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.model import PretrainingModel, Undrawn
 

@@ -20,7 +20,8 @@ from ssl_core.planning import allocator
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training import randomness
 from ssl_core.training.adamw import AdamW
-from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.training.applied_in_backward import AppliedInBackward
+from ssl_core.training.planned_step import PlannedStep
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.precision import at_least_fp32, autocast
 from ssl_core.wav2vec2.recompute import recomputed
@@ -110,7 +111,8 @@ class TaskStep(PlannedStep):
         self.unfrozen = any(not name.startswith("head.") for name in names)
         self._extractor = any(name.startswith(EXTRACTOR) for name in names)
         plan.validate()
-        super().__init__(model, model.wav2vec2, plan)
+        products = model.wav2vec2 if self.unfrozen else None
+        super().__init__(model, model.wav2vec2, plan, products)
 
     @property
     def stage(self) -> Stage:
@@ -129,8 +131,9 @@ class TaskStep(PlannedStep):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 groups[HEAD if name.startswith("head.") else BACKBONE].append((name, parameter))
-        state = self.plan.optimizer_state
-        return {key: AdamW(group, self.recipe, state) for key, group in groups.items() if group}
+        return {
+            key: self.optimizer_of(group, self.recipe) for key, group in groups.items() if group
+        }
 
     @contextlib.contextmanager
     def _settling(self) -> Iterator[None]:
@@ -169,28 +172,30 @@ class TaskStep(PlannedStep):
         self._drop_gradients()
         in_backward = None
         if plan.apply_in_backward and chunk == count:
-            in_backward = AppliedInBackward(self.optimizers, rates, 1 / self.loss_scale)
-        loss, correct = 0.0, 0
-        with in_backward or contextlib.nullcontext(), self._settling():
+            in_backward = AppliedInBackward(self.optimizers, rates, 1 / float(self.loss_scale))
+        done = []
+        with in_backward or contextlib.nullcontext(), self._settling(), self.computing():
             for first in range(0, count, chunk):
                 rows = order[first : first + chunk]
                 losses, found = self._losses(batch.rows(rows), seeds[rows], keep)
                 (losses.sum() * (self.loss_scale / count)).backward()
-                loss += float(losses.detach().sum())
-                correct += found
+                done.append((losses.detach().sum(), found))
+                self._collect(first + chunk >= count)
+        norm: float | Tensor
+        applied: bool | Tensor
         if in_backward is not None:
             norm, applied = in_backward.norm, in_backward.finite
         else:
             norm, applied = self._apply(rates, 1 / self.loss_scale, self.recipe.clip_norm)
-        scale = self.loss_scale
+        scale = float(self.loss_scale)
         if plan.precision == "fp16":
-            self._adapt_loss_scale(update, applied)
+            self._adapt_loss_scale(self.loss_scale_growth(update), applied)
         self._drop_gradients()
         return TaskReport(
-            loss=loss / count,
-            correct=correct,
-            gradient_norm=norm,
-            applied=applied,
+            loss=sum(float(loss) for loss, _ in done) / count,
+            correct=sum(int(found) for _, found in done),
+            gradient_norm=float(norm),
+            applied=bool(applied),
             loss_scale=scale,
             clips=count,
             seconds=sum(batch.samples) / SAMPLE_RATE,
@@ -198,8 +203,8 @@ class TaskStep(PlannedStep):
 
     def _losses(
         self, batch: Batch, seeds: Tensor, keep: Sequence[bool] | None
-    ) -> tuple[Tensor, int]:
-        """Loss of each clip, `[clip]`, and number of clips classified correctly."""
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each clip, `[clip]`, and number of clips classified correctly, `[]`."""
         model, stage = self.model, batch.stage
         inputs = batch.on(self.device)
         targets = batch.targets.to(self.device)
@@ -213,9 +218,9 @@ class TaskStep(PlannedStep):
         with autocast(self.device, self.plan.precision if self.unfrozen else "fp32"):
             prediction = model.head(at_least_fp32(x), lengths, seeds)
         losses = model.head.losses(prediction, lengths, targets)
-        found = 0
+        found = torch.zeros((), device=self.device)
         if targets.dim() == 1:
-            found = int((prediction.logits.argmax(1) == targets).sum())
+            found = (prediction.logits.argmax(1) == targets).sum()
         return losses, found
 
     def _extracted(self, inputs: Inputs, stage: Stage) -> Tensor:

@@ -32,6 +32,12 @@ class StepOptions:
     """Apply and free each gradient as soon as it is computed, so that they are never all in memory.
     Exact; only for updates of one batch that is not split. After a gradient that is not finite the
     rest of the update is skipped."""
+    graph: bool = True
+    """Replay an update's kernels from a CUDA graph instead of launching each anew (GPU only; the
+    same bytes)."""
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    """Kernels of a GPU: `fused` in Triton, `plain` of torch; `auto` takes fused ones from compute
+    capability 8.0 on, where Triton is installed. Both give the same masks."""
     compile: bool = False
     """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
     keep_freed_memory: bool = True

@@ -1,6 +1,6 @@
 """AdamW with state in fp32, bf16 or 8 bits, applied to all parameters or to some of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,6 +30,17 @@ class AdamRecipe(Protocol):
     @property
     def weight_decay(self) -> float:
         """Decoupled; multiplied by the learning rate."""
+
+
+class Control(NamedTuple):
+    """What an update on a device is controlled by, there."""
+
+    rate: Tensor
+    """Learning rate, `[]` fp32."""
+    factor: Tensor
+    """Multiplies every gradient, `[]` fp32."""
+    finite: Tensor
+    """`[]` int32: 1 if the update is applied, 0 if it is skipped."""
 
 
 class _Packed(NamedTuple):
@@ -114,7 +125,9 @@ class AdamW:
         for name in chosen:
             self._update([name], rate)
 
-    def _update(self, names: list[str], rate: float) -> None:
+    def _update(
+        self, names: list[str], rate: float | Tensor, skipped: Tensor | None = None
+    ) -> None:
         with torch.no_grad():
             firsts, seconds, grads = [], [], []
             for name in names:
@@ -127,23 +140,25 @@ class AdamW:
                     first, second = (_unpack(part, parameter.shape) for part in self._moments[name])
                 firsts.append(first)
                 seconds.append(second)
-                self._steps[name] += 1
             if not names:
                 return
+            steps = [self._steps[name] for name in names]
+            torch._foreach_add_(steps, 1 if skipped is None else 1 - skipped)
             torch._fused_adamw_(
                 [self.parameters[name] for name in names],
                 grads,
                 firsts,
                 seconds,
                 [],
-                [self._steps[name] for name in names],
-                lr=rate,
+                steps,
+                lr=rate,  # type: ignore[arg-type]
                 beta1=self.recipe.beta1,
                 beta2=self.recipe.beta2,
                 weight_decay=self.recipe.weight_decay,
                 eps=self.recipe.epsilon,
                 amsgrad=False,
                 maximize=False,
+                found_inf=skipped,
             )
             for name, first, second in zip(names, firsts, seconds, strict=True):
                 self._moments[name] = (
@@ -151,6 +166,32 @@ class AdamW:
                     if self.kind == "fp32"
                     else (_pack(first, self.kind, True), _pack(second, self.kind, False))
                 )
+
+    def collect(self, found: Mapping[str, Tensor], last: bool) -> None:
+        """Take the gradients of a micro-batch; torch has added them to those before.
+
+        Args:
+            found: gradients `[...]` by name that are not where the parameters have theirs.
+            last: whether the update has no further micro-batch.
+        """
+
+    def drop_gradients(self) -> None:
+        """Forget what was collected."""
+
+    def gradients(self) -> list[Tensor]:
+        """All gradients of an update, `[...]` each."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def apply_on_device(self, control: Control) -> None:
+        """Update parameters that have a gradient, by numbers that stay on the device."""
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
+        torch._foreach_mul_(self.gradients(), control.factor)
+        skipped = 1 - control.finite.float()
+        if self.kind == "fp32":
+            self._update(names, control.rate, skipped)
+            return
+        for name in names:
+            self._update([name], control.rate, skipped)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all state by `kind/parameter name`, for a checkpoint.

@@ -23,8 +23,9 @@ from ssl_core.training.divergence import Watch
 from ssl_core.training.evaluation import evaluate
 from ssl_core.training.loader import ahead
 from ssl_core.training.pretraining_settings import PretrainingSettings
-from ssl_core.training.pretraining_step import PretrainingStep, StepReport
+from ssl_core.training.pretraining_step import PretrainingStep
 from ssl_core.training.run_directory import RunDirectory
+from ssl_core.training.step_report import StepReport
 from ssl_core.wav2vec2.model import PretrainingModel
 
 

@@ -9,83 +9,45 @@ the gradient is that of the whole batch, to rounding.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training import randomness, schedule
 from ssl_core.training.adamw import AdamW
+from ssl_core.training.applied_in_backward import AppliedInBackward
 from ssl_core.training.gradient_functions import continue_backward, scale_gradient
-from ssl_core.training.planned_step import AppliedInBackward, PlannedStep
+from ssl_core.training.planned_step import PlannedStep
 from ssl_core.training.pretraining_recipe import Recipe
-from ssl_core.wav2vec2.model import Draws, LossParts, PretrainingModel, draw
+from ssl_core.training.step_inputs import BatchInputs, Controls, Stage, Waveforms, with_last
+from ssl_core.training.step_report import TOTALS, Counts, StepReport, totals
+from ssl_core.training.step_runner import Taken, make_runner
+from ssl_core.wav2vec2.cuda.launching import addresses
+from ssl_core.wav2vec2.model import (
+    Chance,
+    Draws,
+    LossParts,
+    PretrainingModel,
+    complete,
+    draw_chance,
+)
 from ssl_core.wav2vec2.precision import autocast
-from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
+from ssl_core.wav2vec2.quantizer import diversity_loss
 from ssl_core.wav2vec2.recompute import recomputed
-
-Waveforms = npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Results of an update. Losses are means over masked frames, in nats."""
-
-    update: int
-    loss: float
-    """Contrastive loss plus weighted diversity loss, penalty and code entropy."""
-    contrastive: float
-    diversity: float
-    """Unused fraction of the codebook."""
-    penalty: float
-    """Mean square of the extractor's output."""
-    accuracy: float
-    """Fraction of masked frames whose code was identified among the negatives."""
-    perplexity: float
-    """Effective number of codebook entries in use, over all groups."""
-    code_entropy: float
-    """Entropy of a frame's code distribution in nats, mean over frames and groups."""
-    masked_fraction: float
-    distinct_negatives: float
-    """Mean number of distinct frames among a frame's negatives."""
-    gradient_norm: float
-    learning_rate: float
-    temperature: float
-    applied: bool
-    """False if the gradient was not finite and the update was skipped."""
-    loss_scale: float
-    """By which the loss was multiplied for its gradient; 1 except in fp16."""
-    crops: int
-    seconds: float
-    """Seconds of audio in the update."""
-
-    def metrics(self) -> dict[str, float]:
-        """All fields as numbers."""
-        return {key: float(value) for key, value in dataclasses.asdict(self).items()}
-
-
-class BatchSums(NamedTuple):
-    """Sums over the masked frames of one batch, detached; `probabilities`: `[group, entry]`."""
-
-    contrastive: float
-    penalty: float
-    entropy: float
-    correct: int
-    masked: int
-    probabilities: Tensor
 
 
 class Weights(NamedTuple):
-    """Weights of the loss parts and the Gumbel temperature at an update."""
+    """Weights of the loss parts and the Gumbel temperature at an update.
 
-    diversity: float
+    What changes from update to update is `[]` on the device if the step is resident.
+    """
+
+    diversity: float | Tensor
     penalty: float
-    temperature: float
+    temperature: float | Tensor
     entropy: float = 0.0
 
 
@@ -129,7 +91,23 @@ class PretrainingStep(PlannedStep):
         recipe.validate()
         recipe.validate_plan(model.config, plan)
         self.recipe, self.seed, self.total_updates = recipe, seed, total_updates
-        super().__init__(model, model.wav2vec2, plan)
+        super().__init__(model, model.wav2vec2, plan, products=model)
+
+    def reset(self) -> None:
+        """Start with new optimizer state, as a client does between rounds."""
+        super().reset()
+        self._totals = torch.zeros(len(TOTALS), dtype=torch.float64, device=self.device)
+        self._places: list[int] = []
+        self._renew_runner()
+
+    def change_plan(self, plan: Plan) -> None:
+        """See `PlannedStep.change_plan`."""
+        super().change_plan(plan)
+        self._renew_runner()
+
+    def _renew_runner(self) -> None:
+        """Forget all graphs."""
+        self._runner = make_runner(self.compute, self.device, self.resident, self.plan.graph)
 
     def validate(self, plan: Plan) -> None:
         """Check a plan against model and recipe; raises `UsageError`."""
@@ -137,8 +115,7 @@ class PretrainingStep(PlannedStep):
 
     def make_optimizers(self) -> dict[str, AdamW]:
         """Create one optimizer for all parameters."""
-        state = self.plan.optimizer_state
-        return {"model": AdamW(self.model.named_parameters(), self.recipe, state)}
+        return {"model": self.optimizer_of(self.model.named_parameters(), self.recipe)}
 
     def _features(self, waveforms: Tensor, recompute: bool) -> Tensor:
         if recompute:
@@ -148,8 +125,13 @@ class PretrainingStep(PlannedStep):
         return scale_gradient(features, self.recipe.feature_grad_scale)
 
     def accumulate(
-        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
-    ) -> BatchSums:
+        self,
+        waveforms: Tensor,
+        draws: Draws,
+        weights: Weights,
+        divisor: float | Tensor,
+        last: bool = True,
+    ) -> list[LossParts]:
         """Add the gradient of one batch's loss, divided by `divisor`, to the parameters' gradients.
 
         Args:
@@ -157,19 +139,29 @@ class PretrainingStep(PlannedStep):
             draws: random draws of this batch.
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
+            last: whether this is the update's last batch.
+
+        Returns:
+            The parts of each micro-batch's loss, detached.
         """
         if self.plan.effective_micro_batch < len(waveforms):
-            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor)
+            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor, last)
         with autocast(self.device, self.plan.precision):
             features = self._features(waveforms, self.plan.recompute_features)
             parts = self.model.loss_parts(features, draws, weights.temperature)
         masked = draws.masked.numel()
         (combine(parts, weights, masked) / divisor).backward()
-        return _sums([parts], masked)
+        self._collect(last)
+        return [LossParts(*(part.detach() for part in parts))]
 
     def _accumulate_in_two_stages(
-        self, waveforms: Tensor, draws: Draws, weights: Weights, divisor: float
-    ) -> BatchSums:
+        self,
+        waveforms: Tensor,
+        draws: Draws,
+        weights: Weights,
+        divisor: float | Tensor,
+        last: bool,
+    ) -> list[LossParts]:
         size, masked = self.plan.effective_micro_batch, draws.masked.numel()
         pieces = [
             (waveforms[first : first + size], draws.rows(first, first + size))
@@ -204,10 +196,11 @@ class PretrainingStep(PlannedStep):
             assert leaf.grad is not None
             continue_backward(features, leaf.grad)
             del leaf, features
-        return _sums(done, masked)
+            self._collect(last and number == len(pieces) - 1)
+        return done
 
-    def update(self, batches: Iterable[Waveforms], update: int, key: int = 0) -> StepReport:
-        """Take one update.
+    def take(self, batches: Iterable[Waveforms], update: int, key: int = 0) -> Taken:
+        """Take one update; on a GPU, without waiting for it.
 
         Args:
             batches: `accumulation` batches, each `[batch, sample]`.
@@ -215,80 +208,100 @@ class PretrainingStep(PlannedStep):
             key: distinguishes clients that take the same update.
 
         Returns:
-            The report; if the gradient is not finite the update is skipped.
+            The update, from which the report is read when it is wanted; if the gradient is not
+            finite the update is skipped.
         """
-        config, plan = self.model.config, self.plan
-        rate = schedule.learning_rate(self.recipe, update, self.total_updates)
-        rates = {"model": rate}
-        weights = Weights(
-            schedule.diversity_weight(config, self.recipe, update, self.total_updates),
-            self.recipe.feature_penalty_weight,
-            schedule.gumbel_temperature(self.recipe, update),
-            self.recipe.code_entropy_weight,
-        )
-        sums: list[BatchSums] = []
-        distinct = 0.0
-        divisor, frames, crops = 1, 0, 0
-        self._drop_gradients()
-        in_backward = None
-        if plan.apply_in_backward:
-            in_backward = AppliedInBackward(self.optimizers, rates, 1 / self.loss_scale)
-        for number, batch in enumerate(batches):
+        config, recipe = self.model.config, self.recipe
+        rate = schedule.learning_rate(recipe, update, self.total_updates)
+        diversity = schedule.diversity_weight(config, recipe, update, self.total_updates)
+        temperature = schedule.gumbel_temperature(recipe, update)
+        controls = Controls(rate, diversity, temperature, self.loss_scale_growth(update))
+        self._prepare()
+        number, masked, frames, crops = 0, 0, 0, 0
+        for batch, last in with_last(batches):
             rng = randomness.generator(self.seed, "draws", key, update, number)
-            chance = draw(config, len(batch), batch.shape[1], rng, pool=self.recipe.negative_pool)
-            distinct += float((chance.multiplicity > 0).sum(-1).float().mean()) * len(batch)
-            crops += len(batch)
+            chance = draw_chance(config, len(batch), batch.shape[1], rng)
+            masked += chance.masked.numel()
             frames += len(batch) * config.frames(batch.shape[1])
-            divisor = chance.masked.numel() * plan.accumulation
-            waveforms = torch.from_numpy(batch).to(self.device)
-            chance = chance.to(self.device)
-            with in_backward or contextlib.nullcontext(), self._settling():
-                sums.append(self.accumulate(waveforms, chance, weights, divisor / self.loss_scale))
-        masked = sum(part.masked for part in sums)
-        if in_backward is not None:
-            norm, applied = in_backward.norm, in_backward.finite
-        else:
-            factor = divisor / masked / self.loss_scale
-            norm, applied = self._apply(rates, factor, self.recipe.clip_norm)
-        scale = self.loss_scale
-        if plan.precision == "fp16":
-            self._adapt_loss_scale(update, applied)
-        self._drop_gradients()
-        probabilities = [part.probabilities / part.masked for part in sums]
-        contrastive = sum(part.contrastive for part in sums) / masked
-        diversity = float(np.mean([float(diversity_loss(p)) for p in probabilities]))
-        penalty = sum(part.penalty for part in sums) / masked
-        entropy = sum(part.entropy for part in sums) / masked
-        return StepReport(
+            crops += len(batch)
+            self._runner.run(
+                BatchInputs(torch.from_numpy(batch), chance.masked, chance.seeds, controls),
+                Stage(number == 0, last, masked if last else 0, chance.layer_keep),
+            )
+            number += 1
+        counts = Counts(
             update=update,
-            loss=contrastive
-            + weights.diversity * diversity
-            + weights.penalty * penalty
-            + weights.entropy * entropy,
-            contrastive=contrastive,
-            diversity=diversity,
-            penalty=penalty,
-            accuracy=sum(part.correct for part in sums) / masked,
-            perplexity=float(np.mean([float(perplexity(p)) for p in probabilities])),
-            code_entropy=entropy,
-            masked_fraction=masked / frames,
-            distinct_negatives=distinct / crops,
-            gradient_norm=norm,
-            learning_rate=rate,
-            temperature=weights.temperature,
-            applied=applied,
-            loss_scale=scale,
+            batches=number,
             crops=crops,
-            seconds=crops * plan.length,
+            masked=masked,
+            frames=frames,
+            seconds=crops * self.plan.length,
+            rate=rate,
+            diversity=diversity,
+            penalty=recipe.feature_penalty_weight,
+            entropy=recipe.code_entropy_weight,
+            temperature=temperature,
         )
+        return Taken(counts, self._runner.totals())
 
+    def update(self, batches: Iterable[Waveforms], update: int, key: int = 0) -> StepReport:
+        """Take one update and wait for its report; arguments as of `take`."""
+        return self.take(batches, update, key).report()
 
-def _sums(parts: list[LossParts], masked: int) -> BatchSums:
-    return BatchSums(
-        contrastive=float(sum(part.contrastive.detach() for part in parts)),
-        penalty=float(sum(part.penalty.detach() for part in parts)),
-        entropy=float(sum(part.entropy.detach() for part in parts)),
-        correct=int(sum(part.correct for part in parts)),
-        masked=masked,
-        probabilities=torch.stack([part.probabilities.detach() for part in parts]).sum(0).cpu(),
-    )
+    def _prepare(self) -> None:
+        """See to what graphs take for granted: weights stay where they are, copies are of them."""
+        if self.halves is not None:
+            self.halves.refresh()
+        if self.device.type == "cuda":
+            places = addresses(*self.model.parameters())
+            if places != self._places:
+                self._places = places
+                self._renew_runner()
+
+    def compute(self, inputs: BatchInputs, stage: Stage) -> Tensor:
+        """Compute one batch, and after the last one the update.
+
+        Args:
+            inputs: on the step's device.
+            stage: the place of the batch in the update.
+
+        Returns:
+            The update's totals up to here, `[10]` fp64 on the device, see `step_report.TOTALS`.
+        """
+        plan, recipe, controls = self.plan, self.recipe, inputs.controls
+        weights = Weights(
+            controls.diversity,
+            recipe.feature_penalty_weight,
+            controls.temperature,
+            recipe.code_entropy_weight,
+        )
+        if stage.first:
+            self._drop_gradients()
+            self._totals.zero_()
+        chance = Chance(inputs.masked, inputs.seeds, stage.keep)
+        draws = complete(self.model.config, chance, pool=recipe.negative_pool)
+        divisor = draws.masked.numel() * plan.accumulation
+        scale = self.loss_scale
+        in_backward = None
+        if plan.apply_in_backward and not self.resident:
+            in_backward = AppliedInBackward(
+                self.optimizers, {"model": float(controls.rate)}, 1 / float(scale)
+            )
+        with in_backward or contextlib.nullcontext(), self._settling(), self.computing():
+            parts = self.accumulate(inputs.waveforms, draws, weights, divisor / scale, stage.last)
+        self._totals[:7] += totals(parts, draws)
+        del parts, draws
+        if stage.last:
+            self._totals[9] = scale
+            norm: float | Tensor
+            applied: bool | Tensor
+            if in_backward is not None:
+                norm, applied = in_backward.norm, in_backward.finite
+            else:
+                factor = divisor / stage.masked / scale
+                norm, applied = self._apply({"model": controls.rate}, factor, recipe.clip_norm)
+            if plan.precision == "fp16":
+                self._adapt_loss_scale(controls.growth, applied)
+            self._totals[7], self._totals[8] = norm, applied
+            self._drop_gradients()
+        return self._totals

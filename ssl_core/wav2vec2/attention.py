@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.cpu.block_attention import attention_with_dropout, by_head
+from ssl_core.wav2vec2.device_kernels import fused
 
 
 def attention(
@@ -39,6 +40,12 @@ def attention(
     Returns:
         `[batch, query frame, hidden]`.
     """
+    if fused(query):
+        from ssl_core.wav2vec2.cuda.fused_attention import fused_attention
+
+        return fused_attention(
+            query, key, value, heads=heads, rate=rate, seeds=seeds, site=site, lengths=lengths
+        )
     if seeds is not None and rate:
         given = (query, key, value, seeds, site, heads, rate, keep, lengths)
         out: Tensor = attention_with_dropout(*given)[0]
@@ -51,3 +58,26 @@ def attention(
         for own in packing.places(lengths)
     ]
     return torch.cat(alone, 2).transpose(1, 2).flatten(2)
+
+
+def self_attention(
+    projected: Tensor, *, heads: int, rate: float, seeds: Tensor | None, site: int
+) -> Tensor:
+    """Scaled dot-product attention of all frames of each crop.
+
+    Args:
+        projected: queries, keys and values, `[batch, frame, 3 hidden]`.
+        heads: number of heads, a divisor of the hidden size.
+        rate: dropout rate of the attention weights.
+        seeds: `[batch]` int64, one per crop; None, as in evaluation, drops nothing.
+        site: number of the dropout's site in the network.
+
+    Returns:
+        `[batch, frame, hidden]`.
+    """
+    if fused(projected):
+        from ssl_core.wav2vec2.cuda.fused_attention import fused_self_attention
+
+        return fused_self_attention(projected, heads=heads, rate=rate, seeds=seeds, site=site)
+    query, key, value = projected.chunk(3, -1)
+    return attention(query, key, value, heads=heads, rate=rate, seeds=seeds, site=site)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_core.wav2vec2.attention import attention
+from ssl_core.wav2vec2.attention import attention, self_attention
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.cpu import products
 from ssl_core.wav2vec2.cpu.products import Linear
@@ -15,6 +15,7 @@ from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import compute_dtype
 from ssl_core.wav2vec2.recompute import recomputed
+from ssl_core.wav2vec2.residual import added_and_normed, normed, normed_and_dropped
 
 PROJECTED, ENCODER_INPUT, _SITES = 0, 1, 8
 """Sites of dropout (see `keyed_bits`) before the layers, and how many each layer has from its own
@@ -44,8 +45,8 @@ class FeatureProjection(nn.Module):
             The projection, `[batch, frame, hidden]`, and the normalised features,
             `[batch, frame, channel]`.
         """
-        normalised = self.layer_norm(features)
-        return self.dropout(self.projection(normalised), seeds, lengths), normalised
+        normalised, narrow = normed(features, self.layer_norm)
+        return self.dropout(self.projection(narrow), seeds, lengths), normalised
 
 
 class Attention(nn.Module):
@@ -59,6 +60,9 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.rate = config.attention_dropout
         self.keep_weights = False
+        self.joined: tuple[Tensor, Tensor] | None = None
+        """Weights and biases of q, k and v in one, `[3 hidden, hidden]` and `[3 hidden]`, where a
+        step has them so: one product then takes the place of three."""
         self.k_proj = Linear(size, size)
         self.v_proj = Linear(size, size)
         self.q_proj = Linear(size, size)
@@ -78,18 +82,43 @@ class Attention(nn.Module):
         Returns:
             `[batch, wanted frame, hidden]`.
         """
-        mixed = attention(
-            self.q_proj(wanted),
-            self.k_proj(x),
-            self.v_proj(x),
-            heads=self.heads,
-            rate=self.rate,
-            seeds=seeds,
-            site=self.site,
-            keep=self.keep_weights,
-            lengths=lengths,
-        )
+        if self.joined is not None:
+            mixed = self._joined_attention(x, wanted, seeds, lengths)
+        else:
+            mixed = attention(
+                self.q_proj(wanted),
+                self.k_proj(x),
+                self.v_proj(x),
+                heads=self.heads,
+                rate=self.rate,
+                seeds=seeds,
+                site=self.site,
+                keep=self.keep_weights,
+                lengths=lengths,
+            )
         return self.out_proj(mixed)
+
+    def _joined_attention(
+        self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int]
+    ) -> Tensor:
+        assert self.joined is not None
+        weight, bias = self.joined
+        if wanted is x and not lengths:
+            projected = products.linear(x, weight, bias)
+            return self_attention(
+                projected, heads=self.heads, rate=self.rate, seeds=seeds, site=self.site
+            )
+        size = x.shape[-1]
+        (own, other), (own_bias, other_bias) = (
+            part.split([size, 2 * size]) for part in (weight, bias)
+        )
+        query = products.linear(wanted, own, own_bias)
+        keys_and_values = products.linear(x, other, other_bias)
+        key, value = keys_and_values.split(size, -1)
+        return attention(
+            query, key, value, heads=self.heads, rate=self.rate, seeds=seeds, site=self.site,
+            lengths=lengths,
+        )  # fmt: skip
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -163,7 +192,8 @@ class EncoderLayer(nn.Module):
         frames: Tensor | None,
         seeds: Tensor | None,
         lengths: Sequence[int] = (),
-    ) -> Tensor:
+        narrow: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Apply the layer.
 
         Args:
@@ -171,23 +201,26 @@ class EncoderLayer(nn.Module):
             frames: `[batch, wanted frame]`, indices of frames whose output is wanted; None for all.
             seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
             lengths: frames of each packed crop (see `packing`), else empty; not with `frames`.
+            narrow: `x` in the precision of products, `[batch, frame, hidden]`, if there is one.
 
         Returns:
-            `[batch, wanted frame, hidden]`.
+            `[batch, wanted frame, hidden]`, and the same in the precision of products if a kernel
+            wrote it, else None.
         """
-        normed = self.layer_norm(x) if self.stable else x
-        # Convert once for the three projections of the attention.
-        normed = normed.to(compute_dtype(x))
-        wanted = normed
+        if narrow is None:
+            # Convert once for the three projections of the attention.
+            narrow = (self.layer_norm(x) if self.stable else x).to(compute_dtype(x))
+        wanted = narrow
         if frames is not None:
-            x, wanted = take_frames(x, frames), take_frames(normed, frames)
-        mixed = self.attention(normed, wanted, seeds, lengths)
-        x = x + self.dropout(mixed, seeds, lengths)
-        if not self.stable:
-            x = self.layer_norm(x)
-        normed = self.final_layer_norm(x) if self.stable else x
-        x = x + self.final_dropout(self.feed_forward(normed, seeds, lengths), seeds, lengths)
-        return x if self.stable else self.final_layer_norm(x)
+            x, wanted = take_frames(x, frames), take_frames(narrow, frames)
+        mixed = self.attention(narrow, wanted, seeds, lengths)
+        if self.stable:
+            x = x + self.dropout(mixed, seeds, lengths)
+            fed = self.feed_forward(self.final_layer_norm(x), seeds, lengths)
+            return x + self.final_dropout(fed, seeds, lengths), None
+        x, narrow = added_and_normed(x, mixed, self.dropout, self.layer_norm, seeds, lengths)
+        fed = self.feed_forward(x if narrow is None else narrow, seeds, lengths)
+        return added_and_normed(x, fed, self.final_dropout, self.final_layer_norm, seeds, lengths)
 
 
 def take_frames(x: Tensor, frames: Tensor) -> Tensor:
@@ -229,16 +262,23 @@ class Encoder(nn.Module):
         Returns:
             `[batch, wanted frame, hidden]`.
         """
-        x = x + self.pos_conv_embed(x, lengths)
-        x = self.dropout(x if self.stable else self.layer_norm(x), seeds, lengths)
+        positions = self.pos_conv_embed(x, lengths)
+        narrow: Tensor | None = None
+        if self.stable:
+            x = self.dropout(x + positions, seeds, lengths)
+        else:
+            x, narrow = normed_and_dropped(
+                x, positions, self.layer_norm, self.dropout, seeds, lengths
+            )
         running = [i for i in range(len(self.layers)) if keep is None or keep[i]]
         for index in running:
             # The last layer attends to all frames, but only from the wanted ones.
             wanted = frames if index == running[-1] else None
             if self.recompute and torch.is_grad_enabled():
-                x = recomputed(self.layers[index], x, wanted, seeds, lengths)
+                # Without `narrow`, which would be saved beside `x`.
+                x, narrow = recomputed(self.layers[index], x, wanted, seeds, lengths)
             else:
-                x = self.layers[index](x, wanted, seeds, lengths)
+                x, narrow = self.layers[index](x, wanted, seeds, lengths, narrow)
         if frames is not None and not running:
             x = take_frames(x, frames)
         return self.layer_norm(x) if self.stable else x

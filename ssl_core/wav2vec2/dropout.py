@@ -8,14 +8,18 @@ computes masks again.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.keyed_bits import keep_elements, site_keys
 from ssl_core.wav2vec2.operators import operator
+
+if TYPE_CHECKING:
+    from ssl_core.wav2vec2.cuda.fused_dropout import Drop
 
 
 def _unfilled(seeds: Tensor, shape: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -155,5 +159,16 @@ class Dropout(nn.Module):
         """
         if seeds is None or not self.rate:
             return x
+        if fused(x):
+            from ssl_core.wav2vec2.cuda.fused_dropout import fused_dropout
+
+            where = self.at(seeds, lengths)
+            return x if where is None else fused_dropout(x, where)
         out: Tensor = drop(x, seeds, self.site, self.rate, lengths)[0]
         return out
+
+    def at(self, seeds: Tensor | None, lengths: Sequence[int] = ()) -> "Drop | None":
+        """Where a GPU's kernels drop; arguments as of `forward`, None for nowhere."""
+        from ssl_core.wav2vec2.cuda.fused_dropout import drop_at
+
+        return drop_at(seeds, self.site, self.rate, lengths)

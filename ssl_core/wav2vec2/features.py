@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.cpu.strided_convolution import activated_convolution, first_convolutions
+from ssl_core.wav2vec2.cpu import strided_convolution
+from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.precision import compute_dtype
 
 WINDOW = 16
@@ -29,6 +30,50 @@ def normalised(waveforms: Tensor) -> Tensor:
     """Bring each waveform `[..., sample]` to mean 0 and variance 1, as transformers does."""
     variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)
     return (waveforms - mean) / (variance + 1e-7).sqrt()
+
+
+COVARIANCE = 64
+"""Windows whose products a GPU sums at a time."""
+
+
+def activated_convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """See `strided_convolution.activated_convolution`; `[batch, row, channel]`, on any device."""
+    if fused(x):
+        from ssl_core.wav2vec2.cuda import extractor
+
+        return extractor.activated_convolution(x, weight, stride)
+    convolved: Tensor = strided_convolution.activated_convolution(x, weight, stride)
+    return convolved
+
+
+def first_convolutions(windows: Tensor, kernels: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """See `strided_convolution.first_convolutions`, on any device.
+
+    Args:
+        windows: `[batch, row, column]`.
+        kernels: `[batch, column, channel]`.
+        weight: `[out_channel, channel, tap]`.
+        stride: rows from one window to the next.
+
+    Returns:
+        `[batch, row / stride, out_channel]`.
+    """
+    if fused(windows):
+        from ssl_core.wav2vec2.cuda import extractor
+
+        return extractor.first_convolutions(windows, kernels, weight, stride)
+    convolved: Tensor = strided_convolution.first_convolutions(windows, kernels, weight, stride)
+    return convolved
+
+
+def _covariance(wide: Tensor) -> Tensor:
+    """Mean of the windows' outer products: `[batch, window, tap]` to `[batch, tap, tap]`."""
+    batch, count, taps = wide.shape
+    if not fused(wide):
+        return wide.transpose(1, 2) @ wide / count
+    # A GPU sums short products side by side: one long one would keep a single processor busy.
+    parts = F.pad(wide, (0, 0, 0, -count % COVARIANCE)).view(-1, COVARIANCE, taps)
+    return torch.bmm(parts.transpose(1, 2), parts).view(batch, -1, taps, taps).sum(1) / count
 
 
 class ConvolutionLayer(nn.Module):
@@ -81,7 +126,7 @@ class ConvolutionLayer(nn.Module):
         assert isinstance(norm, nn.GroupNorm)
         wide = windows.double()  # (N, T, K)
         wide = wide - wide.mean(1, keepdim=True)
-        covariance = wide.transpose(1, 2) @ wide / wide.shape[1]  # (N, K, K)
+        covariance = _covariance(wide)  # (N, K, K)
         taps = self.conv.weight[:, 0].double()  # (C, K)
         variance = torch.einsum("bij,ci,cj->bc", covariance, taps, taps)  # (N, C)
         scale = torch.rsqrt(variance + norm.eps) * norm.weight

@@ -278,7 +278,7 @@ class PretrainingModel(nn.Module):
         logits = self.quantizer.logits(self._masked_frames(normalised, draws))
         return torch.softmax(logits, dim=-1).sum((0, 1))
 
-    def loss_parts(self, features: Tensor, draws: Draws, temperature: float) -> LossParts:
+    def loss_parts(self, features: Tensor, draws: Draws, temperature: float | Tensor) -> LossParts:
         """Compute the parts of the pretraining loss.
 
         Args:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 from ssl_core.wav2vec2 import packing
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.cpu.spectral_convolution import spectral_convolution
+from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.precision import compute_dtype
 
 SPECTRA_FROM = 256
@@ -43,7 +44,8 @@ class PositionalConvolution(nn.Module):
         """
         weight = self.conv.weight
         many = x.shape[0] * x.shape[1] >= SPECTRA_FROM
-        if many and x.device.type == "cpu" and compute_dtype(x).itemsize >= 4:
+        on_cpu = x.device.type == "cpu" and not fused(x)
+        if many and on_cpu and compute_dtype(x).itemsize >= 4:
             taps, before = self._reaching(weight, max(lengths or x.shape[1:2]))
             mixed = spectral_convolution(x, taps, before, self.conv.groups, lengths)
             return F.gelu(mixed if self.conv.bias is None else mixed + self.conv.bias)
@@ -59,6 +61,13 @@ class PositionalConvolution(nn.Module):
         return weight[:, :, first : middle + frames], middle - first
 
     def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+        if fused(x):
+            from ssl_core.wav2vec2.cuda.grouped_convolution import grouped_convolution
+
+            mixed = grouped_convolution(x.to(compute_dtype(x)), weight, self.conv.groups)
+            return F.gelu(
+                mixed if self.conv.bias is None else mixed + self.conv.bias.to(mixed.dtype)
+            )
         taps, before = self._reaching(weight, x.shape[1])
         narrow = x.device.type == "cpu" and weight.shape[1] < NARROW
         with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():

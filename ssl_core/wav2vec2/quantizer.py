@@ -45,7 +45,9 @@ class Quantizer(nn.Module):
         logits = at_least_fp32(self.weight_proj(frames))
         return logits.unflatten(-1, (self.groups, self.entries))
 
-    def forward(self, frames: Tensor, noise: Tensor | None, temperature: float) -> Quantized:
+    def forward(
+        self, frames: Tensor, noise: Tensor | None, temperature: float | Tensor
+    ) -> Quantized:
         """Quantise masked frames.
 
         Args:

@@ -25,7 +25,8 @@ from fl_client.protocol import Encoding
 from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
-from ssl_core.training.pretraining_step import PretrainingStep, StepReport
+from ssl_core.training.pretraining_step import PretrainingStep
+from ssl_core.training.step_report import StepReport
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 pytestmark = pytest.mark.usefixtures("shared_estimates")

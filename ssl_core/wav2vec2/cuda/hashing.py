@@ -28,7 +28,7 @@ def mixed(x):
 @triton.jit
 def site_keys(seed, site):
     """Both keys of a site, uint32, from int64 seeds and the site's number."""
-    number = (site + 1).to(tl.uint32)
+    number = tl.cast(site, tl.uint32) + 1  # Triton makes a 1 a constant
     first = mixed(seed.to(tl.uint32) + number * GOLDEN)
     high = (seed >> 32).to(tl.uint32)
     return first, mixed((high + number * SITE) ^ first)
@@ -37,8 +37,8 @@ def site_keys(seed, site):
 @triton.jit
 def threshold(first, second, whole, chance):
     """The byte below which an element is dropped; `whole` and `chance` are `threshold_parts`."""
-    more = (mixed(first ^ second) >> 1) < chance.to(tl.uint32)
-    return whole.to(tl.uint32) + more.to(tl.uint32)
+    more = (mixed(first ^ second) >> 1) < tl.cast(chance, tl.uint32)
+    return tl.cast(whole, tl.uint32) + more.to(tl.uint32)
 
 
 @triton.jit
@@ -63,14 +63,14 @@ def keep_element(place, first, second, limit):
 @triton.jit
 def row_keys(first, head, rows):
     """Keys of query frames: from the site's first key, head and row numbers."""
-    return mixed(mixed(first + head.to(tl.uint32) * GOLDEN) + rows.to(tl.uint32) * ROW)
+    return mixed(mixed(first + tl.cast(head, tl.uint32) * GOLDEN) + rows.to(tl.uint32) * ROW)
 
 
 @triton.jit
 def column_keys(second, head, columns):
     """Keys of frames: from the site's second key, head and column numbers; four share one."""
-    words = columns.to(tl.uint32) >> 2
-    return mixed(mixed(second ^ (head.to(tl.uint32) * HEAD)) + words * COLUMN)
+    of_head = mixed(second ^ (tl.cast(head, tl.uint32) * HEAD))
+    return mixed(of_head + (columns.to(tl.uint32) >> 2) * COLUMN)
 
 
 @triton.jit

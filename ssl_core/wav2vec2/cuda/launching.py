@@ -33,3 +33,29 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
 def blocks(count: int, size: int) -> int:
     """How many blocks of `size` hold `count`."""
     return -(-count // size)
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Addresses of tensors `[...]` on their device; 0 for none or for one without data."""
+    return [0 if x is None or not has_data(x) else x.data_ptr() for x in tensors]
+
+
+def to_device(rows: Sequence[Sequence[int]], device: torch.device, kept: list[Tensor]) -> Tensor:
+    """Copy numbers to a device without waiting for it.
+
+    Args:
+        rows: `[row][column]`.
+        device: where to.
+        kept: where the copy's source is added if a CUDA graph is captured, since the graph reads
+            it again at every replay.
+
+    Returns:
+        `[row, column]` int64.
+    """
+    source = torch.tensor(rows, dtype=torch.int64)
+    if device.type != "cuda" or not has_data(source):
+        return source
+    source = source.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        kept.append(source)
+    return source.to(device, non_blocking=True)

@@ -1,0 +1,137 @@
+"""Runs updates on a GPU without waiting for it, from CUDA graphs where shapes repeat.
+
+A batch is copied to pinned memory, from there to where the graphs read it. The first time that a
+kind of batch comes its kernels are launched one by one, which also compiles them; the second time
+they are captured, and from then on replayed. A kind is the shape of a batch, its place in the
+update and the layers that run: with layerdrop there are several, whose graphs share their memory.
+Everything runs on one stream of its own, so that kernels launched and replayed do the same.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_core.training.step_inputs import BatchInputs, Compute, Controls, Stage
+
+SLOTS = 2
+"""Batches that may be under way to the device at a time."""
+GRAPHS = 64
+"""Graphs that are kept; the one that was not used for longest goes first."""
+
+
+class _Kind(NamedTuple):
+    """What a graph is made for."""
+
+    waveforms: torch.Size
+    masked: torch.Size
+    stage: Stage
+
+
+class _Slot:
+    """Pinned memory for one batch, and the event after which it may be written again."""
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self.event = torch.cuda.Event()
+
+    def fill(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copy tensors into pinned memory, once the copy before has left it."""
+        self.event.synchronize()
+        if [x.shape for x in self.tensors] != [x.shape for x in tensors]:
+            self.tensors = tuple(torch.empty_like(x, pin_memory=True) for x in tensors)
+        for own, given in zip(self.tensors, tensors, strict=True):
+            own.copy_(given)
+        return self.tensors
+
+
+class CudaRunner:
+    """Runs batches on a GPU; see `step_runner.Runner`."""
+
+    def __init__(self, compute: Compute, device: torch.device, graph: bool) -> None:
+        """Make the stream on which all updates run.
+
+        Args:
+            compute: computes a batch on the device.
+            device: of the step.
+            graph: whether to capture graphs.
+        """
+        self._compute, self._graph = compute, graph
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._slots = collections.deque(_Slot() for _ in range(SLOTS))
+        self._static: dict[tuple[torch.Size, ...], tuple[Tensor, ...]] = {}
+        self._seen: set[_Kind] = set()
+        self._graphs: collections.OrderedDict[_Kind, torch.cuda.CUDAGraph] = (
+            collections.OrderedDict()
+        )
+        self._pool: Any = None
+        self._totals: Tensor | None = None
+
+    def run(self, inputs: BatchInputs, stage: Stage) -> None:
+        """See `Runner.run`."""
+        numbers = torch.tensor([float(value) for value in inputs.controls])
+        given = (inputs.waveforms, inputs.masked, inputs.seeds, numbers)
+        slot = self._slots[0]
+        self._slots.rotate(-1)
+        pinned = slot.fill(given)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            static = self._place(pinned)
+            for own, source in zip(static, pinned, strict=True):
+                own.copy_(source, non_blocking=True)
+            slot.event.record(self._stream)
+            waveforms, masked, seeds, numbers = static
+            on_device = BatchInputs(waveforms, masked, seeds, Controls(*numbers.unbind()))
+            kind = _Kind(inputs.waveforms.shape, inputs.masked.shape, stage)
+            if kind in self._graphs:
+                self._graphs.move_to_end(kind)
+                self._graphs[kind].replay()
+            elif self._graph and kind in self._seen:
+                self._capture(kind, on_device).replay()
+            else:
+                self._totals = self._compute(on_device, stage)
+                self._seen.add(kind)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _place(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The memory on the device from which batches of these shapes are computed."""
+        key = tuple(x.shape for x in tensors)
+        if key not in self._static:
+            self._static[key] = tuple(torch.empty_like(x, device=self._device) for x in tensors)
+        return self._static[key]
+
+    def _capture(self, kind: _Kind, inputs: BatchInputs) -> torch.cuda.CUDAGraph:
+        """Capture the kernels of a batch, which does not run them."""
+        torch.cuda.empty_cache()  # a graph's memory is its own
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile, as the loader does to pin memory.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            self._totals = self._compute(inputs, kind.stage)
+        self._graphs[kind] = graph
+        if len(self._graphs) > GRAPHS:
+            forgotten, _ = self._graphs.popitem(last=False)
+            self._seen.discard(forgotten)
+        return graph
+
+    def totals(self) -> Callable[[], list[float]]:
+        """See `Runner.totals`."""
+        assert self._totals is not None
+        values = torch.empty(self._totals.shape, dtype=self._totals.dtype, pin_memory=True)
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            values.copy_(self._totals, non_blocking=True)
+            done.record(self._stream)
+
+        def read() -> list[float]:
+            done.synchronize()
+            found: list[float] = values.tolist()
+            return found
+
+        return read
