@@ -92,18 +92,18 @@ def drop(
         lengths: frames of each packed crop (see `packing`), else empty.
 
     Returns:
-        The same shape as `x`, and on a CPU the mask, a bit for each element; else empty.
+        The same shape as `x`, and the mask, a bit for each element, but on a GPU none.
     """
     mask = keep_mask(seeds, site, x.shape[1:], rate, lengths)
     out = torch.mul(x, mask).mul_(1 / (1 - rate))
-    return out, packed_mask(mask) if mask.device.type == "cpu" else mask.new_empty(0)
+    return out, mask.new_empty(0) if mask.is_cuda else packed_mask(mask)
 
 
 @drop.shapes
 def _(
     x: Tensor, seeds: Tensor, site: int, rate: float, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    size = -(-x.numel() // 8) if x.device.type == "cpu" else 0
+    size = 0 if x.is_cuda else -(-x.numel() // 8)
     return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
 
 
