@@ -21,9 +21,13 @@ SMALLEST = 32
 
 
 def by_onednn(a: Tensor, *sizes: int) -> bool:
-    """Whether oneDNN multiplies a matrix `[..., inner]` whose other sizes are these."""
+    """Whether oneDNN multiplies a matrix `[..., inner]` whose other sizes are these.
+
+    A compiled layer is left to the compiler, which cannot read the choice.
+    """
     return (
-        a.dtype is torch.float32
+        not torch.compiler.is_compiling()
+        and a.dtype is torch.float32
         and a.device.type == "cpu"
         and min(a.shape[-1], *sizes) >= SMALLEST
         and library() == ONEDNN
@@ -102,8 +106,6 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer, like `F.linear`.
 
-    A compiled layer is left to the compiler.
-
     Args:
         x: `[..., in]`.
         weight: `[out, in]`.
@@ -112,10 +114,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[..., out]`.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and compute_dtype(x) is torch.float32
-        and by_onednn(x, x.numel() // max(1, x.shape[-1]), len(weight))
+    if compute_dtype(x) is torch.float32 and by_onednn(
+        x, x.numel() // max(1, x.shape[-1]), len(weight)
     ):
         out: Tensor = _Linear.apply(x, weight, bias)
         return out
