@@ -2,8 +2,8 @@
 
 Where torch's BLAS is chosen (see `product_library`), and for all types but fp32, these are torch's
 own operations. oneDNN multiplies only pairs of matrices here: torch has no batched product by it,
-and one matrix after another is slower than MKL's batches even with AVX2 (by 1.3 to 10 times, 49 to
-749 frames), so the products of attention and of spectra stay with torch.
+and one matrix after another takes longer than MKL's batches even with AVX2 (benchmarks/README.md).
+The products of attention and of spectra therefore stay with torch.
 """
 
 from typing import Any
