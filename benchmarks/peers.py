@@ -19,8 +19,9 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import (
     _sample_negative_indices,
 )
 
+from ssl_core.wav2vec2.chance import Draws
 from ssl_core.wav2vec2.config import ModelConfig
-from ssl_core.wav2vec2.model import Draws, PretrainingModel
+from ssl_core.wav2vec2.model import PretrainingModel
 
 Step = Callable[[npt.NDArray[np.float32]], None]
 """Takes one optimizer step on waveforms `[batch, sample]`."""

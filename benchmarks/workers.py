@@ -159,8 +159,10 @@ def _gradient_error(job: Job) -> float:
     that of `k_proj.bias`, are skipped.
     """
     from benchmarks import peers
-    from ssl_core.training.pretraining_step import PretrainingStep, Weights
-    from ssl_core.wav2vec2.model import PretrainingModel, draw
+    from ssl_core.training.pretraining_loss import Weights
+    from ssl_core.training.pretraining_step import PretrainingStep
+    from ssl_core.wav2vec2.chance import draw
+    from ssl_core.wav2vec2.model import PretrainingModel
 
     torch.manual_seed(1)
     config, plan = job.config(**peers.NO_CHANCE), job.chosen_plan()

@@ -7,7 +7,8 @@ import torch
 from partitions.sampling import SAMPLE_RATE
 from ssl_core.training import randomness
 from ssl_core.training.crops import CropBatch
-from ssl_core.wav2vec2.model import PretrainingModel, draw
+from ssl_core.wav2vec2.chance import draw
+from ssl_core.wav2vec2.model import PretrainingModel
 from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import perplexity
 

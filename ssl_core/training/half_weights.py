@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_core.wav2vec2.context import Attention
 from ssl_core.wav2vec2.cpu.products import Linear
+from ssl_core.wav2vec2.feed_forward import FeedForward
 
 _JOINED = ("q_proj", "k_proj", "v_proj")
 
@@ -35,6 +36,18 @@ class HalfWeights:
         self._attentions: list[tuple[Attention, tuple[Tensor, Tensor]]] = []
         self._leaves: list[tuple[Tensor, list[str]]] = []
         done: set[nn.Module] = set()
+        # Kernels other than those of products add these layers' biases, in fp32.
+        wide = {
+            layer
+            for part in root.modules()
+            for layer in (
+                [part.out_proj]
+                if isinstance(part, Attention)
+                else [part.intermediate_dense, part.output_dense]
+                if isinstance(part, FeedForward)
+                else []
+            )
+        }
         for module in root.modules():
             if isinstance(module, Attention):
                 layers = [module.get_submodule(name) for name in _JOINED]
@@ -44,6 +57,8 @@ class HalfWeights:
         for module in root.modules():
             if type(module) is Linear and module not in done:
                 for key, parameter in module.named_parameters():
+                    if key == "bias" and module in wide:
+                        continue
                     leaf = self._copy([parameter], names, dtype)
                     self._places.append((module, key, leaf))
         self._versions = -1

@@ -10,7 +10,6 @@ the gradient is that of the whole batch, to rounding.
 
 import contextlib
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,54 +20,17 @@ from ssl_core.training.adamw import AdamW
 from ssl_core.training.applied_in_backward import AppliedInBackward
 from ssl_core.training.gradient_functions import continue_backward, scale_gradient
 from ssl_core.training.planned_step import PlannedStep
+from ssl_core.training.pretraining_loss import Weights, combine
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.training.step_inputs import BatchInputs, Controls, Stage, Waveforms, with_last
 from ssl_core.training.step_report import TOTALS, Counts, StepReport, totals
 from ssl_core.training.step_runner import Taken, make_runner
+from ssl_core.wav2vec2.chance import Chance, Draws, complete, draw_chance
 from ssl_core.wav2vec2.cuda.launching import addresses
-from ssl_core.wav2vec2.model import (
-    Chance,
-    Draws,
-    LossParts,
-    PretrainingModel,
-    complete,
-    draw_chance,
-)
+from ssl_core.wav2vec2.model import LossParts, PretrainingModel
 from ssl_core.wav2vec2.precision import autocast
 from ssl_core.wav2vec2.quantizer import diversity_loss
 from ssl_core.wav2vec2.recompute import recomputed
-
-
-class Weights(NamedTuple):
-    """Weights of the loss parts and the Gumbel temperature at an update.
-
-    What changes from update to update is `[]` on the device if the step is resident.
-    """
-
-    diversity: float | Tensor
-    penalty: float
-    temperature: float | Tensor
-    entropy: float = 0.0
-
-
-def combine(parts: LossParts, weights: Weights, masked: int) -> Tensor:
-    """Combine the loss parts of a whole batch, as in fairseq.
-
-    Args:
-        parts: sums over the masked frames of the batch.
-        weights: of the parts.
-        masked: number of masked frames.
-
-    Returns:
-        The loss summed over masked frames, `[]`.
-    """
-    diversity = diversity_loss(parts.probabilities / masked) * masked
-    return (
-        parts.contrastive
-        + weights.diversity * diversity
-        + weights.penalty * parts.penalty
-        + weights.entropy * parts.entropy
-    )
 
 
 class PretrainingStep(PlannedStep):
@@ -107,7 +69,13 @@ class PretrainingStep(PlannedStep):
 
     def _renew_runner(self) -> None:
         """Forget all graphs."""
-        self._runner = make_runner(self.compute, self.device, self.resident, self.plan.graph)
+        self._runner = make_runner(
+            self.compute, self.device, self.resident, self.plan.graph, self._begin
+        )
+
+    def _begin(self, capture: bool) -> None:
+        for optimizer in self.optimizers.values():
+            (optimizer.begin_capture if capture else optimizer.begin_launches)()
 
     def validate(self, plan: Plan) -> None:
         """Check a plan against model and recipe; raises `UsageError`."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_core.wav2vec2.model import Draws, LossParts
+from ssl_core.wav2vec2.chance import Draws
+from ssl_core.wav2vec2.model import LossParts
 from ssl_core.wav2vec2.quantizer import diversity_loss, perplexity
 
 

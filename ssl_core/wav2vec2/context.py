@@ -1,10 +1,8 @@
 """The context network: feature projection, positions and transformer layers."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.attention import attention, self_attention
@@ -12,10 +10,17 @@ from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.cpu import products
 from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.dropout import Dropout
+from ssl_core.wav2vec2.feed_forward import FeedForward
 from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import compute_dtype
 from ssl_core.wav2vec2.recompute import recomputed
-from ssl_core.wav2vec2.residual import added_and_normed, normed, normed_and_dropped
+from ssl_core.wav2vec2.residual import (
+    Biased,
+    added_and_normed,
+    linear,
+    normed,
+    normed_and_dropped,
+)
 
 PROJECTED, ENCODER_INPUT, _SITES = 0, 1, 8
 """Sites of dropout (see `keyed_bits`) before the layers, and how many each layer has from its own
@@ -70,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()
-    ) -> Tensor:
+    ) -> Biased:
         """Attend from the wanted frames to all frames.
 
         Args:
@@ -80,7 +85,7 @@ class Attention(nn.Module):
             lengths: frames of each packed crop (see `packing`), else empty.
 
         Returns:
-            `[batch, wanted frame, hidden]`.
+            `[batch, wanted frame, hidden]`, perhaps without the last bias.
         """
         if self.joined is not None:
             mixed = self._joined_attention(x, wanted, seeds, lengths)
@@ -96,7 +101,7 @@ class Attention(nn.Module):
                 keep=self.keep_weights,
                 lengths=lengths,
             )
-        return self.out_proj(mixed)
+        return linear(self.out_proj, mixed)
 
     def _joined_attention(
         self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int]
@@ -119,56 +124,6 @@ class Attention(nn.Module):
             query, key, value, heads=self.heads, rate=self.rate, seeds=seeds, site=self.site,
             lengths=lengths,
         )  # fmt: skip
-
-
-class _ActivatedLinear(torch.autograd.Function):
-    """GELU, then a linear layer; saves the input for the backward pass, not its GELU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return products.affine(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = torch.empty_like(x)  # holds the GELU first, then the gradient
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            torch.ops.aten.gelu(x, out=grad_x)
-            grad_weight = products.multiply(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
-            grad_bias = rows.sum(0, dtype=weight.dtype)
-        products.multiply(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
-        torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
-        return grad_x, grad_weight, grad_bias
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, config: ModelConfig, site: int) -> None:
-        """`site`: number of the dropout's site in the network."""
-        super().__init__()
-        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = Dropout(config.activation_dropout, site)
-        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Tensor:
-        """Apply the feed-forward network.
-
-        Args:
-            x: `[batch, frame, hidden]`.
-            seeds: `[batch]` int64, one per crop, for dropout; None drops nothing.
-            lengths: frames of each packed crop (see `packing`), else empty.
-
-        Returns:
-            `[batch, frame, hidden]`.
-        """
-        x = self.intermediate_dense(x)
-        if self.intermediate_dropout.rate or type(self.output_dense) is not Linear:
-            return self.output_dense(self.intermediate_dropout(F.gelu(x), seeds, lengths))
-        return _ActivatedLinear.apply(x, self.output_dense.weight, self.output_dense.bias)
 
 
 class EncoderLayer(nn.Module):
@@ -215,9 +170,9 @@ class EncoderLayer(nn.Module):
             x, wanted = take_frames(x, frames), take_frames(narrow, frames)
         mixed = self.attention(narrow, wanted, seeds, lengths)
         if self.stable:
-            x = x + self.dropout(mixed, seeds, lengths)
+            x = x + self.dropout(mixed.whole(), seeds, lengths)
             fed = self.feed_forward(self.final_layer_norm(x), seeds, lengths)
-            return x + self.final_dropout(fed, seeds, lengths), None
+            return x + self.final_dropout(fed.whole(), seeds, lengths), None
         x, narrow = added_and_normed(x, mixed, self.dropout, self.layer_norm, seeds, lengths)
         fed = self.feed_forward(x if narrow is None else narrow, seeds, lengths)
         return added_and_normed(x, fed, self.final_dropout, self.final_layer_norm, seeds, lengths)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.cpu.products import Linear
+from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.keyed_bits import site_keys, uniform
 from ssl_core.wav2vec2.precision import at_least_fp32
 
@@ -26,6 +27,10 @@ class Quantized(NamedTuple):
 
 def gumbel_noise(seeds: Tensor, site: int, count: int) -> Tensor:
     """Standard Gumbel noise from the crops' seeds, `[batch]` int64: `[batch, count]` fp32."""
+    if fused(seeds):
+        from ssl_core.wav2vec2.cuda import drawing_kernels
+
+        return drawing_kernels.gumbel_noise(seeds, site, count)
     return -torch.log(-torch.log(uniform(site_keys(seeds, site), count)))
 
 

@@ -5,9 +5,12 @@ products, for the product that follows.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.precision import compute_dtype
@@ -23,9 +26,29 @@ def normed(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return whole, whole
 
 
+class Biased(NamedTuple):
+    """A linear layer's output, and the bias that is still to be added to it, if any."""
+
+    product: Tensor
+    """`[batch, frame, hidden]`."""
+    bias: Tensor | None
+    """`[hidden]`."""
+
+    def whole(self) -> Tensor:
+        """The sum."""
+        return self.product if self.bias is None else self.product + self.bias
+
+
+def linear(layer: nn.Module, x: Tensor) -> Biased:
+    """A linear layer of `[batch, frame, feature]`; on a GPU a later kernel adds its bias."""
+    if fused(x) and type(layer) is Linear:
+        return Biased(F.linear(x, layer.weight), layer.bias)
+    return Biased(layer(x), None)
+
+
 def added_and_normed(
     x: Tensor,
-    y: Tensor,
+    y: Biased,
     dropout: Dropout,
     norm: nn.LayerNorm,
     seeds: Tensor | None,
@@ -35,7 +58,7 @@ def added_and_normed(
 
     Args:
         x: `[batch, frame, hidden]`, at least fp32.
-        y: `[batch, frame, hidden]`.
+        y: `[batch, frame, hidden]`, with its bias.
         dropout: of `y`.
         norm: of the sum.
         seeds: `[batch]` int64, one per crop; None drops nothing.
@@ -49,8 +72,8 @@ def added_and_normed(
         from ssl_core.wav2vec2.cuda.fused_norm import Norm, normed_sum
 
         how = Norm(norm, compute_dtype(x), before=dropout.at(seeds, lengths))
-        return normed_sum(x, y, how)
-    return norm(x + dropout(y, seeds, lengths)), None
+        return normed_sum(x, y.product, how, y.bias)
+    return norm(x + dropout(y.whole(), seeds, lengths)), None
 
 
 def normed_and_dropped(

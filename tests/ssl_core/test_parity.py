@@ -10,9 +10,10 @@ from transformers import Wav2Vec2ForPreTraining
 
 from benchmarks.peers import NO_CHANCE, Backward, gradients, relative, transformers_backward
 from ssl_core.training import hf_checkpoint as hf
-from ssl_core.training.pretraining_step import Weights, combine
+from ssl_core.training.pretraining_loss import Weights, combine
+from ssl_core.wav2vec2.chance import draw
 from ssl_core.wav2vec2.config import ModelConfig, preset
-from ssl_core.wav2vec2.model import PretrainingModel, draw
+from ssl_core.wav2vec2.model import PretrainingModel
 from ssl_core.wav2vec2.quantizer import perplexity
 
 

@@ -12,11 +12,13 @@ from common.errors import UsageError
 from ssl_core.planning import operation_count
 from ssl_core.planning.step_plan import Plan, StepOptions
 from ssl_core.training.adamw import AdamW
+from ssl_core.training.pretraining_loss import Weights, combine
 from ssl_core.training.pretraining_recipe import Recipe
 from ssl_core.training.pretraining_settings import PretrainingSettings
-from ssl_core.training.pretraining_step import PretrainingStep, Weights, combine
+from ssl_core.training.pretraining_step import PretrainingStep
+from ssl_core.wav2vec2.chance import draw
 from ssl_core.wav2vec2.config import ModelConfig, preset
-from ssl_core.wav2vec2.model import PretrainingModel, draw
+from ssl_core.wav2vec2.model import PretrainingModel
 
 TINY = preset("tiny")
 WEIGHTS = Weights(diversity=0.3, penalty=10.0, temperature=1.5)

@@ -18,7 +18,6 @@ from ssl_core.training.pretraining_recipe import RECIPES, Recipe
 from ssl_core.training.schedule import diversity_weight, gumbel_temperature, learning_rate
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.contrastive import contrastive_loss, sample_negatives
-from ssl_core.wav2vec2.keyed_bits import site_keys
 from ssl_core.wav2vec2.masking import masked_count, minimum_frames, sample_masks
 from ssl_core.wav2vec2.positions import PositionalConvolution
 from ssl_core.wav2vec2.precision import autocast
@@ -64,11 +63,11 @@ def test_too_few_frames_to_mask_are_refused() -> None:
 
 
 def test_negatives_are_other_frames_of_the_pool_and_evenly_drawn() -> None:
-    counts = sample_negatives(site_keys(torch.arange(3), 0), 3, 20, 100)
+    counts = sample_negatives(torch.arange(3), 0, 3, 20, 100)
     assert counts.shape == (3, 20, 20)
     assert (counts.sum(-1) == 100).all()
     assert (counts.diagonal(dim1=1, dim2=2) == 0).all()
-    many = sample_negatives(site_keys(torch.arange(1), 0), 1, 5, 100_000)[0]
+    many = sample_negatives(torch.arange(1), 0, 1, 5, 100_000)[0]
     off_diagonal = many[~torch.eye(5, dtype=torch.bool)]
     assert off_diagonal.tolist() == pytest.approx([25_000] * 20, rel=0.03)
 
@@ -78,7 +77,7 @@ def test_contrastive_loss_is_the_gathered_sum_and_skips_equal_codes() -> None:
     predictions, vectors = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     codes = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 2]])
     vectors[1] = vectors[1][[0, 0, 2, 2, 4, 4]]
-    counts = sample_negatives(site_keys(torch.arange(2), 0), 2, 6, 10)
+    counts = sample_negatives(torch.arange(2), 0, 2, 6, 10)
     found = contrastive_loss(predictions, vectors, codes, counts, 0.1)
     loss, correct = 0.0, 0
     for pool in range(2):

@@ -21,11 +21,11 @@ from ssl_core.wav2vec2.cuda.hashing import (
     threshold,
 )
 
-_UNSPECIALISED = ["queries", "frames", "site", "whole", "chance"]
+_NUMBERS = ["queries", "frames", "site", "whole", "chance"]
 """Arguments of which Triton would compile a kernel for 1 and one for multiples of 16."""
 
 PADDED_TO = tl.constexpr(128)
-"""Numbers of query frames are saved for a multiple of this, which no tile exceeds."""
+"""Numbers of query frames are saved for a multiple of this, so that tiles are never masked."""
 
 
 @triton.jit
@@ -45,21 +45,21 @@ def _places(rows, stride, PADDED: tl.constexpr):
 
 @triton.jit
 def _numbers(crop, head, queries):
-    """Where numbers of a head's query frames start, in a flat tensor padded to `PADDED_TO`."""
+    """Where a head's numbers of query frames start: `[crop, head, query frame]`, padded."""
     padded = tl.cdiv(queries, PADDED_TO) * PADDED_TO
     return (crop.to(tl.int64) * tl.num_programs(1) + head) * padded
 
 
 @triton.jit
 def _column_order(SIZE: tl.constexpr):
-    """Frames in the order in which a thread's columns 16 j + 8 a + 2 t + b are 16 j + 4 t + ..."""
+    """The frame of each column: 16 j + 4 t + 2 a + b for column 16 j + 8 a + 2 t + b."""
     at = tl.arange(0, SIZE)
     return (at & -16) | ((at >> 1) & 3) << 2 | ((at >> 3) & 1) << 1 | (at & 1)
 
 
 @triton.jit
 def _row_order(SIZE: tl.constexpr):
-    """Frames in the order in which a thread's rows 16 j + 8 a + r are 16 j + 2 r + a."""
+    """The frame of each row of a transposed product: 16 j + 2 r + a for row 16 j + 8 a + r."""
     at = tl.arange(0, SIZE)
     return (at & -16) | (at & 7) << 1 | ((at >> 3) & 1)
 
@@ -98,7 +98,7 @@ def _kept_in_rows(of_pairs, of_rows, order, limit, SIZE: tl.constexpr, ROWS: tl.
     return (x << (24 - ((order & 3) << 3)).to(tl.uint32)[:, None]) >= limit
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["SEEDS"])
 def attention_forward(
     Q, K, V, OUT, LSE, SEEDS,
     q_crop, q_row, k_crop, k_row, v_crop, v_row, out_crop, out_row,
@@ -153,7 +153,7 @@ def attention_forward(
     tl.store(LSE + _numbers(crop, head, queries) + rows, lse)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["SEEDS"])
 def attention_query_gradient(
     Q, K, V, OUT, GRAD, LSE, DELTA, KEYS, SEEDS, Q_GRAD,
     q_crop, q_row, k_crop, k_row, v_crop, v_row, out_crop, out_row, grad_crop, grad_row,
@@ -212,7 +212,7 @@ def attention_query_gradient(
     tl.store(where, result.to(Q_GRAD.dtype.element_ty), mask=exist)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["SEEDS"])
 def attention_key_gradient(
     Q, K, V, GRAD, LSE, DELTA, KEYS, SEEDS, K_GRAD, V_GRAD,
     q_crop, q_row, k_crop, k_row, v_crop, v_row, grad_crop, grad_row,

@@ -31,9 +31,12 @@ class _Tiles(NamedTuple):
     warps: int
     stages: int
     """Tiles of the inner loop in flight."""
+    registers: int | None = None
+    """Most that a thread may have, where that lets another program fit on a multiprocessor."""
 
     def launching(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        most = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **most}
 
 
 class _Settings(NamedTuple):
@@ -50,13 +53,14 @@ def _tiles(kernel: str, query: Tensor) -> _Tiles:
     """Sizes by kernel: `forward`, `query` or `key`.
 
     Chosen by registers, spills and instructions as compiled for sm_90: two to four programs, of 8
-    to 16 warps in all, fit on a multiprocessor.
+    to 16 warps in all, fit on a multiprocessor. A tile of `forward` has whole tiles of the others:
+    they read what it saved of each query frame.
     """
     if query.dtype == torch.float32:
-        return _Tiles(32, 32, 4, 1)
+        return _Tiles(32, 32, 8 if kernel == "query" else 4, 1)
     if kernel == "forward" and query.shape[1] > 64:
         return _Tiles(128, 64, 8, 3)
-    return _Tiles(64, 64, 4, 2)
+    return _Tiles(64, 64, 4, 2, None if kernel == "key" else 128)
 
 
 class _Clip(NamedTuple):
@@ -240,11 +244,11 @@ def fused_self_attention(
 
     Args:
         joined: `[batch, frame, 3 * hidden]`: queries, keys and values.
-        heads: as there.
-        rate: as there.
-        seeds: as there.
-        site: as there.
-        lengths: as there.
+        heads: see `fused_attention`.
+        rate: see `fused_attention`.
+        seeds: see `fused_attention`.
+        site: see `fused_attention`.
+        lengths: see `fused_attention`.
 
     Returns:
         `[batch, frame, hidden]`.
@@ -267,10 +271,10 @@ def fused_cross_attention(
     Args:
         query: `[batch, query frame, hidden]`.
         joined: `[batch, frame, 2 * hidden]`: keys and values.
-        heads: as there.
-        rate: as there.
-        seeds: as there.
-        site: as there.
+        heads: see `fused_attention`.
+        rate: see `fused_attention`.
+        seeds: see `fused_attention`.
+        site: see `fused_attention`.
 
     Returns:
         `[batch, query frame, hidden]`.

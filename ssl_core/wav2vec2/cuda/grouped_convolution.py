@@ -18,9 +18,11 @@ from ssl_core.wav2vec2.cuda.launching import blocks, launch
 
 _ROWS = 32
 """Frames, or taps, that a program copies."""
+_NUMBERS = ["frames", "rows", "before", "taps", "crops"]
+"""Arguments of which Triton would compile a kernel for 1 and one for multiples of 16."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def pad_groups(
     X, OUT, frames, rows, groups, before, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, REVERSED: tl.constexpr,
@@ -42,7 +44,7 @@ def pad_groups(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def relay_taps(
     X, OUT, taps, x_group, x_middle, x_channel, x_tap, out_group, out_middle, out_channel, out_tap,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, TAPS: tl.constexpr,
@@ -58,7 +60,7 @@ def relay_taps(
     tl.store(OUT + at, x.to(OUT.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def convolve_groups(
     X, WEIGHT, OUT, frames, rows, groups, depth, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, REVERSED: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +88,7 @@ def convolve_groups(
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=valid & exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def grouped_weight_gradient(
     X, GRAD, OUT, crops, frames, rows, groups, depth, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
