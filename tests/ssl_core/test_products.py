@@ -17,11 +17,11 @@ from ssl_core.planning.trace import trace
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import preset
-from ssl_core.wav2vec2.context import FeedForward
 from ssl_core.wav2vec2.cpu import onednn, product_library
 from ssl_core.wav2vec2.cpu.product_library import BLAS, ONEDNN, VARIABLE, library
 from ssl_core.wav2vec2.cpu.products import Linear, add_product, by_onednn, linear, multiply
 from ssl_core.wav2vec2.cpu.strided_convolution import activated_convolution
+from ssl_core.wav2vec2.feed_forward import FeedForward
 
 Force = Callable[[str], None]
 
