@@ -15,6 +15,7 @@ from ssl_core.planning.parts import ALLOCATOR, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
+from ssl_core.wav2vec2.cpu.product_library import library
 
 MIB = 2**20
 RUNTIME = 505 * MIB
@@ -100,7 +101,8 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
         compile=False,
         keep_freed_memory=True,
     )
-    values = [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
+    values: list[object] = [library()]
+    values += [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
     key = hashlib.sha256(json.dumps(values).encode() + _code_digest()).hexdigest()
     path = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
