@@ -146,12 +146,12 @@ def test_adamw_of_all_parameters_at_once_is_that_of_each(kind: str) -> None:
             half = other.half() if names[number] in copies else other
             theirs[number].grad = (one + (0 if number == 0 else half.float())) * factor
         plain.apply(1e-2)
-        fused.collect(dict(zip(names, pieces[0], strict=True)), last=False)
+        fused.collect(dict(zip(names, pieces[0], strict=True)), True, last=False)
         second = {
             name: piece.half() if name in copies else piece
             for name, piece in zip(names[1:], pieces[1][1:], strict=True)
         }
-        fused.collect(second, last=True)
+        fused.collect(second, first=False, last=True)
         for finite in (1, 0):
             fused.apply_on_device(Control(rate, factor, torch.tensor(finite, dtype=torch.int32)))
         fused.drop_gradients()
