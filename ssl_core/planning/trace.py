@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key
+from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key, uncompiled
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import BODIES
@@ -108,6 +108,7 @@ class LiveMemory(Shapes):
             self.peak_parts[self._part] = self.peak_parts.get(self._part, 0) + taken
         return super().__torch_dispatch__(func, (), args, kwargs)
 
+    @uncompiled
     def __torch_dispatch__(
         self,
         func: Any,
