@@ -116,7 +116,7 @@ def _train(
         with contextlib.suppress(StateLost):  # a client that was set up anew starts without
             step.load_optimizer_state(dict(client.state.load(OPTIMIZER, client.folded)))
     crops = Crops(audio.manifest, audio.indices, plan.samples, settings.seed, audio.key)
-    trained = _Trained([], set(), collections.Counter())
+    trained, taken = _Trained([], set(), collections.Counter()), []
     first = int(client.instructions["first_update"])
     numbers = range(first, first + int(client.instructions["updates"]))
     with contextlib.closing(ahead(crops.updates(numbers, plan.batch, plan.accumulation))) as read:
@@ -126,7 +126,8 @@ def _train(
                 trained.heard.update(batch.sequences)
                 trained.skips.update(batch.skips)
             waveforms = [batch.waveforms for batch in batches]
-            trained.reports.append(step.update(waveforms, number, audio.key))
+            taken.append(step.take(waveforms, number, audio.key))
+    trained.reports.extend(each.report() for each in taken)
     if settings.keep_optimizer_state:
         client.state.save(OPTIMIZER, client.number, step.optimizer_state(), client.folded)
     return trained

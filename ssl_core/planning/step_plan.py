@@ -6,7 +6,9 @@ from typing import Literal, get_args
 from common.errors import UsageError
 from partitions.sampling import SAMPLE_RATE
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+HALF: tuple[Precision, ...] = ("bf16", "fp16")
+"""Precisions in which products take and give 16 bits."""
 OptimizerState = Literal["fp32", "bf16", "int8"]
 
 
@@ -58,8 +60,9 @@ class Plan(StepOptions):
     accumulation: int = 1
     """Batches in an update."""
     precision: Precision = "fp32"
-    """Precision of matrix products and of activations between them; weights are in fp32. `bf16` and
-    `fp16` (with a scaled loss, for GPUs) are not exact."""
+    """Precision of matrix products and of activations between them; weights are in fp32. `bf16`,
+    `fp16` (with a scaled loss, for GPUs) and `tf32` (GPUs: products of fp32 numbers round them to
+    10 bits) are not exact."""
     device: str = "cpu"
     """A torch device: `cpu`, `cuda`, `cuda:1`."""
     threads: int = 0
@@ -111,6 +114,8 @@ class Plan(StepOptions):
                     f"{name.replace('_', '-')} '{getattr(self, name)}' is not one of "
                     f"{', '.join(get_args(known))}"
                 )
+        if self.precision == "tf32" and not self.device.startswith("cuda"):
+            raise UsageError(f"precision tf32 is for GPUs, not {self.device}: choose fp32 or bf16")
         if self.apply_in_backward and (self.accumulation > 1 or self.is_split):
             raise UsageError(
                 "apply-in-backward is for updates of one batch, not split: set accumulation to 1 "

@@ -178,6 +178,12 @@ class AdamW:
     def drop_gradients(self) -> None:
         """Forget what was collected."""
 
+    def begin_launches(self) -> None:
+        """Prepare to launch an update's kernels one by one."""
+
+    def begin_capture(self) -> None:
+        """Prepare to capture the kernels launched last in a CUDA graph."""
+
     def gradients(self) -> list[Tensor]:
         """All gradients of an update, `[...]` each."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]

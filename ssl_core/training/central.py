@@ -1,10 +1,11 @@
 """Centralised pretraining on all speakers that are not held out."""
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -19,13 +20,14 @@ from ssl_core.training import checkpoint, hf_checkpoint, randomness
 from ssl_core.training.collapse import CollapseAlarm
 from ssl_core.training.crops import CropBatch, Crops
 from ssl_core.training.curves import plot_curves
-from ssl_core.training.divergence import Watch
+from ssl_core.training.divergence import Diverged, Watch
 from ssl_core.training.evaluation import evaluate
 from ssl_core.training.loader import ahead
 from ssl_core.training.pretraining_settings import PretrainingSettings
 from ssl_core.training.pretraining_step import PretrainingStep
 from ssl_core.training.run_directory import RunDirectory
 from ssl_core.training.step_report import StepReport
+from ssl_core.training.step_runner import Taken
 from ssl_core.wav2vec2.model import PretrainingModel
 
 
@@ -77,6 +79,16 @@ def divide(
     return Crops(manifest, train, plan.samples, settings.seed), held, excluded
 
 
+class _Pending(NamedTuple):
+    """An update that was taken but is not yet logged."""
+
+    done: int
+    taken: Taken
+    started: float
+    skipped: int
+    """Crops skipped up to here."""
+
+
 class CentralRun:
     """A centralised run, new or resumed from its newest checkpoint."""
 
@@ -119,6 +131,10 @@ class CentralRun:
             model, settings.recipe, plan, seed=settings.seed, total_updates=settings.updates
         )
         self.step.load_optimizer_state(optimizer_state)
+        self.pending: list[_Pending] = []
+        """Updates taken but not yet logged."""
+        self.noted = 0.0
+        """When the last update was logged."""
         self.alarm = CollapseAlarm(settings.architecture)
         self.skips: collections.Counter[str] = collections.Counter()
         if saved is not None or settings.resume:
@@ -140,7 +156,7 @@ class CentralRun:
                 updates = self.train.updates(numbers, plan.batch, plan.accumulation)
                 for number, batches in ahead(updates):
                     self._update(number, batches, stop)
-                    progress.advance(bar)
+                    progress.update(bar, completed=number + 1 - len(self.pending))
                     if stop():
                         raise Interrupted(
                             f"interrupted after update {number + 1}; go on with "
@@ -148,6 +164,8 @@ class CentralRun:
                         )
             self.watch.finish()
         finally:
+            with contextlib.suppress(Diverged):  # what stops the run says more
+                self._note_pending(0)
             self.directory.close()
         rows = self.directory.metrics()
         if rows:
@@ -156,15 +174,41 @@ class CentralRun:
             plot_curves({"central": rows}, path, negatives=negatives)
 
     def _update(self, number: int, batches: list[CropBatch], stop: Stop) -> None:
-        """Take an update, log it, and evaluate, warn and save when due."""
+        """Take an update, log it, and evaluate, warn and save when due.
+
+        A GPU computes an update while the next batch is prepared: updates are logged one later,
+        unless there is something to do at once.
+        """
         settings, done, started = self.settings, number + 1, time.monotonic()
         for batch in batches:
             self.skips.update(batch.skips)
-        report = self.step.update([batch.waveforms for batch in batches], number)
-        seconds, last = time.monotonic() - started, done == settings.updates
+        taken = self.step.take([batch.waveforms for batch in batches], number)
+        self.pending.append(_Pending(done, taken, started, sum(self.skips.values())))
+        last = done == settings.updates
+        evaluates = self.held is not None and (last or done % settings.eval_every == 0)
+        saves = last or stop() or done % settings.save_every == 0
+        self._note_pending(1 if self.step.resident and not (evaluates or saves) else 0)
+        # While updates fail, checkpoints would be alike and replace those before.
+        if last or stop() or (saves and not self.watch.failed):
+            self._note_pending(0)
+            self._save(done)
+
+    def _note_pending(self, left: int) -> None:
+        """Log updates, evaluate and warn, until `left` updates are not yet logged."""
+        while len(self.pending) > left:
+            self._note(self.pending.pop(0))
+
+    def _note(self, pending: "_Pending") -> None:
+        """Log an update, evaluate if due, and warn."""
+        settings, done = self.settings, pending.done
+        report = pending.taken.report()
+        # Waiting for the report of the update before is no part of this one.
+        now = time.monotonic()
+        seconds, self.noted = now - max(pending.started, self.noted), now
         row: dict[str, Any] = {"updates_done": done, **report.metrics(), "step_seconds": seconds}
-        row["crops_skipped"] = sum(self.skips.values())
+        row["crops_skipped"] = pending.skipped
         row["updates_skipped"] = self.watch.skipped + (not report.applied)
+        last = done == settings.updates
         if self.held is not None and (last or done % settings.eval_every == 0):
             row |= self._evaluate(self.held)
             self._print(report, row)
@@ -179,10 +223,6 @@ class CentralRun:
             self.console.print(warning, style="yellow")
         self.watch.take(done, report)
         self.watch.require_finite("held-out loss", row.get("held_out_loss", 0.0), done)
-        # While updates fail, checkpoints would be alike and replace those before.
-        due = done % settings.save_every == 0 and not self.watch.failed
-        if last or stop() or due:
-            self._save(done)
 
     def _evaluate(self, held: CropBatch) -> dict[str, float]:
         found = evaluate(

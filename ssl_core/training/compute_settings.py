@@ -13,9 +13,9 @@ class ComputeSettings:
 
     micro_batch: int = 0
     """Crops or clips in memory at a time; 0 for the whole batch. Does not change the result."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Precision of matrix products; `bf16` and `fp16` are not exact; `auto`: bf16 if the device
-    multiplies faster in it, else fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Precision of matrix products; `tf32` (GPUs), `bf16` and `fp16` are not exact; `auto`: bf16 if
+    the device multiplies faster in it, else fp32."""
     device: str = "auto"
     """Torch device; `auto` is CUDA if available, else the CPU."""
     threads: int = 0

@@ -50,15 +50,18 @@ class _Slot:
 class CudaRunner:
     """Runs batches on a GPU; see `step_runner.Runner`."""
 
-    def __init__(self, compute: Compute, device: torch.device, graph: bool) -> None:
+    def __init__(
+        self, compute: Compute, device: torch.device, graph: bool, begin: Callable[[bool], None]
+    ) -> None:
         """Make the stream on which all updates run.
 
         Args:
             compute: computes a batch on the device.
             device: of the step.
             graph: whether to capture graphs.
+            begin: called before kernels are launched one by one (False) or captured (True).
         """
-        self._compute, self._graph = compute, graph
+        self._compute, self._graph, self._begin = compute, graph, begin
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._slots = collections.deque(_Slot() for _ in range(SLOTS))
@@ -92,6 +95,7 @@ class CudaRunner:
             elif self._graph and kind in self._seen:
                 self._capture(kind, on_device).replay()
             else:
+                self._begin(False)
                 self._totals = self._compute(on_device, stage)
                 self._seen.add(kind)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
@@ -105,6 +109,7 @@ class CudaRunner:
 
     def _capture(self, kind: _Kind, inputs: BatchInputs) -> torch.cuda.CUDAGraph:
         """Capture the kernels of a batch, which does not run them."""
+        self._begin(True)
         torch.cuda.empty_cache()  # a graph's memory is its own
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

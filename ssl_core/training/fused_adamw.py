@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssl_core.planning.step_plan import OptimizerState
 from ssl_core.training.adamw import AdamRecipe, AdamW, Control
 from ssl_core.wav2vec2.cuda import adamw_kernel
-from ssl_core.wav2vec2.cuda.launching import addresses, to_device
+from ssl_core.wav2vec2.cuda.launching import PinnedTables, addresses
 
 
 class FusedAdamW(AdamW):
@@ -50,8 +50,7 @@ class FusedAdamW(AdamW):
         self._found: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._summed: set[str] = set()
-        self.sources: list[Tensor] = []
-        """Memory of the host from which a graph copies its tables at every replay."""
+        self.tables = PinnedTables(device)
 
     def collect(self, found: Mapping[str, Tensor], last: bool) -> None:
         """Take the gradients of a micro-batch and add them, in fp32, to those before.
@@ -80,8 +79,9 @@ class FusedAdamW(AdamW):
             ]
             for name, parameter in self.parameters.items()
         ]
-        table = to_device(rows, self._owners.device, self.sources)
-        adamw_kernel.add_gradients(table, (self._owners, self._firsts, self._like))
+        table = self.tables.copied(rows)
+        aligned = all(number % 16 == 0 for row in rows for number in row[:3])
+        adamw_kernel.add_gradients(table, (self._owners, self._firsts, self._like), aligned=aligned)
         self._summed |= own.keys()
         if last:
             self._found = {name: self._sums[name] for name in self._sums if name in self._summed}
@@ -91,13 +91,22 @@ class FusedAdamW(AdamW):
         self._found = {}
         self._summed = set()
 
+    def begin_launches(self) -> None:
+        """See `AdamW.begin_launches`."""
+        self.tables.begin()
+
+    def begin_capture(self) -> None:
+        """See `AdamW.begin_capture`."""
+        self.tables.reserve()
+
     def gradients(self) -> list[Tensor]:
         """All gradients of an update, `[...]` each."""
         return list(self._found.values())
 
     def apply_on_device(self, control: Control) -> None:
         """Update the parameters that have a gradient, by numbers that stay on the device."""
-        table = to_device(self._table(), self._owners.device, self.sources)
+        rows = self._table()
+        table = self.tables.copied(rows)
         self._all_steps += (table[:, 8] > 0) * control.finite
         adamw_kernel.adamw(
             table,
@@ -112,6 +121,7 @@ class FusedAdamW(AdamW):
             self._numbers,
             kind=self.kind,
             copies=bool(self.copies),
+            aligned=all(number % 16 == 0 for row in rows for number in row[:8]),
         )
 
     def _table(self) -> list[list[int]]:

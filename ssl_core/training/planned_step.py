@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.errors import UsageError
 from ssl_core.planning import allocator
-from ssl_core.planning.step_plan import Plan
+from ssl_core.planning.step_plan import HALF, Plan
 from ssl_core.training.adamw import AdamRecipe, AdamW, Control
 from ssl_core.training.half_weights import HalfWeights
 from ssl_core.wav2vec2 import device_kernels
@@ -85,7 +85,7 @@ class PlannedStep:
 
     def _keep_halves(self, root: nn.Module) -> None:
         """Keep copies of the linear layers of `root` in 16 bits, where that helps."""
-        if self.fused and self.plan.precision != "fp32":
+        if self.fused and self.plan.precision in HALF:
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             half = torch.float16 if self.plan.precision == "fp16" else torch.bfloat16
             self.halves = HalfWeights(root, names, half)
@@ -113,6 +113,9 @@ class PlannedStep:
 
     def _set_up(self) -> None:
         """Set up the model and the process for the plan."""
+        if self.device.type == "cuda":
+            rounds = self.plan.precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
         if not self.resident:
             allocator.keep_freed_memory(self.plan.keep_freed_memory)
         if self.backbone is None:

@@ -69,7 +69,13 @@ class PretrainingStep(PlannedStep):
 
     def _renew_runner(self) -> None:
         """Forget all graphs."""
-        self._runner = make_runner(self.compute, self.device, self.resident, self.plan.graph)
+        self._runner = make_runner(
+            self.compute, self.device, self.resident, self.plan.graph, self._begin
+        )
+
+    def _begin(self, capture: bool) -> None:
+        for optimizer in self.optimizers.values():
+            (optimizer.begin_capture if capture else optimizer.begin_launches)()
 
     def validate(self, plan: Plan) -> None:
         """Check a plan against model and recipe; raises `UsageError`."""

@@ -67,7 +67,13 @@ def on_device(inputs: BatchInputs, device: torch.device) -> BatchInputs:
     )
 
 
-def make_runner(compute: Compute, device: torch.device, resident: bool, graph: bool) -> Runner:
+def make_runner(
+    compute: Compute,
+    device: torch.device,
+    resident: bool,
+    graph: bool,
+    begin: Callable[[bool], None],
+) -> Runner:
     """The runner for a device.
 
     Args:
@@ -75,9 +81,10 @@ def make_runner(compute: Compute, device: torch.device, resident: bool, graph: b
         device: of the step.
         resident: whether all of an update stays on the device.
         graph: whether a GPU replays its kernels from a CUDA graph.
+        begin: called before a GPU is given kernels one by one (False) or captures them (True).
     """
     if device.type == "cuda":
         from ssl_core.training.cuda_runner import CudaRunner
 
-        return CudaRunner(compute, device, graph)
+        return CudaRunner(compute, device, graph, begin)
     return DirectRunner(compute, device, resident)

@@ -44,6 +44,8 @@ def choose_precision(name: Literal["auto"] | Precision, device: str) -> Precisio
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if name == "auto":
         return "bf16" if "bf16" in cpu_precisions() else "fp32"
+    if name == "tf32":
+        raise UsageError("precision tf32 is for GPUs: choose auto, fp32 or bf16")
     if name != "fp32":
         speed = product_speed(name)
         if not speed:

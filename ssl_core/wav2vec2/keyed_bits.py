@@ -79,9 +79,10 @@ def thresholds(keys: Keys, rate: float) -> Tensor:
 
 
 def threshold_parts(rate: float) -> tuple[int, int]:
-    """The rate in whole 256ths, and the chance of one more in parts of 2^31."""
-    whole = math.floor(rate * 256)
-    return whole, int((rate * 256 - whole) * 2**31)
+    """The rate, at most 255/256, in whole 256ths, and the chance of one more in parts of 2^31."""
+    bytes_dropped = min(rate * 256, 255.0)
+    whole = math.floor(bytes_dropped)
+    return whole, int((bytes_dropped - whole) * 2**31)
 
 
 def _hashed(words: _Bits, first: _Bits, second: _Bits) -> _Bits:

@@ -18,6 +18,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to a plan's precision: `fp32` (disabled), `bf16` or `fp16`."""
+    """Autocast to a plan's precision: `bf16` or `fp16`; disabled for `fp32` and `tf32`."""
     half = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, half, enabled=precision != "fp32")
+    return torch.autocast(device.type, half, enabled=precision in ("bf16", "fp16"))

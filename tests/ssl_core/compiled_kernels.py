@@ -34,6 +34,7 @@ def _record(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any)
 
 launching.launch = _record  # before the modules below take it
 
+from ssl_core.wav2vec2.cuda import adamw_kernel, drawing_kernels  # noqa: E402
 from ssl_core.wav2vec2.cuda.extractor import (  # noqa: E402
     activated_convolution,
     first_convolutions,
@@ -42,6 +43,9 @@ from ssl_core.wav2vec2.cuda.fused_attention import (  # noqa: E402
     fused_cross_attention,
     fused_self_attention,
 )
+from ssl_core.wav2vec2.cuda.fused_dropout import Drop, fused_dropout  # noqa: E402
+from ssl_core.wav2vec2.cuda.fused_feed_forward import fused_feed_forward  # noqa: E402
+from ssl_core.wav2vec2.cuda.fused_norm import Norm, normed_sum  # noqa: E402
 from ssl_core.wav2vec2.cuda.grouped_convolution import grouped_convolution  # noqa: E402
 
 
@@ -64,7 +68,57 @@ def _cross_attention() -> Tensor:
     return fused_cross_attention(query, joined, heads=12, rate=0.1, seeds=seeds, site=3)
 
 
-CASES: dict[str, Callable[[], Tensor]] = {
+def _seeds(count: int) -> Tensor:
+    return torch.empty(count, device="meta", dtype=torch.int64)
+
+
+def _int32(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=torch.int32)
+
+
+def _norm(width: int, *, half: bool, before: bool = False, after: bool = False) -> Tensor:
+    drop = Drop(_seeds(12), None, 5, 0.1)
+    dtype = torch.bfloat16 if half else torch.float32
+    norm = torch.nn.LayerNorm(width, device="meta")
+    how = Norm(norm, dtype, before=drop if before else None, after=drop if after else None)
+    y = _bf16(12, 249, width) if half else _fp32(12, 249, width)
+    wide, narrow = normed_sum(_fp32(12, 249, width), y, how, _fp32(width))
+    return wide + narrow
+
+
+def _draws() -> None:
+    drawing_kernels.gumbel_noise(_seeds(12), 3, 110 * 640)
+    drawing_kernels.sample_negatives(_seeds(12), 4, 12, 110, 100)
+
+
+def _optimizer(kind: str) -> None:
+    table = torch.empty(218, adamw_kernel.COLUMNS, device="meta", dtype=torch.int64)
+    blocks, like = (_int32(92_900), _int32(92_900)), torch.empty(8, device="meta").bfloat16()
+    steps, control, applied = _fp32(218), _fp32(2), _int32()
+    numbers = (0.9, 0.98, -0.152, -0.029, 1e-6, 0.01)
+    tensors = (*blocks, steps, control, applied, like)
+    adamw_kernel.adamw(table, tensors, numbers, kind=kind, copies=True, aligned=True)
+    adamw_kernel.add_gradients(table, (*blocks, like), aligned=True)
+
+
+CASES: dict[str, Callable[[], Tensor | None]] = {
+    "norm with dropout before": lambda: _norm(768, half=True, before=True),
+    "norm with dropout after": lambda: _norm(768, half=True, after=True),
+    "norm in fp32, tiny": lambda: _norm(192, half=False),
+    "norm of features": lambda: normed_sum(
+        _bf16(12, 249, 512), None, Norm(torch.nn.LayerNorm(512, device="meta"), torch.bfloat16)
+    )[0],
+    "dropout": lambda: fused_dropout(_bf16(12, 249, 768), Drop(_seeds(12), None, 5, 0.1)),
+    "dropout of packed crops": lambda: fused_dropout(
+        _fp32(1, 249, 768), Drop(_seeds(249), _int32(249), 5, 0.1)
+    ),
+    "feed-forward": lambda: fused_feed_forward(
+        _bf16(12, 249, 768), _bf16(3072, 768), _fp32(3072), _bf16(768, 3072)
+    ),
+    "draws": _draws,
+    "AdamW": lambda: _optimizer("fp32"),
+    "AdamW with state in bf16": lambda: _optimizer("bf16"),
+    "AdamW with state in 8 bits": lambda: _optimizer("int8"),
     "attention": lambda: _attention(_bf16(12, 249, 3 * 768), 12, 0.1),
     "attention, 1 s": lambda: _attention(_bf16(96, 49, 3 * 768), 12, 0.1),
     "attention without dropout, tiny": lambda: _attention(_bf16(12, 249, 3 * 192), 4, 0.0),
@@ -81,7 +135,7 @@ CASES: dict[str, Callable[[], Tensor]] = {
     ),
     "a convolution": lambda: activated_convolution(_bf16(12, 8000, 512), _fp32(512, 512, 3), 2),
 }
-"""Each is run forward and backward."""
+"""Each is run, and backward too if it returns something."""
 
 
 def _specialised(parameter: Any) -> bool:
@@ -146,7 +200,8 @@ def main() -> None:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         out = case()
-        out.backward(torch.empty_like(out))
+        if out is not None:
+            out.backward(torch.empty_like(out))
         for kernel, arguments, constants in LAUNCHES:
             types = [x.dtype if isinstance(x, Tensor) else type(x) for x in arguments]
             if (kernel, types, constants) not in seen:

@@ -97,7 +97,7 @@ def test_attention_without_seeds_drops_nothing() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_attention_of_packed_clips_is_that_of_each(rate: float) -> None:
     torch.manual_seed(0)
-    lengths, seeds = (19, 40, 1), torch.tensor([5, 6, 7])
+    lengths, seeds = (19, 34, 1), torch.tensor([5, 6, 7])
 
     def alone(*inputs: Tensor) -> Tensor:
         clips = enumerate(packing.places(lengths))
@@ -110,7 +110,7 @@ def test_attention_of_packed_clips_is_that_of_each(rate: float) -> None:
         )
 
     given = {"heads": 2, "rate": rate, "seeds": seeds, "site": 1, "lengths": lengths}
-    inputs = torch.randn(3, 1, 60, 32).unbind()
+    inputs = torch.randn(3, 1, 54, 32).unbind()
     assert_same(lambda *x: fused_attention(*x, **given), alone, inputs)  # type: ignore[arg-type]
 
 
@@ -126,7 +126,7 @@ def test_masks_of_attention_are_those_of_the_hash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "channels", "taps", "frames"), [(2, 12, 8, 37), (1, 20, 5, 6), (2, 4, 16, 3)]
+    ("groups", "channels", "taps", "frames"), [(2, 12, 8, 37), (1, 20, 5, 6), (2, 4, 8, 3)]
 )
 def test_the_grouped_convolution_and_its_gradients(
     groups: int, channels: int, taps: int, frames: int
@@ -162,9 +162,10 @@ def test_the_activated_convolution_and_its_gradients(taps: int, stride: int) -> 
     assert_same(ours, plain, inputs)
 
 
-def test_the_first_convolutions_and_their_gradients() -> None:
+def test_the_first_convolutions_and_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extractor, "_ROWS_SUMMED", 128)
     torch.manual_seed(0)
-    windows = torch.randn(2, 1070, 16)
+    windows = torch.randn(2, 150, 16)
     windows[:, -2:] = 0
     inputs = torch.randn(2, 16, 24), torch.randn(6, 24, 3)
 

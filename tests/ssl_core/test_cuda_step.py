@@ -5,11 +5,10 @@ import gc
 from collections import Counter
 from typing import Any
 
-import interpreted_triton  # isort: skip
-
 import numpy as np
 import pytest
 import torch
+import triton_interpreter  # noqa: F401 (before the kernels)
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +22,6 @@ from ssl_core.wav2vec2 import device_kernels
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.cuda import launching
 from ssl_core.wav2vec2.model import PretrainingModel
-
-assert interpreted_triton  # imported before any kernel
 
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
 """Operations that wait for a value of the device."""
@@ -101,7 +98,7 @@ def test_an_update_of_base_has_at_most_700_launches_and_reads_nothing(
     counted, kernels = fake_update(monkeypatch, BASE, plan)
     assert counted.reads == []
     total = sum(counted.operations.values()) + len(kernels)
-    recomputed = 160 if plan.recompute_layers else 0
+    recomputed = 200 if plan.recompute_layers else 0
     assert total <= 700 + recomputed, (counted.operations.most_common(), Counter(kernels))
 
 
@@ -120,3 +117,48 @@ def test_nothing_is_copied_from_the_gpu_during_an_update(monkeypatch: pytest.Mon
     counted, _ = fake_update(monkeypatch, preset("tiny"), plan)
     assert counted.reads == []
     assert sum(counted.operations.values()) > 100
+
+
+SMALL = dataclasses.replace(
+    preset("tiny"),
+    conv_dim=(16,) * 7,
+    hidden_size=48,
+    num_attention_heads=1,
+    intermediate_size=64,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=3,
+    codevector_dim=16,
+    proj_codevector_dim=16,
+    num_codevectors_per_group=8,
+    num_hidden_layers=2,
+    num_negatives=10,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    feat_proj_dropout=0.1,
+    feat_quantizer_dropout=0.1,
+    layerdrop=0.4,
+)
+
+
+@pytest.mark.slow
+def test_an_update_on_a_gpu_is_that_of_a_cpu() -> None:
+    """With all dropout, layerdrop and clipping; the first moment of Adam is a gradient."""
+    plan = Plan(batch=2, micro_batch=1, length=0.33, recompute_layers=True)
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((plan.batch, plan.samples), dtype=np.float32)
+    states, reports = [], []
+    kinds: tuple[device_kernels.Kernels, ...] = ("plain", "fused")
+    for kernels in kinds:
+        torch.manual_seed(0)
+        with device_kernels.forced(kernels):
+            step = PretrainingStep(
+                PretrainingModel(SMALL), Recipe(clip_norm=0.5), plan, seed=0, total_updates=9
+            )
+            reports.append(step.update([batch], 0).metrics())
+        states.append(step.optimizer_state())
+    for metric, number in reports[0].items():
+        assert reports[1][metric] == pytest.approx(number, rel=1e-5), metric
+    for name, value in states[0].items():
+        if name.startswith("exp_avg/") and not name.endswith("k_proj.bias"):  # which is 0
+            error = (states[1][name].float() - value.float()).norm()
+            assert float(error) <= 1e-5 * float(value.float().norm()), name

@@ -222,7 +222,7 @@ def test_devices_of_a_users_own(own: Path) -> None:
         ("cores: 4", "cores: four", "desk: --cores: 'four' is not a whole number"),
         ("memory: 8GB", "memroy: 8GB", "desk: unknown setting 'memroy'; did you mean 'memory'?"),
         ("accelerator: cpu", "accelerator: tpu", "'tpu' is not one of cpu, cuda"),
-        ("[fp32, bf16]", "[fp64]", "'fp64' is not one of fp32, bf16, fp16"),
+        ("[fp32, bf16]", "[fp64]", "'fp64' is not one of fp32, tf32, bf16, fp16"),
         ("[fp32, bf16]", "[bf16]", "precisions must contain fp32"),
         ("system: 1GiB", "system: lots", "desk: --system: 'lots' is not a size"),
         ("system: 1GiB", "tensor_fraction: 0.5", "tensor_fraction, of a memory that a GPU shares"),

@@ -99,6 +99,11 @@ def _blocks(query: Tensor, key: Tensor, heads: int, lengths: Sequence[int]) -> I
             first += heads * own * own
         return
     wanted, frames_of_key = query.shape[1], key.shape[1]
+    if query.device.type == "cuda":  # which has no cache to fit and wants few, large products
+        everything = slice(0, len(query))
+        rows, columns = slice(0, wanted), slice(0, frames_of_key)
+        yield _Block(everything, everything, slice(0, heads), rows, columns, 0)
+        return
     for crops, some in _portions(len(query), heads, wanted * frames_of_key):
         first = crops.start * heads * wanted * frames_of_key
         yield _Block(crops, crops, some, slice(0, wanted), slice(0, frames_of_key), first)

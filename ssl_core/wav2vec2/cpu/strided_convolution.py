@@ -39,14 +39,16 @@ class _Products:
 
     def spans(self, windows: int, rows: int) -> list[tuple[int, int, int, int]]:
         """Blocks of windows as (first window, end window, first row, end row)."""
+        # A GPU has no cache to fit, and wants few, large products.
+        block = windows if self.head.device.type == "cuda" else BLOCK
         return [
             (
                 first,
-                min(first + BLOCK, windows),
+                min(first + block, windows),
                 first * self.stride,
-                min(min(first + BLOCK, windows) * self.stride + self.overlap, rows),
+                min(min(first + block, windows) * self.stride + self.overlap, rows),
             )
-            for first in range(0, windows, BLOCK)
+            for first in range(0, windows, block)
         ]
 
     def _views(self, rows: Tensor, windows: int) -> tuple[Tensor, Tensor]:

@@ -19,16 +19,19 @@ number of elements, and what the gradient is: 0 for none, 1 in fp32, 2 in the co
 
 
 @triton.jit
-def _at(address, like):
-    """A pointer to elements of the type of another pointer's."""
-    return tl.cast(address, like)
+def _at(address, like, ALIGNED: tl.constexpr):
+    """A pointer from an address."""
+    pointer = tl.cast(address, like)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
 def adamw_kernel(
     TABLE, OWNERS, FIRSTS, STEPS, CONTROL, APPLIED, COPIES, beta1, beta2, log_beta1, log_beta2,
     epsilon, decay, KIND: tl.constexpr, COPY: tl.constexpr, COLUMNS: tl.constexpr,
-    ROW: tl.constexpr, BLOCK: tl.constexpr,
+    ROW: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A block of one parameter a program.
 
@@ -38,40 +41,44 @@ def adamw_kernel(
     """
     owner = tl.load(OWNERS + tl.program_id(0))
     own = TABLE + owner * COLUMNS
-    place = tl.load(FIRSTS + tl.program_id(0)) + (
-        tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    )
+    first_place, count = tl.multiple_of(tl.load(FIRSTS + tl.program_id(0)), BLOCK), tl.load(own + 7)
+    if ALIGNED:
+        count = tl.multiple_of(count, 16)
+    place = first_place + (tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :])
     kind = tl.load(own + 8)
     rate, factor = tl.load(CONTROL), tl.load(CONTROL + 1)
-    inside = (place < tl.load(own + 7)) & (kind > 0) & (tl.load(APPLIED) != 0)
+    inside = (place < count) & (kind > 0) & (tl.load(APPLIED) != 0)
     wide: tl.constexpr = tl.pointer_type(tl.float32)
     half: tl.constexpr = tl.pointer_type(COPIES.dtype.element_ty)
     gradient = tl.load(own + 6)
-    g = tl.load(_at(gradient, wide) + place, mask=inside & (kind == 1), other=0.0)
+    g = tl.load(_at(gradient, wide, ALIGNED) + place, mask=inside & (kind == 1), other=0.0)
     if COPY:
-        narrow = tl.load(_at(gradient, half) + place, mask=inside & (kind == 2), other=0.0)
+        narrow = tl.load(_at(gradient, half, ALIGNED) + place, mask=inside & (kind == 2), other=0.0)
         g += narrow.to(tl.float32)
     g *= factor
-    parameter = _at(tl.load(own), wide) + place
+    parameter = _at(tl.load(own), wide, ALIGNED) + place
     p = tl.load(parameter, mask=inside, other=0.0)
     first, second = tl.load(own + 1), tl.load(own + 2)
     if KIND == "fp32":
-        first_at, second_at = _at(first, wide) + place, _at(second, wide) + place
+        first_at, second_at = _at(first, wide, ALIGNED) + place, _at(second, wide, ALIGNED) + place
         m = tl.load(first_at, mask=inside, other=0.0)
         v = tl.load(second_at, mask=inside, other=0.0)
     elif KIND == "bf16":
         brief: tl.constexpr = tl.pointer_type(tl.bfloat16)
-        first_at, second_at = _at(first, brief) + place, _at(second, brief) + place
+        first_at, second_at = (
+            _at(first, brief, ALIGNED) + place,
+            _at(second, brief, ALIGNED) + place,
+        )
         m = tl.load(first_at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(second_at, mask=inside, other=0.0).to(tl.float32)
     else:
-        first_at = _at(first, tl.pointer_type(tl.int8)) + place
-        second_at = _at(second, tl.pointer_type(tl.uint8)) + place
-        rows = tl.load(FIRSTS + tl.program_id(0)) // ROW + tl.arange(0, BLOCK // ROW)[:, None]
-        used = (rows * ROW < tl.load(own + 7)) & (kind > 0) & (tl.load(APPLIED) != 0)
+        first_at = _at(first, tl.pointer_type(tl.int8), ALIGNED) + place
+        second_at = _at(second, tl.pointer_type(tl.uint8), ALIGNED) + place
+        rows = first_place // ROW + tl.arange(0, BLOCK // ROW)[:, None]
+        used = (rows * ROW < count) & (kind > 0) & (tl.load(APPLIED) != 0)
         first_scale, second_scale = (
-            _at(tl.load(own + 3), wide) + rows,
-            _at(tl.load(own + 4), wide) + rows,
+            _at(tl.load(own + 3), wide, ALIGNED) + rows,
+            _at(tl.load(own + 4), wide, ALIGNED) + rows,
         )
         m = tl.load(first_at, mask=inside, other=0).to(tl.float32)
         m = m * tl.load(first_scale, mask=used, other=0.0) / 127
@@ -88,7 +95,7 @@ def adamw_kernel(
     if COPY:
         copy = tl.load(own + 5)
         to_copy = inside & (copy != 0)
-        tl.store(_at(copy, half) + place, p.to(COPIES.dtype.element_ty), mask=to_copy)
+        tl.store(_at(copy, half, ALIGNED) + place, p.to(COPIES.dtype.element_ty), mask=to_copy)
     if KIND == "int8":
         tiny = 1.1754943508222875e-38
         s = tl.maximum(tl.max(tl.where(inside, tl.abs(m), 0.0), 1)[:, None], tiny)
@@ -107,26 +114,32 @@ def adamw_kernel(
 
 
 @triton.jit
-def add_gradients_kernel(TABLE, OWNERS, FIRSTS, COPIES, COPY: tl.constexpr, BLOCK: tl.constexpr):
+def add_gradients_kernel(
+    TABLE, OWNERS, FIRSTS, COPIES, COPY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Add a block of a gradient to its sum, or write it if the last column is below zero."""
     own = TABLE + tl.load(OWNERS + tl.program_id(0)) * 4
-    place = tl.load(FIRSTS + tl.program_id(0)) + tl.arange(0, BLOCK)
+    count = tl.load(own + 2)
+    if ALIGNED:
+        count = tl.multiple_of(count, 16)
+    place = tl.multiple_of(tl.load(FIRSTS + tl.program_id(0)), BLOCK) + tl.arange(0, BLOCK)
     kind = tl.load(own + 3)
-    inside = (place < tl.load(own + 2)) & (kind != 0)
+    inside = (place < count) & (kind != 0)
     wide: tl.constexpr = tl.pointer_type(tl.float32)
     half: tl.constexpr = tl.pointer_type(COPIES.dtype.element_ty)
     gradient = tl.load(own + 1)
     is_wide = (kind == 1) | (kind == -1)
-    g = tl.load(_at(gradient, wide) + place, mask=inside & is_wide, other=0.0)
+    g = tl.load(_at(gradient, wide, ALIGNED) + place, mask=inside & is_wide, other=0.0)
     if COPY:
         is_half = (kind == 2) | (kind == -2)
-        g += tl.load(_at(gradient, half) + place, mask=inside & is_half, other=0.0).to(tl.float32)
-    total = _at(tl.load(own), wide) + place
+        narrow = tl.load(_at(gradient, half, ALIGNED) + place, mask=inside & is_half, other=0.0)
+        g += narrow.to(tl.float32)
+    total = _at(tl.load(own), wide, ALIGNED) + place
     g += tl.load(total, mask=inside & (kind > 0), other=0.0)
     tl.store(total, g, mask=inside)
 
 
-def add_gradients(table: Tensor, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+def add_gradients(table: Tensor, tensors: tuple[Tensor, Tensor, Tensor], *, aligned: bool) -> None:
     """Add gradients to their sums.
 
     Args:
@@ -134,10 +147,12 @@ def add_gradients(table: Tensor, tensors: tuple[Tensor, Tensor, Tensor]) -> None
             the gradient is, as in `COLUMNS`; with a minus, the sum is only written.
         tensors: parameter and first element of each block, `[block]` int32; any tensor in the dtype
             of the copies.
+        aligned: whether all addresses and numbers of elements are multiples of 16, so that several
+            elements can be read at once.
     """
     launch(
         add_gradients_kernel, (len(tensors[0]),), table, *tensors,
-        COPY=tensors[2].dtype.itemsize < 4, BLOCK=BLOCK, num_warps=4,
+        COPY=tensors[2].dtype.itemsize < 4, BLOCK=BLOCK, ALIGNED=aligned, num_warps=4,
     )  # fmt: skip
 
 
@@ -148,6 +163,7 @@ def adamw(
     *,
     kind: str,
     copies: bool,
+    aligned: bool,
 ) -> None:
     """Update all parameters of a table.
 
@@ -160,8 +176,10 @@ def adamw(
         numbers: both betas, their binary logarithms, epsilon and weight decay.
         kind: of the state: `fp32`, `bf16` or `int8`.
         copies: whether there are copies or gradients in 16 bits.
+        aligned: whether all addresses and numbers of elements are multiples of 16, so that several
+            elements can be read at once.
     """
     launch(
         adamw_kernel, (len(tensors[0]),), table, *tensors, *numbers, KIND=kind, COPY=copies,
-        COLUMNS=COLUMNS, ROW=ROW, BLOCK=BLOCK, num_warps=4,
+        COLUMNS=COLUMNS, ROW=ROW, BLOCK=BLOCK, ALIGNED=aligned, num_warps=4,
     )  # fmt: skip

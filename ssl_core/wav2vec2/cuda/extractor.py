@@ -28,7 +28,7 @@ def _normal_below(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def first_convolution(
     WINDOWS, KERNELS, OUT, rows, channels, columns,
     PADDED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,7 +49,7 @@ def first_convolution(
     tl.store(OUT + at, (x * _normal_below(x)).to(OUT.dtype.element_ty), mask=exist & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def first_kernel_gradient(
     WINDOWS, KERNELS, GRAD, OUT, rows, channels, columns,
     PADDED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, SUMMED: tl.constexpr,
@@ -67,10 +67,11 @@ def first_kernel_gradient(
     for start in range(0, SUMMED, ROWS):
         row = tl.program_id(0) * SUMMED + start + tl.arange(0, ROWS)
         exist = (row < rows)[:, None]
-        at = (crop * rows + row[:, None]) * columns + column[None, :]
-        window = tl.load(WINDOWS + at, mask=exist & (column < columns)[None, :], other=0.0)
-        at = (crop * rows + row[:, None]) * channels + channel[None, :]
-        grad = tl.load(GRAD + at, mask=exist & inside, other=0.0).to(tl.float32)
+        line = crop * rows + row[:, None]
+        windows = WINDOWS + line * columns + column[None, :]
+        window = tl.load(windows, mask=exist & (column < columns)[None, :], other=0.0)
+        grads = GRAD + line * channels + channel[None, :]
+        grad = tl.load(grads, mask=exist & inside, other=0.0).to(tl.float32)
         x = tl.dot(window, kernel.to(window.dtype), input_precision=PRECISION)
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         grad *= _normal_below(x) + x * density

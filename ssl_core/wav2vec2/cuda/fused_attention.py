@@ -244,11 +244,11 @@ def fused_self_attention(
 
     Args:
         joined: `[batch, frame, 3 * hidden]`: queries, keys and values.
-        heads: as there.
-        rate: as there.
-        seeds: as there.
-        site: as there.
-        lengths: as there.
+        heads: see `fused_attention`.
+        rate: see `fused_attention`.
+        seeds: see `fused_attention`.
+        site: see `fused_attention`.
+        lengths: see `fused_attention`.
 
     Returns:
         `[batch, frame, hidden]`.
@@ -271,10 +271,10 @@ def fused_cross_attention(
     Args:
         query: `[batch, query frame, hidden]`.
         joined: `[batch, frame, 2 * hidden]`: keys and values.
-        heads: as there.
-        rate: as there.
-        seeds: as there.
-        site: as there.
+        heads: see `fused_attention`.
+        rate: see `fused_attention`.
+        seeds: see `fused_attention`.
+        site: see `fused_attention`.
 
     Returns:
         `[batch, query frame, hidden]`.

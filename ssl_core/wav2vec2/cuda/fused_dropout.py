@@ -77,7 +77,7 @@ def row_mask(
     return keep_element(at, first, second, threshold(first, second, whole, chance))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "site", "whole", "chance"])
 def drop_kernel(
     X, OUT, SEEDS, PLACES, count, frames, width, site, whole, chance, scale,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,

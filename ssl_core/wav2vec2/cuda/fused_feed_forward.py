@@ -23,7 +23,7 @@ def _normal(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def biased_gelu_kernel(X, BIAS, OUT, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """GELU of `X` plus the bias, `[row, width]`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -35,7 +35,7 @@ def biased_gelu_kernel(X, BIAS, OUT, rows, width, ROWS: tl.constexpr, COLUMNS: t
     tl.store(OUT + at, (x * _normal(x)).to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def biased_gelu_gradient_kernel(
     X, BIAS, GRAD, OUT, PARTIAL, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,

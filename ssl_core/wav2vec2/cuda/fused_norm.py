@@ -32,7 +32,7 @@ class Norm(NamedTuple):
     """Dropout of the result; at most one of the two."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "site", "whole", "chance"])
 def norm_kernel(
     X, Y, Y_BIAS, SUM, WIDE, NARROW, GAIN, BIAS, SEEDS, PLACES, frames, width, eps, site, whole,
     chance, scale, ADD: tl.constexpr, BIASED: tl.constexpr, BEFORE: tl.constexpr,
@@ -67,7 +67,7 @@ def norm_kernel(
         tl.store(NARROW + at, out.to(NARROW.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "steps", "rows", "site", "whole", "chance"])
 def norm_gradient_kernel(
     SUM, G_WIDE, G_NARROW, GAIN, G_X, G_Y, PARTIAL, SEEDS, PLACES, steps, rows, frames, width, eps,
     site, whole, chance, scale, HAS_WIDE: tl.constexpr, HAS_NARROW: tl.constexpr, ADD: tl.constexpr,

@@ -1,5 +1,6 @@
 """Launches Triton kernels, except on tensors without data, so that a step can be traced."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
     """
     if launched is not None:
         launched.append(kernel.__name__)
-    if all(has_data(x) for x in arguments if isinstance(x, Tensor)):
-        kernel[tuple(grid)](*arguments, **constants)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if all(has_data(x) for x in tensors):
+        # Triton launches on the current GPU, wherever the tensors are.
+        with torch.cuda.device_of(tensors[0]):
+            kernel[tuple(grid)](*arguments, **constants)
 
 
 def blocks(count: int, size: int) -> int:
@@ -40,22 +44,45 @@ def addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if x is None or not has_data(x) else x.data_ptr() for x in tensors]
 
 
-def to_device(rows: Sequence[Sequence[int]], device: torch.device, kept: list[Tensor]) -> Tensor:
-    """Copy numbers to a device without waiting for it.
+class PinnedTables:
+    """Copies tables of numbers to a device without waiting for it, also in a CUDA graph.
 
-    Args:
-        rows: `[row][column]`.
-        device: where to.
-        kept: where the copy's source is added if a CUDA graph is captured, since the graph reads
-            it again at every replay.
-
-    Returns:
-        `[row, column]` int64.
+    A graph reads its tables again at every replay, from pinned memory that is kept here. That
+    memory must be there before the graph is captured, so the tables of a batch that was launched
+    kernel by kernel are counted first.
     """
-    source = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda" or not has_data(source):
-        return source
-    source = source.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        kept.append(source)
-    return source.to(device, non_blocking=True)
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where tables are wanted."""
+        self._device = device
+        self._used: Counter[torch.Size] = Counter()
+        self._most: Counter[torch.Size] = Counter()
+        self._ready: dict[torch.Size, list[Tensor]] = {}
+        self._kept: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Count the tables of a batch from here on."""
+        self._used = Counter()
+
+    def reserve(self) -> None:
+        """Allocate memory for a graph that copies as many tables as any batch so far."""
+        for shape, count in (self._most | self._used).items():
+            ready = self._ready.setdefault(shape, [])
+            while len(ready) < count:
+                ready.append(torch.empty(shape, dtype=torch.int64, pin_memory=True))
+
+    def copied(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Numbers `[row][column]` on the device, `[row, column]` int64."""
+        source = torch.tensor(rows, dtype=torch.int64)
+        if self._device.type != "cuda":
+            return source
+        if not has_data(source):
+            return source.to(self._device)
+        if not torch.cuda.is_current_stream_capturing():
+            self._used[source.shape] += 1
+            self._most |= self._used
+            return source.pin_memory().to(self._device, non_blocking=True)
+        pinned = self._ready[source.shape].pop()
+        pinned.copy_(source)
+        self._kept.append(pinned)
+        return pinned.to(self._device, non_blocking=True)
