@@ -67,6 +67,7 @@ class TaskWork:
     """Whether features of the frozen part are computed once, before training, and cached."""
 
     unit = "clips"
+    graphed = False
 
     @property
     def clip_norm(self) -> float:
@@ -174,7 +175,7 @@ class TaskWork:
             batch = make_batch(step, self, make).rows(range(size))
             return step.update(batch, number, learning_rates(self)).applied
 
-        return Started(model, update)
+        return Started(model, update, step.copies)
 
 
 def task_work(

@@ -90,6 +90,11 @@ class PlannedStep:
             half = torch.float16 if self.plan.precision == "fp16" else torch.bfloat16
             self.halves = HalfWeights(root, names, half)
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """Copies of weights in 16 bits, `[...]` each, that products use in their place."""
+        return [] if self.halves is None else self.halves.leaves
+
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Context of forward and backward passes: the weights are in the precision of products."""
         return contextlib.nullcontext() if self.halves is None else self.halves.in_place()

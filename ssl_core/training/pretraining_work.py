@@ -33,6 +33,7 @@ class PretrainingWork:
     unit = "crops"
     convolves = True
     recurs = False
+    graphed = True
 
     @property
     def clip_norm(self) -> float:
@@ -92,7 +93,9 @@ class PretrainingWork:
         step = PretrainingStep(model, self.recipe, plan, seed=0, total_updates=100)
         label("activations")
         read = batches or (_zeros(plan) if fake else _noise(plan))
-        return Started(model, lambda number: step.update(read(number), number).applied)
+        return Started(
+            model, lambda number: step.update(read(number), number).applied, step.copies
+        )
 
 
 def step_options(plan: Plan) -> list[str]:
