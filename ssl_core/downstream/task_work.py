@@ -18,6 +18,7 @@ from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
 from ssl_core.planning.ladder import (
     RECOMPUTED_ATTENTION,
     SPLIT,
+    gpu_rungs,
     splits,
     with_layers_recomputed,
     with_memory_given_back,
@@ -116,6 +117,11 @@ class TaskWork:
 
     def rungs(self, whole: Plan) -> list[Rung]:
         """See `Work.rungs`. Clips are independent, so splitting a batch costs no recomputation."""
+        if whole.on_gpu:
+            features = self.unfrozen and self.trains_extractor
+            return gpu_rungs(
+                whole, features=features, layers=self.unfrozen, split=True, graph=False
+            )
         if not self.unfrozen:
             rungs = [Rung(1.0, plan) for plan in (whole, *splits(whole))]
             return rungs + with_memory_given_back(rungs[-1:])

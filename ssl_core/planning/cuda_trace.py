@@ -191,7 +191,7 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
         again = [event for event in update if max(event, ~event) in own]
         replay.run(again, "graph")
         reserved = whole = replay.allocator.peak_reserved
-        if work.architecture.layerdrop or plan.accumulation > 1:
+        if needs_second_set(work, plan):
             replay.run(again)
             whole = replay.allocator.peak_reserved
     parts = {name: size for name, size in replay.peak_parts.items() if size}
@@ -200,6 +200,14 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
         RESERVED: reserved - replay.peak,
         OF_GRAPHS: whole - reserved,
     }
+
+
+def needs_second_set(work: Work, plan: Plan) -> bool:
+    """Whether updates have batches of several kinds, each with a graph of its own.
+
+    The first batch of a kind is computed outside of graphs, whose memory stays reserved meanwhile.
+    """
+    return work.architecture.layerdrop > 0 or plan.accumulation > 1
 
 
 def _whole(size: int) -> int:

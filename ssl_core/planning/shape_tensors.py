@@ -47,7 +47,7 @@ def _without_compiler() -> None:
     """Let torch's own Python kernels work out shapes without importing the compiler."""
     if "torch._dynamo" in sys.modules:
         return
-    excluded = torch._disable_dynamo(lambda: None).__code__
+    excluded = torch._compile._disable_dynamo(lambda: None).__code__
     rooms = (torch._refs, torch._refs.linalg, torch._refs.special, torch._refs.nn.functional)
     for function in (each for room in rooms for each in vars(room).values()):
         code = getattr(function, "__code__", None)
