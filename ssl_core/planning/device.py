@@ -53,6 +53,11 @@ class DeviceProfile:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Source of each figure, by field."""
 
+    @property
+    def discrete(self) -> bool:
+        """Whether it is a GPU with its own memory."""
+        return self.accelerator == "cuda" and not self.shared
+
     def with_kernels(self, plan: Plan) -> tuple[Plan, str]:
         """The plan with kernels that run on this device, and why these.
 
