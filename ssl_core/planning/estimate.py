@@ -11,6 +11,8 @@ import torch
 from common.atomic import write_text
 from common.cache_folder import cache_folder
 from ssl_core.planning import allocator
+from ssl_core.planning.cuda_trace import OF_GRAPHS, RESERVED, fused_parts, needs_second_set
+from ssl_core.planning.kernel_choice import choose_here, resolved
 from ssl_core.planning.parts import ALLOCATOR, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
@@ -35,6 +37,8 @@ PIECES, PIECES_FRACTION = 8 * MIB, 0.01
 batch is split: bytes, plus a fraction of the memory in use."""
 IMPORTED = 112 * MIB
 """Heap bytes allocated while importing."""
+CONTEXT = "CUDA context"
+"""Part of a GPU's memory; on a board whose GPU shares it, of the whole process before training."""
 _STAYING = ("parameters", "optimizer state")
 _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 
@@ -42,25 +46,27 @@ _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) -> Estimate:
     """Estimate the peak memory of a training process.
 
-    For a GPU this is the peak of its memory, with `ALLOCATOR` as the CUDA allocator's overhead; not
-    measured by this project yet.
+    For a GPU this is the peak of what torch reserves of its memory, beside the CUDA context. With
+    fused kernels it follows from a replay of torch's allocator (`cuda_trace`). With plain ones
+    `ALLOCATOR` stands for gaps and for cuDNN's workspaces, calibrated on boards and a card.
 
     Args:
         work: what is trained.
         plan: how a step is taken.
-        runtime: bytes resident before the model is built.
+        runtime: bytes resident before the model is built; of a GPU, the CUDA context.
         messages: bytes of Flower's messages that are held while training.
 
     Returns:
         Bytes of each part.
     """
+    if plan.on_gpu and plan.kernels == "auto":
+        plan = resolved(plan, choose_here(plan))
     live = {name: size for name, size in _live(work, plan).items() if size}
-    parts = {"imports": runtime, **live}
+    parts = {CONTEXT if plan.on_gpu else "imports": runtime, **live}
     if messages:
         parts["message buffers"] = messages
-    if plan.device.startswith("cuda"):
-        moving = sum(size for name, size in live.items() if name not in _STAYING)
-        return Estimate(parts | {"CUDA allocator": int(ALLOCATOR * moving)})
+    if plan.on_gpu:
+        return Estimate(parts if plan.kernels == "fused" else parts | _around(work, plan, live))
     kind = _arithmetic(plan.precision)
     if not work.convolves:
         parts["libraries"] = FORWARD[kind]
@@ -78,6 +84,14 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     return Estimate(parts)
 
 
+def _around(work: Work, plan: Plan, live: dict[str, int]) -> dict[str, int]:
+    """What plain kernels take beside live tensors, and graphs beside that."""
+    moving = sum(size for name, size in live.items() if name not in _STAYING)
+    overhead = int(ALLOCATOR * moving)
+    twice = plan.graph and work.graphed and needs_second_set(work, plan)
+    return {RESERVED: overhead} | ({OF_GRAPHS: moving + overhead} if twice else {})
+
+
 def _arithmetic(precision: Precision) -> str:
     """How a CPU computes products: `fp32`, or 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
 
@@ -92,14 +106,20 @@ def _arithmetic(precision: Precision) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _live(work: Work, plan: Plan) -> dict[str, int]:
-    """Bytes of live tensors at the peak, cached on disk: every round is a new process."""
+    """Bytes of live tensors at the peak, cached on disk: every round is a new process.
+
+    For fused kernels, all of a GPU's memory beside the CUDA context.
+    """
+    fused = plan.on_gpu and plan.kernels == "fused"
     plan = dataclasses.replace(
         plan,
         length=float(plan.length),
-        device="cpu",
+        device="cuda" if fused else "cpu",
         threads=0,
         compile=False,
         keep_freed_memory=True,
+        kernels="fused" if fused else "plain",
+        graph=plan.graph and fused,
     )
     values: list[object] = [library()]
     values += [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
@@ -109,7 +129,7 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):  # missing or truncated
-        found = trace(work, plan).peak_parts
+        found = fused_parts(work, plan) if fused else trace(work, plan).peak_parts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))

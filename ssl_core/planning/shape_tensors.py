@@ -6,6 +6,8 @@ are worked out once for each kind of arguments, on torch's meta device, and look
 """
 
 import dataclasses
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +31,31 @@ class Block:
     def __init__(self, size: int) -> None:
         """Take `size` bytes."""
         self.size = size
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that torch excludes from compilation as excluded already.
+
+    Otherwise torch imports its compiler, which takes seconds, to exclude it at its first call.
+    """
+    setattr(function, "__dynamo_disable", function)
+    return function
+
+
+@functools.cache
+def _without_compiler() -> None:
+    """Let torch's own Python kernels work out shapes without importing the compiler."""
+    if "torch._dynamo" in sys.modules:
+        return
+    excluded = torch._compile._disable_dynamo(lambda: None).__code__
+    rooms = (torch._refs, torch._refs.linalg, torch._refs.special, torch._refs.nn.functional)
+    for function in (each for room in rooms for each in vars(room).values()):
+        code = getattr(function, "__code__", None)
+        while code is not None and "fn" in code.co_freevars:  # it wraps a function
+            wrapped = function.__closure__[code.co_freevars.index("fn")].cell_contents
+            if code is excluded:
+                uncompiled(wrapped)
+            function, code = wrapped, getattr(wrapped, "__code__", None)
 
 
 class ShapeTensor(Tensor):
@@ -75,6 +102,7 @@ class Shapes(TorchDispatchMode):
     def __init__(self) -> None:
         """Know no operation yet."""
         super().__init__()
+        _without_compiler()
         self._known: dict[tuple[Any, ...], Any] = {}
         self._composite: dict[Any, bool] = {}
         self._real: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
@@ -83,6 +111,7 @@ class Shapes(TorchDispatchMode):
         """Return memory of `size` bytes for a new tensor."""
         return Block(size)
 
+    @uncompiled
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

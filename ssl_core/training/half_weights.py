@@ -89,6 +89,11 @@ class HalfWeights:
         leaf.requires_grad_(any(parameter.requires_grad for parameter in parameters))
         return leaf
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The copies as autograd knows them, `[...]` each; joined weights are one."""
+        return [leaf for leaf, _ in self._leaves]
+
     def refresh(self) -> None:
         """Copy the weights again, if anything but the optimizer has changed them."""
         versions = sum(source._version for source in self._sources)
