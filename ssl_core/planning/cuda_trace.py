@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ssl_core.planning.cuda_allocator import MIB, SMALLEST, CachingAllocator, Piece
+from ssl_core.planning.parts import WORKSPACES
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import LiveMemory, TrackedBlock, take_update, without_layerdrop
 from ssl_core.planning.triton_stand_in import triton_or_stand_in
@@ -22,7 +23,6 @@ WORKSPACE = 32 * MIB
 """Workspace of cuBLAS, for each thread that multiplies: the main one and that of the backward pass.
 As of compute capability 9, 10 and 12; 8.1 MiB on older GPUs (parseChosenWorkspaceSize in torch's
 aten/src/ATen/cuda/CublasHandlePool.cpp). cuBLASLt shares it; the fused kernels have none."""
-WORKSPACES = "cuBLAS workspaces"
 UNSPLIT = "rests of blocks"
 """Of free blocks up to 1 MiB larger than what is asked for, which are not split but given whole."""
 RESERVED, OF_GRAPHS = "CUDA allocator", "second set for CUDA graphs"

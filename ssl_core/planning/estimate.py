@@ -13,7 +13,7 @@ from common.cache_folder import cache_folder
 from ssl_core.planning import allocator
 from ssl_core.planning.cuda_trace import OF_GRAPHS, RESERVED, fused_parts, needs_second_set
 from ssl_core.planning.kernel_choice import choose_here, resolved
-from ssl_core.planning.parts import ALLOCATOR, Estimate
+from ssl_core.planning.parts import ALLOCATOR, CONTEXT, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
@@ -36,8 +36,6 @@ PIECES, PIECES_FRACTION = 8 * MIB, 0.01
 batch is split: bytes, plus a fraction of the memory in use."""
 IMPORTED = 112 * MIB
 """Heap bytes allocated while importing."""
-CONTEXT = "CUDA context"
-"""Part of a GPU's memory; on a board whose GPU shares it, of the whole process before training."""
 _STAYING = ("parameters", "optimizer state")
 _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 

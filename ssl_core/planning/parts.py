@@ -9,6 +9,22 @@ ALLOCATOR = 0.435
 reuse, workspaces of convolutions. Calibrated on Table 2, see `paper.table2`."""
 
 
+CONTEXT = "CUDA context"
+"""Part of a GPU's memory; on a board whose GPU shares it, of the whole process before training."""
+COPIES = "copies in 16 bits"
+WORKSPACES = "cuBLAS workspaces"
+STAYING = (
+    "imports",
+    CONTEXT,
+    "parameters",
+    "optimizer state",
+    COPIES,
+    WORKSPACES,
+    "message buffers",
+)
+"""Parts that do not depend on the batch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Bytes of each part at the peak, by name."""
@@ -19,6 +35,11 @@ class Estimate:
     def total(self) -> int:
         """Bytes of the whole process."""
         return sum(self.parts.values())
+
+    @property
+    def growing(self) -> int:
+        """Bytes of the parts that grow with the batch."""
+        return sum(size for name, size in self.parts.items() if name not in STAYING)
 
     def describe(self) -> str:
         """One line for each part, the largest first."""
