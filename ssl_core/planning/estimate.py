@@ -21,6 +21,7 @@ from ssl_core.planning.parts import ALLOCATOR, CONTEXT, OF_GRAPHS, RESERVED, Est
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
+from ssl_core.wav2vec2.cpu.product_library import library
 
 MIB = 2**20
 RUNTIME = 505 * MIB
@@ -122,7 +123,8 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
         kernels="fused" if fused else "plain",
         graph=plan.graph and fused,
     )
-    values = [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
+    values: list[object] = [library()]
+    values += [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
     key = hashlib.sha256(json.dumps(values).encode() + _code_digest()).hexdigest()
     path = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:

@@ -4,6 +4,7 @@ A separate module because torch's counter imports a compiler (50 MiB), which a s
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> in
     return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
 
 
+def _linear_operations(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Operations of a linear layer by oneDNN."""
+    return 2 * math.prod(x) * int(weight[0])
+
+
 _OPERATIONS = {
+    torch.ops.mkldnn._linear_pointwise: _linear_operations,
     torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
     torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
 }

@@ -24,7 +24,9 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_
 """On a CPU these hold copies of input, weights and output (or gradients) in oneDNN's layout."""
 
 
-_MASKS = ("shortwave::keep_mask", "shortwave::attention_mask")
+_MASKS = tuple(
+    f"shortwave::{name}" for name in ("keep_mask", "attention_mask", "packed_mask", "unpacked_mask")
+)
 """Their bodies read values, and need little memory beside the result."""
 
 

@@ -201,17 +201,18 @@ class PlannedStep:
         for optimizer in self.optimizers.values():
             optimizer.drop_gradients()
 
-    def _collect(self, last: bool) -> None:
+    def _collect(self, first: bool, last: bool) -> None:
         """Take the gradients of a micro-batch, before those of the next one.
 
         Gradients in 16 bits are summed in fp32. Those of a whole update are left as they are.
 
         Args:
+            first: whether this is the update's first micro-batch.
             last: whether the update has no further micro-batch.
         """
         found = {} if self.halves is None else self.halves.take_gradients()
         for optimizer in self.optimizers.values():
-            optimizer.collect(found, last)
+            optimizer.collect(found, first, last)
 
     def _apply(
         self, rates: Mapping[str, float | Tensor], factor: float | Tensor, clip_norm: float
