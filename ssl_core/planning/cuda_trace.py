@@ -7,11 +7,12 @@ like torch's: in the first update, and as a CUDA graph captures them into memory
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from ssl_core.planning.cuda_allocator import MIB, SMALLEST, CachingAllocator, Piece
+from ssl_core.planning.parts import OF_GRAPHS, RESERVED, WORKSPACES
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import LiveMemory, TrackedBlock, take_update, without_layerdrop
 from ssl_core.planning.triton_stand_in import triton_or_stand_in
@@ -22,12 +23,8 @@ WORKSPACE = 32 * MIB
 """Workspace of cuBLAS, for each thread that multiplies: the main one and that of the backward pass.
 As of compute capability 9, 10 and 12; 8.1 MiB on older GPUs (parseChosenWorkspaceSize in torch's
 aten/src/ATen/cuda/CublasHandlePool.cpp). cuBLASLt shares it; the fused kernels have none."""
-WORKSPACES = "cuBLAS workspaces"
 UNSPLIT = "rests of blocks"
 """Of free blocks up to 1 MiB larger than what is asked for, which are not split but given whole."""
-RESERVED, OF_GRAPHS = "CUDA allocator", "second set for CUDA graphs"
-"""Parts beyond what is allocated: gaps in reserved segments, and the memory that graphs keep while
-a batch of a kind that has no graph yet is computed outside of them."""
 _UPDATES = "gradients"
 _TRACED = 3
 """Micro-batches that are traced of a batch that has more than `_TRACED + 1`."""
@@ -139,29 +136,37 @@ def fused_parts(work: Work, plan: Plan) -> dict[str, int]:
 
     All parts together are what torch's allocator reserves at its peak; without `RESERVED` and
     `OF_GRAPHS` they are the peak of what it has allocated.
+    """
+    return of_few_micro_batches(
+        plan, lambda smaller: _reserved(trace_fused(work, smaller), work, smaller)
+    )
 
-    Of a batch in many micro-batches a few are traced. Each further one adds the same: its features,
-    which are kept, and its share of what is drawn for the whole batch.
+
+def of_few_micro_batches(plan: Plan, parts_of: Callable[[Plan], dict[str, int]]) -> dict[str, int]:
+    """Parts of a plan's peak, from few micro-batches if it has many.
+
+    Each further one adds the same: its features, which are kept, and its share of what is drawn for
+    the whole batch.
+
+    Args:
+        plan: how a step is taken.
+        parts_of: traces a plan, returns bytes by part.
     """
     size = plan.effective_micro_batch
     if plan.batch <= size * (_TRACED + 1):
-        return _reserved(trace_fused(work, plan), work, plan)
+        return parts_of(plan)
     few, more = (
-        _reserved(trace_fused(work, smaller), work, smaller)
-        for smaller in (
-            dataclasses.replace(plan, batch=size * (_TRACED - 1)),
-            dataclasses.replace(plan, batch=size * _TRACED),
-        )
+        parts_of(dataclasses.replace(plan, batch=size * count)) for count in (_TRACED - 1, _TRACED)
     )
     times = (plan.batch - size * _TRACED) / size
     parts = {name: most + (most - few.get(name, 0)) * times for name, most in more.items()}
     # Gaps in segments and blocks do not grow evenly: they get the same fraction of a larger whole.
-    own = (UNSPLIT, RESERVED, OF_GRAPHS)
+    gaps = (UNSPLIT, RESERVED, OF_GRAPHS)
     grown, before = (
-        sum(value for name, value in each.items() if name not in own) for each in (parts, more)
+        sum(value for name, value in each.items() if name not in gaps) for each in (parts, more)
     )
     return {
-        name: int(more[name] * grown / before if name in own else value)
+        name: int(more[name] * grown / before if name in gaps else value)
         for name, value in parts.items()
     }
 

@@ -11,9 +11,13 @@ import torch
 from common.atomic import write_text
 from common.cache_folder import cache_folder
 from ssl_core.planning import allocator
-from ssl_core.planning.cuda_trace import OF_GRAPHS, RESERVED, fused_parts, needs_second_set
+from ssl_core.planning.cuda_trace import (
+    fused_parts,
+    needs_second_set,
+    of_few_micro_batches,
+)
 from ssl_core.planning.kernel_choice import choose_here, resolved
-from ssl_core.planning.parts import ALLOCATOR, Estimate
+from ssl_core.planning.parts import ALLOCATOR, CONTEXT, OF_GRAPHS, RESERVED, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
@@ -37,8 +41,6 @@ PIECES, PIECES_FRACTION = 8 * MIB, 0.01
 batch is split: bytes, plus a fraction of the memory in use."""
 IMPORTED = 112 * MIB
 """Heap bytes allocated while importing."""
-CONTEXT = "CUDA context"
-"""Part of a GPU's memory; on a board whose GPU shares it, of the whole process before training."""
 _STAYING = ("parameters", "optimizer state")
 _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 
@@ -114,7 +116,7 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
     plan = dataclasses.replace(
         plan,
         length=float(plan.length),
-        device="cuda" if fused else "cpu",
+        device="cuda" if plan.on_gpu else "cpu",
         threads=0,
         compile=False,
         keep_freed_memory=True,
@@ -129,13 +131,22 @@ def _live(work: Work, plan: Plan) -> dict[str, int]:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):  # missing or truncated
-        found = fused_parts(work, plan) if fused else trace(work, plan).peak_parts
+        found = _traced(work, plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
     except OSError:
         pass  # a full or read-only disk costs time only
     return found
+
+
+def _traced(work: Work, plan: Plan) -> dict[str, int]:
+    """Trace a plan with the kernels that it will run."""
+    if not plan.on_gpu:
+        return trace(work, plan).peak_parts
+    if plan.kernels == "fused":
+        return fused_parts(work, plan)
+    return of_few_micro_batches(plan, lambda few: trace(work, few).peak_parts)
 
 
 @functools.cache

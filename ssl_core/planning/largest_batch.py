@@ -5,6 +5,7 @@ import dataclasses
 from ssl_core.planning.advice import Request, choose_precision_for
 from ssl_core.planning.decision import Decision
 from ssl_core.planning.device import DeviceProfile
+from ssl_core.planning.parts import Estimate
 from ssl_core.planning.step_plan import Plan
 
 UPDATE_SECONDS = 1.6 * 3600
@@ -33,26 +34,26 @@ def largest_batch(profile: DeviceProfile, request: Request) -> int:
     )
     plan, _ = profile.with_kernels(plan)
 
-    def over(batch: int) -> int:
+    def estimated(batch: int) -> Estimate:
         whole = dataclasses.replace(plan, batch=batch)
         decision = Decision(request.work, whole, profile.process_bytes, profile.clientapp)
-        return decision.fastest.estimate.total - decision.available
+        return decision.fastest.estimate
 
+    small = estimated(_FIRST)
+    slope = small.growing / _FIRST
     most = max(STEP, int(UPDATE_SECONDS / length) // STEP * STEP)
-    fits, misses = (0, 0), (most + STEP, 0)
-    before, last = (STEP, over(STEP)), (_FIRST, over(_FIRST))
-    if before[1] > 0:
-        return 0
-    while fits[0] + STEP < misses[0]:
-        slope = (last[1] - before[1]) / (last[0] - before[0])
-        wanted = last[0] - last[1] / slope if slope > 0 else most
-        batch = int(wanted) // STEP * STEP
-        batch = min(max(batch, fits[0] + STEP), misses[0] - STEP)
-        before, last = last, (batch, over(batch))
-        if last[1] > 0:
-            misses = last
+    fits, misses = 0, most + STEP
+    while fits + STEP < misses:
+        left = profile.process_bytes - small.total
+        batch = _FIRST + int(left / slope) if slope else most
+        batch = min(max(batch // STEP * STEP, fits + STEP), misses - STEP)
+        total = estimated(batch).total
+        if batch > _FIRST:
+            slope = (total - small.total) / (batch - _FIRST)
+        if total > profile.process_bytes:
+            misses = batch
         else:
-            fits = last
-            if last[1] + slope * STEP > 0:  # the next batch would not fit
+            fits = batch
+            if total + slope * STEP > profile.process_bytes:  # the next batch would not fit
                 break
-    return fits[0]
+    return fits

@@ -10,7 +10,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_core.planning.operation_shapes import SHAPES
+from ssl_core.wav2vec2.operators import NAMESPACE
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _UNKNOWN = object()
@@ -99,12 +100,14 @@ class Shapes(TorchDispatchMode):
     real as long as they are computed from real ones. A value read from a tensor without data is 1.
     """
 
+    _known: ClassVar[dict[tuple[Any, ...], Any]] = {}
+    """What operations return, by operation and arguments; for all traces of a process."""
+    _composite: ClassVar[dict[Any, bool]] = {}
+
     def __init__(self) -> None:
-        """Know no operation yet."""
+        """Hold no memory yet."""
         super().__init__()
         _without_compiler()
-        self._known: dict[tuple[Any, ...], Any] = {}
-        self._composite: dict[Any, bool] = {}
         self._real: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
 
     def take(self, size: int) -> Block:
@@ -139,7 +142,12 @@ class Shapes(TorchDispatchMode):
 
     @staticmethod
     def _is_real(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation takes real integer tensors alone, or makes an integer tensor."""
+        """Whether an operation takes real integer tensors alone, or makes an integer tensor.
+
+        Masks, which the project's own operations make of integers, are long and need no values.
+        """
+        if func.namespace == NAMESPACE:
+            return False
         if tensors:
             for tensor in tensors:
                 if type(tensor) is ShapeTensor or tensor.dtype.is_floating_point:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_core.planning.parts import COPIES
 from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key, uncompiled
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Work
@@ -97,9 +98,11 @@ class LiveMemory(Shapes):
     def _run_body(self, func: Any, body: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run one of the project's operations, and trace its body once for each set of shapes.
 
-        The temporary memory of an operation depends on shapes alone.
+        The temporary memory of an operation depends on shapes alone: not on the site of a dropout.
         """
-        key = (func, *arguments_key(args, []))
+        names = (argument.name for argument in func._schema.arguments)
+        shaping = [value for name, value in zip(names, args, strict=False) if name != "site"]
+        key = (func, *arguments_key(shaping, []))
         entry = self.live
         if key not in self._body_bytes:
             peak, parts = self.peak, self.peak_parts
@@ -161,7 +164,7 @@ def take_update(memory: LiveMemory, work: Work, plan: Plan) -> None:
         memory.label("parameters")
         started = work.start(plan, label=memory.label, fake=True)
         for copy in started.copies:
-            memory.rename(copy, "copies in 16 bits")
+            memory.rename(copy, COPIES)
         for leaf in (*started.model.parameters(), *started.copies):
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(
