@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from ssl_core.planning.cuda_allocator import MIB, SMALLEST, CachingAllocator, Piece
-from ssl_core.planning.parts import OF_GRAPHS, RESERVED, WORKSPACES
+from ssl_core.planning.parts import RESERVED, WORKSPACES
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.trace import LiveMemory, TrackedBlock, take_update, without_layerdrop
 from ssl_core.planning.triton_stand_in import triton_or_stand_in
@@ -134,8 +134,8 @@ def trace_fused(work: Work, plan: Plan) -> DeviceMemory:
 def fused_parts(work: Work, plan: Plan) -> dict[str, int]:
     """Bytes that an update by fused kernels takes of a GPU's memory, by part.
 
-    All parts together are what torch's allocator reserves at its peak; without `RESERVED` and
-    `OF_GRAPHS` they are the peak of what it has allocated.
+    All parts together are what torch's allocator reserves at its peak; without `RESERVED` they are
+    the peak of what it has allocated.
     """
     return of_few_micro_batches(
         plan, lambda smaller: _reserved(trace_fused(work, smaller), work, smaller)
@@ -161,7 +161,7 @@ def of_few_micro_batches(plan: Plan, parts_of: Callable[[Plan], dict[str, int]])
     times = (plan.batch - size * _TRACED) / size
     parts = {name: most + (most - few.get(name, 0)) * times for name, most in more.items()}
     # Gaps in segments and blocks do not grow evenly: they get the same fraction of a larger whole.
-    gaps = (UNSPLIT, RESERVED, OF_GRAPHS)
+    gaps = (UNSPLIT, RESERVED)
     grown, before = (
         sum(value for name, value in each.items() if name not in gaps) for each in (parts, more)
     )
@@ -189,30 +189,16 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
     replay = _Replay(memory)
     replay.run(setup)
     replay.run(update)
-    reserved = whole = replay.allocator.peak_reserved
     if plan.graph and work.graphed:
         replay.allocator.empty_cache()
         own = {event for event in update if event >= 0} - staying.keys()
         again = [event for event in update if max(event, ~event) in own]
         replay.run(again, "graph")
-        reserved = whole = replay.allocator.peak_reserved
-        if needs_second_set(work, plan):
-            replay.run(again)
-            whole = replay.allocator.peak_reserved
     parts = {name: size for name, size in replay.peak_parts.items() if size}
     return parts | {
         UNSPLIT: replay.peak - sum(parts.values()),
-        RESERVED: reserved - replay.peak,
-        OF_GRAPHS: whole - reserved,
+        RESERVED: replay.allocator.peak_reserved - replay.peak,
     }
-
-
-def needs_second_set(work: Work, plan: Plan) -> bool:
-    """Whether updates have batches of several kinds, each with a graph of its own.
-
-    The first batch of a kind is computed outside of graphs, whose memory stays reserved meanwhile.
-    """
-    return work.architecture.layerdrop > 0 or plan.accumulation > 1
 
 
 def _whole(size: int) -> int:

@@ -13,11 +13,10 @@ from common.cache_folder import cache_folder
 from ssl_core.planning import allocator
 from ssl_core.planning.cuda_trace import (
     fused_parts,
-    needs_second_set,
     of_few_micro_batches,
 )
 from ssl_core.planning.kernel_choice import choose_here, resolved
-from ssl_core.planning.parts import ALLOCATOR, CONTEXT, OF_GRAPHS, RESERVED, Estimate
+from ssl_core.planning.parts import ALLOCATOR, CONTEXT, RESERVED, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
@@ -68,7 +67,10 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     if messages:
         parts["message buffers"] = messages
     if plan.on_gpu:
-        return Estimate(parts if plan.kernels == "fused" else parts | _around(work, plan, live))
+        if plan.kernels == "plain":
+            moving = sum(size for name, size in live.items() if name not in _STAYING)
+            parts[RESERVED] = int(ALLOCATOR * moving)
+        return Estimate(parts)
     kind = _arithmetic(plan.precision)
     if not work.convolves:
         parts["libraries"] = FORWARD[kind]
@@ -84,14 +86,6 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
             kept += PIECES + int(PIECES_FRACTION * used)
         parts["freed memory kept"] = kept // 2 if work.recurs else kept
     return Estimate(parts)
-
-
-def _around(work: Work, plan: Plan, live: dict[str, int]) -> dict[str, int]:
-    """What plain kernels take beside live tensors, and graphs beside that."""
-    moving = sum(size for name, size in live.items() if name not in _STAYING)
-    overhead = int(ALLOCATOR * moving)
-    twice = plan.graph and work.graphed and needs_second_set(work, plan)
-    return {RESERVED: overhead} | ({OF_GRAPHS: moving + overhead} if twice else {})
 
 
 def _arithmetic(precision: Precision) -> str:

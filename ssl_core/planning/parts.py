@@ -13,9 +13,8 @@ CONTEXT = "CUDA context"
 """Part of a GPU's memory; on a board whose GPU shares it, of the whole process before training."""
 COPIES = "copies in 16 bits"
 WORKSPACES = "cuBLAS workspaces"
-RESERVED, OF_GRAPHS = "CUDA allocator", "second set for CUDA graphs"
-"""Parts of reserved memory beyond what is allocated: gaps in segments, and the memory that graphs
-keep while a batch of a kind that has no graph yet is computed outside of them."""
+RESERVED = "CUDA allocator"
+"""Part of reserved memory beyond what is allocated: gaps in segments."""
 STAYING = (
     "imports",
     CONTEXT,
@@ -42,8 +41,7 @@ class Estimate:
     @property
     def allocated(self) -> int:
         """Bytes that torch counts as allocated on a GPU: without the CUDA context and gaps."""
-        others = (CONTEXT, RESERVED, OF_GRAPHS)
-        return sum(size for name, size in self.parts.items() if name not in others)
+        return self.total - self.parts.get(CONTEXT, 0) - self.parts.get(RESERVED, 0)
 
     @property
     def growing(self) -> int:

@@ -1,9 +1,11 @@
 """Runs updates on a GPU without waiting for it, from CUDA graphs where shapes repeat.
 
-A batch is copied to pinned memory, from there to where the graphs read it. The first time that a
-kind of batch comes its kernels are launched one by one, which also compiles them; the second time
-they are captured, and from then on replayed. A kind is the shape of a batch, its place in the
+A batch is copied to pinned memory, from there to where the graphs read it. The kernels of the first
+update are launched one by one, which also compiles them; after that a batch is captured when one of
+its kind first comes, and from then on replayed. A kind is the shape of a batch, its place in the
 update and the layers that run: with layerdrop there are several, whose graphs share their memory.
+Batches that differ only in the layers that run have the same kernels: none is launched outside of
+graphs once there are graphs, since it would need its activations' memory beside theirs.
 Everything runs on one stream of its own, so that kernels launched and replayed do the same.
 """
 
@@ -28,6 +30,11 @@ class _Kind(NamedTuple):
     waveforms: torch.Size
     masked: torch.Size
     stage: Stage
+
+
+def _kernels(kind: _Kind) -> _Kind:
+    """What decides which kernels a batch has: not the layers that run, nor how many frames."""
+    return kind._replace(stage=kind.stage._replace(masked=0, keep=()))
 
 
 class _Slot:
@@ -66,7 +73,8 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(device)
         self._slots = collections.deque(_Slot() for _ in range(SLOTS))
         self._static: dict[tuple[torch.Size, ...], tuple[Tensor, ...]] = {}
-        self._seen: set[_Kind] = set()
+        self._launched: set[_Kind] = set()
+        self._whole = False
         self._graphs: collections.OrderedDict[_Kind, torch.cuda.CUDAGraph] = (
             collections.OrderedDict()
         )
@@ -92,12 +100,13 @@ class CudaRunner:
             if kind in self._graphs:
                 self._graphs.move_to_end(kind)
                 self._graphs[kind].replay()
-            elif self._graph and kind in self._seen:
+            elif self._graph and self._whole and _kernels(kind) in self._launched:
                 self._capture(kind, on_device).replay()
             else:
                 self._begin(False)
                 self._totals = self._compute(on_device, stage)
-                self._seen.add(kind)
+                self._launched.add(_kernels(kind))
+                self._whole |= stage.last
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _place(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -121,8 +130,7 @@ class CudaRunner:
             self._totals = self._compute(inputs, kind.stage)
         self._graphs[kind] = graph
         if len(self._graphs) > GRAPHS:
-            forgotten, _ = self._graphs.popitem(last=False)
-            self._seen.discard(forgotten)
+            self._graphs.popitem(last=False)
         return graph
 
     def totals(self) -> Callable[[], list[float]]:
