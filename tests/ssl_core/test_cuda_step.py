@@ -109,7 +109,8 @@ def test_nothing_is_copied_from_the_gpu_during_an_update(monkeypatch: pytest.Mon
     def backward(loss: torch.Tensor) -> None:
         assert loss.device.type == "cuda"
         for leaf in gc.get_objects():
-            if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad:
+            own = isinstance(leaf, torch.Tensor) and leaf.device == loss.device
+            if own and leaf.is_leaf and leaf.requires_grad:
                 leaf.grad = torch.empty_like(leaf)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
