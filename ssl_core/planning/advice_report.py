@@ -58,7 +58,7 @@ def _launching(plan: Plan, work: Work) -> str:
         return f"launched one by one, since {work.unit} differ in length"
     if plan.graph:
         return "updates replayed from CUDA graphs"
-    return "launched one by one, since CUDA graphs take memory of their own"
+    return "launched one by one, not replayed from CUDA graphs"
 
 
 def advice_result(advice: Advice) -> dict[str, Any]:

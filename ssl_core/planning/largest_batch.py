@@ -11,7 +11,7 @@ from ssl_core.planning.step_plan import Plan
 UPDATE_SECONDS = 1.6 * 3600
 """Seconds of audio in an update of the paper's base model (wav2vec 2.0, section 4.2). A batch need
 not be larger than an update."""
-STEP = 4
+STEP = 8
 """Batches are multiples of this."""
 _FIRST = 8
 
