@@ -92,6 +92,11 @@ class GpuWorker:
         self.ended = True
         self._replies.put(self)
 
+    @property
+    def answered(self) -> bool:
+        """Whether its measurement is there, or will never be."""
+        return self.ended or self.measured is not None
+
     def turn(self) -> None:
         """Let the worker measure."""
         assert self.process.stdin is not None
@@ -193,9 +198,9 @@ class Turns:
                 if worker.warm and worker.job.variant != CHECKS:
                     self.show(f"{self.spent:4.0f} s  measuring {worker.job.name}")
                     worker.turn()
-                    self._wait(lambda worker=worker: worker.ended, self.budget)  # type: ignore[misc]
-                    if worker.measured is None:
-                        worker.close(f"cut off by the budget of {self.budget:.0f} s")
+                    self._wait(lambda worker=worker: worker.answered, self.budget)  # type: ignore[misc]
+                    cut = f"cut off by the budget of {self.budget:.0f} s"
+                    worker.close(None if worker.answered else cut)
         finally:
             for worker in own:
                 worker.close()

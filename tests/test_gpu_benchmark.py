@@ -34,6 +34,7 @@ def test_a_dry_run_measures_and_checks(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["checks_not_run"] is None
     checks = {each.pop("what"): each for each in found["checks"]}
     assert not [each["failure"] for each in checks.values() if "failure" in each]
+    assert found["plans"]["0.4s x 2"].keys() == {"gflop", "predicted_gib", "leanest_gib"}
     errors = checks["gradient_error"]
     assert errors["codes_pinned"]
     assert 0 < errors["bf16"] < 0.05
@@ -56,7 +57,7 @@ def test_a_budget_that_is_used_up_is_a_reason() -> None:
     jobs = gpu.jobs_of(settings)
     turns = gpu_turns.Turns(0.0, 60.0, 2, lambda _: None)
     turns.run(jobs)
-    found = gpu.results_of(turns, jobs)
+    found = gpu.results_of(turns, jobs, {})
     assert turns.workers == []
     reason = "the budget of 0 s was used up before"
     assert [row["not_run"] for row in found["cells"]] == [reason] * 4
