@@ -59,7 +59,7 @@ class GpuSettings:
     what needs no clock: gradients, bytes and the leanest plan. By default everything, in a dry run
     `graph`, `transformers_eager` and `checks`."""
     steps: PositiveInt = PositiveInt(10)
-    """Timed updates in a round, of which there are two to five."""
+    """Timed updates in a round, of which there are one to five."""
     budget: Seconds = Seconds(240)
     """Time for everything; what is left undone then is reported as not run."""
     output: Path | None = None

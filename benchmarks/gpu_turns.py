@@ -35,7 +35,7 @@ CHECKS_GIB = 12.0
 USABLE = 0.92
 """Fraction of a GPU's memory that is given away."""
 TURN = 5.0
-"""Seconds that are kept for each worker's turn while it warms up."""
+"""Seconds that are kept for each worker's turn while it warms up, though at most half of all."""
 Reply = dict[str, Any]
 
 
@@ -176,7 +176,7 @@ class Turns:
                     f"it may take {needed_gib(job):.0f} GiB of the GPU's memory, of which "
                     f"{self.usable_gib:.0f} can be used"
                 )
-        while left and self.spent < self.budget:
+        while left and self.spent + TURN < self.budget:
             wave = next_wave(left, self.usable_gib, self.most)
             left = [job for job in left if job not in wave]
             self._run_wave(wave)
@@ -189,7 +189,8 @@ class Turns:
         own = [GpuWorker(job, self._replies, threads) for job in wave]
         self.workers += own
         try:
-            until = self.budget - TURN * len(own)
+            kept = min(TURN * len(own), (self.budget - self.spent) / 2)
+            until = self.budget - kept
             self._wait(lambda: all(w.warm or w.ended for w in own), until)
             for worker in own:
                 if not worker.warm:
