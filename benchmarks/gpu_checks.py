@@ -132,7 +132,7 @@ def gradient_errors(job: GpuJob) -> Finding:
         ("fp32_again", "fp32", kernels),
     ):
         codes.repeat()
-        gradient = _gradient(job, cell, precision, chosen, codes)  # type: ignore[arg-type]
+        gradient = _gradient(job, cell, precision, chosen, codes)
         above = sum(
             float((gradient[k].double() - v.double()).norm() ** 2) for k, v in exact.items()
         )
@@ -236,5 +236,5 @@ def _digest(step: PretrainingStep) -> str:
     everything = step.model.state_dict() | step.optimizer_state()
     for name, x in sorted(_on_host(everything).items()):
         digest.update(name.encode())
-        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 
 from benchmarks.workers import Waveforms, noise
 from common.units import format_length
@@ -167,7 +166,9 @@ def launches(work: Callable[[], object], device: str) -> dict[str, int] | None:
         synchronise(device)
     events = profile.events() or []
     names = [
-        e.name for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+        e.name
+        for e in events
+        if e.device_type == torch._C._autograd.DeviceType.CUDA and not e.is_user_annotation
     ]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return {"kernels": len(names) - copies, "copies": copies}
