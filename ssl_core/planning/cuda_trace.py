@@ -195,6 +195,9 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
         own = {event for event in update if event >= 0} - staying.keys()
         again = [event for event in update if max(event, ~event) in own]
         replay.run(again, "graph")
+        if plan.accumulation > 2:
+            # The third batch is like the second and captured, the last one is launched after that.
+            replay.run(again)
         reserved = replay.allocator.peak_reserved
     parts = {name: size for name, size in replay.peak_parts.items() if size}
     return parts | {
