@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ssl_core.planning.kernel_choice import choose_here
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Rung, Work
 
@@ -89,8 +90,11 @@ def describe(plan: Plan, unit: str = "crops") -> str:
         parts.append("gradients applied in the backward pass")
     if not plan.keep_freed_memory:
         parts.append("freed memory returned to the kernel")
-    if plan.on_gpu and plan.kernels != "auto":
-        parts.append(f"{plan.kernels} kernels")
+    if plan.on_gpu:
+        kernels = choose_here(plan).kernels if plan.kernels == "auto" else plan.kernels
+        parts.append(f"{kernels} kernels")
+        if not plan.graph:
+            parts.append("no CUDA graph")
     return ", ".join(parts)
 
 

@@ -3,7 +3,6 @@
 A separate module because torch's counter imports a compiler (50 MiB), which a step does not need.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.planning.shape_tensors import Shapes
 from ssl_core.planning.step_plan import Plan
-from ssl_core.planning.trace import without_layerdrop
+from ssl_core.planning.trace import on_cpu, without_layerdrop
 from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import FLOPS
 
@@ -45,7 +44,7 @@ def count_operations(work: Work, plan: Plan) -> int:
 
     The update runs on tensors without data. Operations that the plan recomputes are included.
     """
-    work, plan = without_layerdrop(work), dataclasses.replace(plan, device="cpu")
+    work, plan = without_layerdrop(work), on_cpu(plan)
     counted = counter()
     with Shapes():
         started = work.start(plan)

@@ -159,10 +159,9 @@ def take_update(memory: LiveMemory, work: Work, plan: Plan) -> None:
         work: what is trained.
         plan: how a step is taken; its device is ignored.
     """
-    plan = dataclasses.replace(plan, device="cpu")
     with memory:
         memory.label("parameters")
-        started = work.start(plan, label=memory.label, fake=True)
+        started = work.start(on_cpu(plan), label=memory.label, fake=True)
         for copy in started.copies:
             memory.rename(copy, COPIES)
         for leaf in (*started.model.parameters(), *started.copies):
@@ -173,6 +172,15 @@ def take_update(memory: LiveMemory, work: Work, plan: Plan) -> None:
         memory.mark()
         started.update(0)
         memory.mark()
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The plan for tensors without data, which say that they are on a CPU.
+
+    What a GPU does with tf32, a rounding inside products, is left out: it takes no memory.
+    """
+    precision = "fp32" if plan.precision == "tf32" else plan.precision
+    return dataclasses.replace(plan, device="cpu", precision=precision)
 
 
 def without_layerdrop(work: Work) -> Work:

@@ -63,6 +63,8 @@ def test_parts_have_the_bytes_that_follow_from_the_architecture() -> None:
 def test_a_step_in_fp32_has_no_copies_and_one_in_8_bits_less_state() -> None:
     wide = fused_parts(TINY, dataclasses.replace(PLAN, precision="fp32"))
     assert "copies in 16 bits" not in wide
+    rounded_products = fused_parts(TINY, dataclasses.replace(PLAN, precision="tf32"))
+    assert sum(rounded_products.values()) == sum(wide.values())
     small = fused_parts(TINY, dataclasses.replace(PLAN, optimizer_state="int8"))
     assert small["optimizer state"] < 0.3 * wide["optimizer state"]
 
