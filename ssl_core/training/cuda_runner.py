@@ -1,10 +1,11 @@
 """Runs updates on a GPU without waiting for it, from CUDA graphs where shapes repeat.
 
-A batch is copied to pinned memory, from there to where the graphs read it. The first time that a
-kind of batch comes its kernels are launched one by one, which also compiles them; the second time
-they are captured, and from then on replayed. A kind is the shape of a batch and its place in the
-update. With layerdrop a kind has a graph for each set of layers that run; only the first set is
-launched one by one, so that the graphs, which share their memory, need no second set of it.
+A batch is copied to pinned memory, from there to where the graphs read it. The kernels of the first
+update are launched one by one, which also compiles them; after that a batch is captured when one of
+its kind first comes, and from then on replayed. A kind is the shape of a batch, its place in the
+update and the layers that run: with layerdrop there are several, whose graphs share their memory.
+Batches that differ only in the layers that run have the same kernels: none is launched outside of
+graphs once there are graphs, since it would need its activations' memory beside theirs.
 Everything runs on one stream of its own, so that kernels launched and replayed do the same.
 """
 
@@ -32,10 +33,10 @@ class _Kind(NamedTuple):
     masked: torch.Size
     stage: Stage
 
-    @property
-    def without_layers(self) -> "_Kind":
-        """The same for all sets of layers."""
-        return self._replace(stage=self.stage._replace(keep=()))
+
+def _kernels(kind: _Kind) -> _Kind:
+    """What decides which kernels a batch has: not the layers that run, nor how many frames."""
+    return kind._replace(stage=kind.stage._replace(masked=0, keep=()))
 
 
 class _Slot:
@@ -74,8 +75,9 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(device)
         self._slots = collections.deque(_Slot() for _ in range(SLOTS))
         self._static: dict[tuple[torch.Size, ...], tuple[Tensor, ...]] = {}
-        self._seen: set[_Kind] = set()
+        self._launched: set[_Kind] = set()
         self._failed: set[_Kind] = set()
+        self._whole = False
         self._graphs: collections.OrderedDict[_Kind, torch.cuda.CUDAGraph] = (
             collections.OrderedDict()
         )
@@ -101,7 +103,7 @@ class CudaRunner:
             if kind in self._graphs:
                 self._graphs.move_to_end(kind)
                 self._graphs[kind].replay()
-            elif self._graph and kind.without_layers in self._seen and kind not in self._failed:
+            elif self._may_capture(kind):
                 self._capture_and_replay(kind, on_device)
             else:
                 self._launch(kind, on_device)
@@ -114,11 +116,16 @@ class CudaRunner:
             self._static[key] = tuple(torch.empty_like(x, device=self._device) for x in tensors)
         return self._static[key]
 
+    def _may_capture(self, kind: _Kind) -> bool:
+        known = self._whole and _kernels(kind) in self._launched
+        return self._graph and known and _kernels(kind) not in self._failed
+
     def _launch(self, kind: _Kind, inputs: BatchInputs) -> None:
         """Launch the kernels of a batch one by one."""
         self._begin(False)
         self._totals = self._compute(inputs, kind.stage)
-        self._seen.add(kind.without_layers)
+        self._launched.add(_kernels(kind))
+        self._whole |= kind.stage.last
 
     def _capture_and_replay(self, kind: _Kind, inputs: BatchInputs) -> None:
         """Capture the kernels of a batch, which does not run them, and replay them."""
@@ -128,13 +135,13 @@ class CudaRunner:
             raise
         except RuntimeError as error:
             log.warning("no CUDA graph: %s; kernels are launched one by one", error)
-            self._failed.add(kind)
+            self._failed.add(_kernels(kind))
             self._launch(kind, inputs)
             return
         graph.replay()
 
     def _capture(self, kind: _Kind, inputs: BatchInputs) -> torch.cuda.CUDAGraph:
-        """Capture the kernels of a batch."""
+        """Capture the kernels of a batch, which does not run them."""
         self._begin(True)
         torch.cuda.empty_cache()  # a graph's memory is its own
         if self._pool is None:
