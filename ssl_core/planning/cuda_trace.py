@@ -25,6 +25,9 @@ As of compute capability 9, 10 and 12; 8.1 MiB on older GPUs (parseChosenWorkspa
 aten/src/ATen/cuda/CublasHandlePool.cpp). cuBLASLt shares it; the fused kernels have none."""
 UNSPLIT = "rests of blocks"
 """Of free blocks up to 1 MiB larger than what is asked for, which are not split but given whole."""
+BLOCK, COLUMNS = 1024, 9
+"""Elements of a parameter with an entry in AdamW's tables, two numbers of 4 bytes, and numbers of 8
+bytes for each parameter: see `wav2vec2.cuda.adamw_kernel`."""
 _UPDATES = "gradients"
 _TRACED = 3
 """Micro-batches that are traced of a batch that has more than `_TRACED + 1`."""
@@ -134,8 +137,8 @@ def trace_fused(work: Work, plan: Plan) -> DeviceMemory:
 def fused_parts(work: Work, plan: Plan) -> dict[str, int]:
     """Bytes that an update by fused kernels takes of a GPU's memory, by part.
 
-    All parts together are what torch's allocator reserves at its peak; without `RESERVED` they
-    are the peak of what it has allocated.
+    All parts together are what torch's allocator reserves at its peak; without `RESERVED` they are
+    the peak of what it has allocated.
     """
     return of_few_micro_batches(
         plan, lambda smaller: _reserved(trace_fused(work, smaller), work, smaller)
@@ -184,25 +187,26 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
         memory.names[static] = "input buffers"
         setup.append(static)
         update = [event for event in update if event not in (static, ~static)]
+    # Integers are real in a trace, and not counted: AdamW's tables, and masked frames.
+    trained = [memory.sizes[n] for n in setup if memory.names[n] == "parameters"]
+    tables = sum(8 * -(-size // (4 * BLOCK)) + 8 * COLUMNS for size in trained)
+    setup.append(memory.log(_whole(tables), "optimizer state"))
+    frames = plan.batch * work.architecture.frames(plan.samples)
+    setup.append(memory.log(_whole(8 * frames), "input buffers"))
     for _ in range(2):
         setup.append(memory.log(WORKSPACE, WORKSPACES))
     replay = _Replay(memory)
     replay.run(setup)
     replay.run(update)
-    reserved = replay.allocator.peak_reserved
     if plan.graph and work.graphed:
         replay.allocator.empty_cache()
         own = {event for event in update if event >= 0} - staying.keys()
         again = [event for event in update if max(event, ~event) in own]
         replay.run(again, "graph")
-        if plan.accumulation > 2:
-            # The third batch is like the second and captured, the last one is launched after that.
-            replay.run(again)
-        reserved = replay.allocator.peak_reserved
     parts = {name: size for name, size in replay.peak_parts.items() if size}
     return parts | {
         UNSPLIT: replay.peak - sum(parts.values()),
-        RESERVED: reserved - replay.peak,
+        RESERVED: replay.allocator.peak_reserved - replay.peak,
     }
 
 

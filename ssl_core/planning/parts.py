@@ -41,8 +41,7 @@ class Estimate:
     @property
     def allocated(self) -> int:
         """Bytes that torch counts as allocated on a GPU: without the CUDA context and gaps."""
-        others = (CONTEXT, RESERVED)
-        return sum(size for name, size in self.parts.items() if name not in others)
+        return self.total - self.parts.get(CONTEXT, 0) - self.parts.get(RESERVED, 0)
 
     @property
     def growing(self) -> int:

@@ -44,8 +44,9 @@ def test_parts_have_the_bytes_that_follow_from_the_architecture() -> None:
     model = PretrainingModel(TINY.architecture)
     sizes = [parameter.numel() for parameter in model.parameters()]
     assert parts["parameters"] == rounded(*(4 * size for size in sizes))
-    # Two moments of each, their steps in one tensor, and a few numbers of the step.
-    moments = 2 * rounded(*(4 * size for size in sizes)) + rounded(4 * len(sizes))
+    # Two moments of each, their steps in one tensor, tables, and a few numbers of the step.
+    tables = sum(8 * -(-size // 1024) + 72 for size in sizes)
+    moments = 2 * rounded(*(4 * size for size in sizes)) + rounded(4 * len(sizes), tables)
     assert moments <= parts["optimizer state"] <= moments + 8 * 512
     config = model.config
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -56,7 +57,7 @@ def test_parts_have_the_bytes_that_follow_from_the_architecture() -> None:
     for linear in (projection, model.quantizer.weight_proj, model.project_hid, model.project_q):
         halves += rounded(2 * linear.weight.numel(), 2 * linear.bias.numel())
     assert parts["copies in 16 bits"] == halves
-    assert parts["input buffers"] == rounded(4 * 2 * 16_000)
+    assert parts["input buffers"] == rounded(4 * 2 * 16_000, 8 * 2 * 49)
     assert parts["cuBLAS workspaces"] == 2 * WORKSPACE == 64 * MIB
 
 
