@@ -26,6 +26,7 @@ from jsonargparse.typing import PositiveInt
 from rich.table import Table
 
 from benchmarks.gpu_jobs import CHECKS, GIB, OURS, PEERS, TOTAL_UPDATES, Cell, GpuJob
+from benchmarks.gpu_plans import Plans
 from benchmarks.gpu_turns import USABLE, GpuWorker, Turns
 from common import command, strict_json
 from common.atomic import write_text
@@ -55,10 +56,10 @@ class GpuSettings:
     1sx96 and 15sx48, in a dry run 0.5sx2."""
     variants: tuple[Variant, ...] = ()
     """What to measure in each cell, separated by commas; `plain` in the first only. `checks` are
-    what needs no clock: operations, gradients, bytes and the leanest plan. By default everything,
-    in a dry run `graph`, `transformers_eager` and `checks`."""
+    what needs no clock: gradients, bytes and the leanest plan. By default everything, in a dry run
+    `graph`, `transformers_eager` and `checks`."""
     steps: PositiveInt = PositiveInt(10)
-    """Timed updates in a round, of which there are two to five."""
+    """Timed updates in a round, of which there are one to five."""
     budget: Seconds = Seconds(240)
     """Time for everything; what is left undone then is reported as not run."""
     output: Path | None = None
@@ -154,19 +155,23 @@ def row_of(job: GpuJob, measured: Row | None, found: Row, gemm: float | None) ->
     }
 
 
-def results_of(turns: Turns, jobs: Sequence[GpuJob]) -> Row:
-    """Everything that was found, and the reason for everything that was not."""
+def results_of(turns: Turns, jobs: Sequence[GpuJob], plans: Mapping[str, Row]) -> Row:
+    """Everything that was found, and the reason for everything that was not.
+
+    Args:
+        turns: after all workers have ended.
+        jobs: all jobs.
+        plans: what the planner says of each cell, by name.
+    """
     workers: dict[GpuJob, GpuWorker] = {worker.job: worker for worker in turns.workers}
     replies = {job: worker.measured for job, worker in workers.items()}
     checks = next((workers[job] for job in jobs if job.variant == CHECKS and job in workers), None)
-    findings = {each["what"]: each for each in (checks.findings if checks else [])}
     gemm = max((r["gemm_tflops"] for r in replies.values() if r), default=None)
     rows = []
     for job in jobs:
         if job.variant == CHECKS:
             continue
-        found = findings.get(f"plan of {job.cell.name}", {})
-        row = row_of(job, replies.get(job), found, gemm)
+        row = row_of(job, replies.get(job), plans.get(job.cell.name, {}), gemm)
         worker = workers.get(job)
         row["warm_up_s"] = worker.warm_up.get("warm_up_s") if worker else None
         row["not_run"] = None if row["ms"] else _reason(job, worker, turns)
@@ -180,7 +185,8 @@ def results_of(turns: Turns, jobs: Sequence[GpuJob]) -> Row:
     return {
         "gemm_tflops": gemm,
         "cells": rows,
-        "checks": list(findings.values()),
+        "plans": plans,
+        "checks": checks.findings if checks else [],
         "checks_not_run": None if done or wanted is None else _reason(wanted, checks, turns),
         "spent_s": turns.spent,
     }
@@ -253,18 +259,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usable = USABLE * free / GIB
     cores = len(os.sched_getaffinity(0))
     turns = Turns(settings.budget, usable, cores, lambda text: print(text, file=sys.stderr))
+    plans = Plans(dataclasses.replace(jobs[0], cells=tuple(settings.chosen())))
     turns.run(jobs)
-    found = results_of(turns, jobs)
+    all_planned = plans.wait(settings.budget - turns.spent)
+    found = results_of(turns, jobs, plans.found)
     table = table_of(found["cells"])
     console = console_for(table)
     console.print(table)
-    for finding in found["checks"]:
+    for finding in [found["plans"], *found["checks"]]:
         console.print(strict_json.dumps(rounded(finding)), highlight=False, markup=False)
     result = machine(settings.dry_run) | {"budget_s": float(settings.budget)} | found
     text = strict_json.dumps(rounded(result))
     if settings.output is not None:
         write_text(settings.output, text + "\n")
-    print(text)
+    print(text, flush=True)
+    if not all_planned:
+        os._exit(0)  # Python's own exit would end torch beneath a thread that still uses it
     return 0
 
 

@@ -16,6 +16,7 @@ from partitions.sampling import SAMPLE_RATE
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.pretraining_recipe import RECIPES
 from ssl_core.training.pretraining_step import PretrainingStep
+from ssl_core.training.pretraining_work import PretrainingWork
 from ssl_core.wav2vec2.config import ModelConfig, preset
 from ssl_core.wav2vec2.model import PretrainingModel
 
@@ -93,6 +94,10 @@ class GpuJob:
         plan = Plan(length=cell.length, batch=cell.batch, precision="bf16", device=self.device)
         return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
 
+    def work(self) -> PretrainingWork:
+        """The same for the planner."""
+        return PretrainingWork(architecture=self.config(), recipe=RECIPES[self.model])
+
     def step(self, config: ModelConfig, plan: Plan, weights: int = 0) -> PretrainingStep:
         """A step of a new model.
 
@@ -160,7 +165,11 @@ def launches(work: Callable[[], object], device: str) -> dict[str, int] | None:
         work()
         synchronise(device)
     events = profile.events() or []
-    names = [e.name for e in events if str(e.device_type).endswith("CUDA")]
+    names = [
+        e.name
+        for e in events
+        if e.device_type == torch._C._autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return {"kernels": len(names) - copies, "copies": copies}
 

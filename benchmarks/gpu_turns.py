@@ -35,7 +35,7 @@ CHECKS_GIB = 12.0
 USABLE = 0.92
 """Fraction of a GPU's memory that is given away."""
 TURN = 5.0
-"""Seconds that are kept for each worker's turn while it warms up."""
+"""Seconds that are kept for each worker's turn while it warms up, though at most half of all."""
 Reply = dict[str, Any]
 
 
@@ -91,6 +91,11 @@ class GpuWorker:
             self.failure = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
         self.ended = True
         self._replies.put(self)
+
+    @property
+    def answered(self) -> bool:
+        """Whether its measurement is there, or will never be."""
+        return self.ended or self.measured is not None
 
     def turn(self) -> None:
         """Let the worker measure."""
@@ -171,7 +176,7 @@ class Turns:
                     f"it may take {needed_gib(job):.0f} GiB of the GPU's memory, of which "
                     f"{self.usable_gib:.0f} can be used"
                 )
-        while left and self.spent < self.budget:
+        while left and self.spent + TURN < self.budget:
             wave = next_wave(left, self.usable_gib, self.most)
             left = [job for job in left if job not in wave]
             self._run_wave(wave)
@@ -184,7 +189,8 @@ class Turns:
         own = [GpuWorker(job, self._replies, threads) for job in wave]
         self.workers += own
         try:
-            until = self.budget - TURN * len(own)
+            kept = min(TURN * len(own), (self.budget - self.spent) / 2)
+            until = self.budget - kept
             self._wait(lambda: all(w.warm or w.ended for w in own), until)
             for worker in own:
                 if not worker.warm:
@@ -193,9 +199,9 @@ class Turns:
                 if worker.warm and worker.job.variant != CHECKS:
                     self.show(f"{self.spent:4.0f} s  measuring {worker.job.name}")
                     worker.turn()
-                    self._wait(lambda worker=worker: worker.ended, self.budget)  # type: ignore[misc]
-                    if worker.measured is None:
-                        worker.close(f"cut off by the budget of {self.budget:.0f} s")
+                    self._wait(lambda worker=worker: worker.answered, self.budget)  # type: ignore[misc]
+                    cut = f"cut off by the budget of {self.budget:.0f} s"
+                    worker.close(None if worker.answered else cut)
         finally:
             for worker in own:
                 worker.close()

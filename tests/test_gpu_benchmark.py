@@ -10,6 +10,7 @@ import torch
 from benchmarks import gpu, gpu_turns
 from benchmarks.gpu_checks import SameCodes
 from benchmarks.gpu_jobs import Cell, GpuJob
+from benchmarks.gpu_worker import measure
 from common.errors import UsageError
 from common.units import Names, Seconds
 
@@ -19,21 +20,21 @@ JOB = GpuJob(variant="graph", cells=(Cell(5.0, 12),), steps=10, dry=False)
 @pytest.mark.slow
 def test_a_dry_run_measures_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.json"
-    assert gpu.main(["--dry-run", "--steps=1", "--cells=0.4sx2", f"--output={path}"]) == 0
+    words = ["--dry-run", "--steps=1", "--cells=0.4sx2", "--variants=graph,checks"]
+    assert gpu.main([*words, f"--output={path}"]) == 0
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(printed[-1])
     assert json.loads(path.read_text()) == found
-    assert [row["variant"] for row in found["cells"]] == ["graph", "transformers_eager"]
-    for row in found["cells"]:
-        assert row["cell"] == "0.4s x 2"
-        assert row["not_run"] is None
-        assert row["ms"]["median"] > 0
-        assert row["gemm_fraction"] > 0
-        assert row["peak_gib"] is None  # no GPU
-        assert row["launches"] is None
+    (row,) = found["cells"]
+    assert (row["cell"], row["variant"], row["not_run"]) == ("0.4s x 2", "graph", None)
+    assert row["ms"]["median"] > 0
+    assert row["gemm_fraction"] > 0
+    assert row["peak_gib"] is None  # no GPU
+    assert row["launches"] is None
     assert found["checks_not_run"] is None
     checks = {each.pop("what"): each for each in found["checks"]}
     assert not [each["failure"] for each in checks.values() if "failure" in each]
+    assert found["plans"]["0.4s x 2"].keys() == {"gflop", "predicted_gib", "leanest_gib"}
     errors = checks["gradient_error"]
     assert errors["codes_pinned"]
     assert 0 < errors["bf16"] < 0.05
@@ -43,6 +44,16 @@ def test_a_dry_run_measures_and_checks(tmp_path: Path, capsys: pytest.CaptureFix
         "eager_twice", "graph_twice", "graph_as_eager", "resumed",
         "graph_as_eager_with_layerdrop_and_accumulation",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_transformers_warms_up_and_then_takes_timed_updates() -> None:
+    job = GpuJob(variant="transformers_eager", cells=(Cell(0.4, 2),), steps=2, dry=True)
+    steps = measure(job)
+    assert next(steps)["warm_up_s"] > 0
+    reply = next(steps)
+    assert 0 < reply["ms"]["min"] <= reply["ms"]["median"]
+    assert 4 <= reply["timed_updates"] <= 10
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +67,7 @@ def test_a_budget_that_is_used_up_is_a_reason() -> None:
     jobs = gpu.jobs_of(settings)
     turns = gpu_turns.Turns(0.0, 60.0, 2, lambda _: None)
     turns.run(jobs)
-    found = gpu.results_of(turns, jobs)
+    found = gpu.results_of(turns, jobs, {})
     assert turns.workers == []
     reason = "the budget of 0 s was used up before"
     assert [row["not_run"] for row in found["cells"]] == [reason] * 4

@@ -67,10 +67,7 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     if messages:
         parts["message buffers"] = messages
     if plan.on_gpu:
-        if plan.kernels == "plain":
-            moving = sum(size for name, size in live.items() if name not in _STAYING)
-            parts[RESERVED] = int(ALLOCATOR * moving)
-        return Estimate(parts)
+        return Estimate(parts if plan.kernels == "fused" else parts | _around(live))
     kind = _arithmetic(plan.precision)
     if not work.convolves:
         parts["libraries"] = FORWARD[kind]
@@ -86,6 +83,12 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
             kept += PIECES + int(PIECES_FRACTION * used)
         parts["freed memory kept"] = kept // 2 if work.recurs else kept
     return Estimate(parts)
+
+
+def _around(live: dict[str, int]) -> dict[str, int]:
+    """What plain kernels take beside live tensors."""
+    moving = sum(size for name, size in live.items() if name not in _STAYING)
+    return {RESERVED: int(ALLOCATOR * moving)}
 
 
 def _arithmetic(precision: Precision) -> str:

@@ -10,6 +10,7 @@ Everything runs on one stream of its own, so that kernels launched and replayed 
 """
 
 import collections
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,12 @@ SLOTS = 2
 """Batches that may be under way to the device at a time."""
 GRAPHS = 512
 """Graphs that are kept; the one that was not used for longest goes first."""
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all updates on a device: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 class _Kind(NamedTuple):
@@ -72,7 +79,7 @@ class CudaRunner:
         """
         self._compute, self._graph, self._begin = compute, graph, begin
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._slots = collections.deque(_Slot() for _ in range(SLOTS))
         self._static: dict[tuple[torch.Size, ...], tuple[Tensor, ...]] = {}
         self._launched: set[_Kind] = set()

@@ -62,6 +62,11 @@ class PretrainingStep(PlannedStep):
         self._places: list[int] = []
         self._renew_runner()
 
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """See `PlannedStep.load_optimizer_state`; tensors `[...]`."""
+        super().load_optimizer_state(state)
+        self._renew_runner()
+
     def change_plan(self, plan: Plan) -> None:
         """See `PlannedStep.change_plan`."""
         super().change_plan(plan)

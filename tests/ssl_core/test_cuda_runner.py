@@ -84,6 +84,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
         "graph_pool_handle": lambda: (0, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    cuda_runner._stream.cache_clear()
     monkeypatch.setattr(cuda_runner._Slot, "fill", lambda self, tensors: tensors)
     lab = Lab()
     monkeypatch.setattr(torch.cuda, "graph", lab.capture)
