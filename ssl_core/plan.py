@@ -4,6 +4,7 @@ Estimates follow from shapes; no tensor is allocated.
 """
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +187,7 @@ def request_of(settings: PlanSettings) -> Request:
 
 def plan_device(settings: PlanSettings) -> int:
     """Choose a plan for a device and print it; returns 1 if nothing fits."""
+    gc.freeze()  # collections in traces need not look at all that was imported
     profile, request = find_profile(settings.device, settings.devices), request_of(settings)
     with Console(stderr=True).status("estimating memory by running the step without data"):
         if profile.discrete and settings.batch is None and not settings.backbone:

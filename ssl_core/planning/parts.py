@@ -41,7 +41,8 @@ class Estimate:
     @property
     def allocated(self) -> int:
         """Bytes that torch counts as allocated on a GPU: without the CUDA context and gaps."""
-        return self.total - self.parts.get(CONTEXT, 0) - self.parts.get(RESERVED, 0)
+        others = (CONTEXT, RESERVED)
+        return sum(size for name, size in self.parts.items() if name not in others)
 
     @property
     def growing(self) -> int:
