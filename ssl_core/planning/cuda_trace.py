@@ -137,13 +137,8 @@ def trace_fused(work: Work, plan: Plan) -> DeviceMemory:
 def fused_parts(work: Work, plan: Plan) -> dict[str, int]:
     """Bytes that an update by fused kernels takes of a GPU's memory, by part.
 
-<<<<<<< HEAD
-    All parts together are what torch's allocator reserves at its peak; without `RESERVED` they are
-    the peak of what it has allocated.
-=======
     All parts together are what torch's allocator reserves at its peak; without `RESERVED` they
     are the peak of what it has allocated.
->>>>>>> d628aaaff68012806facfa9722e612cb69287c08
     """
     return of_few_micro_batches(
         plan, lambda smaller: _reserved(trace_fused(work, smaller), work, smaller)
@@ -203,27 +198,17 @@ def _reserved(memory: DeviceMemory, work: Work, plan: Plan) -> dict[str, int]:
     replay = _Replay(memory)
     replay.run(setup)
     replay.run(update)
-<<<<<<< HEAD
-=======
     reserved = replay.allocator.peak_reserved
->>>>>>> d628aaaff68012806facfa9722e612cb69287c08
     if plan.graph and work.graphed:
         replay.allocator.empty_cache()
         own = {event for event in update if event >= 0} - staying.keys()
         again = [event for event in update if max(event, ~event) in own]
         replay.run(again, "graph")
-<<<<<<< HEAD
-    parts = {name: size for name, size in replay.peak_parts.items() if size}
-    return parts | {
-        UNSPLIT: replay.peak - sum(parts.values()),
-        RESERVED: replay.allocator.peak_reserved - replay.peak,
-=======
         reserved = replay.allocator.peak_reserved
     parts = {name: size for name, size in replay.peak_parts.items() if size}
     return parts | {
         UNSPLIT: replay.peak - sum(parts.values()),
         RESERVED: reserved - replay.peak,
->>>>>>> d628aaaff68012806facfa9722e612cb69287c08
     }
 
 

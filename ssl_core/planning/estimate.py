@@ -67,14 +67,7 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     if messages:
         parts["message buffers"] = messages
     if plan.on_gpu:
-<<<<<<< HEAD
-        if plan.kernels == "plain":
-            moving = sum(size for name, size in live.items() if name not in _STAYING)
-            parts[RESERVED] = int(ALLOCATOR * moving)
-        return Estimate(parts)
-=======
         return Estimate(parts if plan.kernels == "fused" else parts | _around(live))
->>>>>>> d628aaaff68012806facfa9722e612cb69287c08
     kind = _arithmetic(plan.precision)
     if not work.convolves:
         parts["libraries"] = FORWARD[kind]
@@ -92,15 +85,12 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     return Estimate(parts)
 
 
-<<<<<<< HEAD
-=======
 def _around(live: dict[str, int]) -> dict[str, int]:
     """What plain kernels take beside live tensors."""
     moving = sum(size for name, size in live.items() if name not in _STAYING)
     return {RESERVED: int(ALLOCATOR * moving)}
 
 
->>>>>>> d628aaaff68012806facfa9722e612cb69287c08
 def _arithmetic(precision: Precision) -> str:
     """How a CPU computes products: `fp32`, or 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
 
