@@ -12,7 +12,7 @@ from common.errors import DataError
 from partitions.audio import BadAudio, read_crop
 from partitions.manifest import Manifest
 from ssl_core.planning.work import Waveforms
-from ssl_core.training.randomness import generator
+from ssl_core.training.crop_order import CropOrder
 
 
 class CropBatch(NamedTuple):
@@ -89,21 +89,19 @@ class Crops:
         """
         self.manifest = manifest
         self.indices = [i for i in indices if manifest.sequences[i].samples >= samples]
-        self.samples, self.seed, self.partition = samples, seed, partition
+        self.samples, self.partition = samples, partition
         if not self.indices:
             raise DataError(
                 f"no audio for partition {partition}: none of its {len(indices)} sequences in "
                 f"{manifest.root} holds {samples} samples"
             )
+        self.order = CropOrder(len(self.indices), seed, partition)
 
     def _entry(self, position: int) -> tuple[int, int]:
         """The sequence at a position of the endless order, and the first sample of its crop."""
-        epoch, place = divmod(position, len(self.indices))
-        order = generator(self.seed, "order", self.partition, epoch).permutation(len(self.indices))
-        sequence = self.indices[int(order[place])]
+        sequence = self.indices[self.order.place(position)]
         spare = self.manifest.sequences[sequence].samples - self.samples
-        start = generator(self.seed, "window", self.partition, position).integers(spare + 1)
-        return sequence, int(start)
+        return sequence, self.order.start(position, spare)
 
     def batch(self, position: int, size: int) -> CropBatch:
         """Read the next `size` usable crops from a position on.
