@@ -13,8 +13,10 @@ import numpy as np
 
 from common.atomic import write_text
 from common.errors import DataError
-from partitions.fingerprints import digest_of
+from partitions.columns import chunks
+from partitions.file_contents import digest_of
 from partitions.manifest import FORMAT_VERSION, Manifest, natural_order
+from partitions.sequences import Indices
 
 CORPUS = "corpus.json"
 """The record's file in a run directory."""
@@ -142,20 +144,22 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def record_of(
-    manifest: Manifest, held_out: Collection[str], parts: Sequence[Sequence[int]] = ()
+    manifest: Manifest, held_out: Collection[str], parts: Sequence[Indices] = ()
 ) -> CorpusRecord:
     """The record of a pretraining corpus.
 
     Args:
         manifest: from `prepare`, which takes the fingerprints.
         held_out: speakers kept for evaluation.
-        parts: of each simulated client, indices into the manifest's sequences.
+        parts: of each simulated client, indices into the manifest's sequences, `[sequence]`.
     """
     digest = hashlib.blake2b(digest_size=16)
     heading = (FORMAT_VERSION, manifest.length, len(manifest.sequences), manifest.speaker_samples)
     digest.update(json.dumps(heading).encode())
     for part in parts:
-        digest.update(np.asarray([len(part), *part], dtype="<i8").tobytes())
+        digest.update(np.asarray(len(part), dtype="<i8").tobytes())
+        for each in chunks(len(part)):
+            digest.update(part[each].astype("<i8").tobytes())
     return CorpusRecord(
         files=manifest.files or None,
         speakers=manifest.speakers,
@@ -177,11 +181,8 @@ def difference(before: Manifest, now: Manifest) -> str:
 
 def _taken(manifest: Manifest) -> dict[str, str]:
     """Samples taken of each file, as text."""
-    samples: dict[str, int] = {}
-    for sequence in manifest.sequences:
-        for piece in sequence.pieces:
-            samples[piece.path] = samples.get(piece.path, 0) + piece.samples
-    return {path: str(count) for path, count in samples.items()}
+    counts = map(str, manifest.sequences.samples_by_path().tolist())
+    return dict(zip(manifest.sequences.paths, counts, strict=True))
 
 
 def _changed_names(what: str, before: Sequence[str] | None, now: Sequence[str] | None) -> str:

@@ -20,8 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common.cache_folder import cache_folder
 from common.progress import track
+from partitions.columns import Column, Names
 
 SETTLED = 60.0
 """Seconds since a file's last change before its fingerprint is remembered. Within the resolution of
@@ -121,6 +124,22 @@ def stamp_of(root: Path, path: str) -> Stamp | None:
     return _stamp(status) if stat.S_ISREG(status.st_mode) else None  # a pipe would be waited for
 
 
+def outlasts(root: Path, paths: Names, devices: Column, changed: Column) -> bool:
+    """Whether a later change of any of these files would show.
+
+    Args:
+        root: corpus root.
+        paths: of the files, relative to it.
+        devices: of each, as in its `Stamp`, `[file]`.
+        changed: of each, as in its `Stamp`, `[file]`.
+    """
+    if time.time_ns() - int(changed.max()) < SETTLED * 1e9:
+        return False
+    firsts = np.unique(devices, return_index=True)[1]
+    kinds = {file_system(os.path.join(root, paths[int(first)])) for first in firsts}
+    return kinds <= _KEEP_CHANGE_TIMES
+
+
 def is_unchanged(root: Path, path: str, fingerprint: Fingerprint) -> bool:
     """Whether a file of a corpus is still the one whose fingerprint was taken."""
     return fingerprint.stamp is not None and stamp_of(root, path) == fingerprint.stamp
@@ -129,14 +148,6 @@ def is_unchanged(root: Path, path: str, fingerprint: Fingerprint) -> bool:
 def contents(found: Mapping[str, Fingerprint]) -> dict[str, str]:
     """Only the contents, by path."""
     return {path: each.content for path, each in found.items()}
-
-
-def digest_of(files: Mapping[str, str]) -> str:
-    """Digest of contents by path, in whatever order they are given."""
-    digest = hashlib.blake2b(digest_size=_SIZE)
-    for path in sorted(files):
-        digest.update(f"{path}\t{files[path]}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def _stamp(status: os.stat_result) -> Stamp:

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from common.errors import DataError
-from partitions.manifest import Manifest, Piece, Sequence
+from partitions.manifest import Manifest, Piece, Sequence, Sequences
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
 
@@ -23,7 +23,7 @@ def manifest(tmp_path: Path) -> Manifest:
         ramp = (number + np.arange(24_000) / 24_000) / 16
         soundfile.write(tmp_path / f"{number}.wav", ramp, 16_000, subtype="FLOAT")
         sequences.append(Sequence(str(number), (Piece(f"{number}.wav", 0, 24_000),)))
-    return Manifest(tmp_path, 1.5, tuple(sequences), 240_000)
+    return Manifest(tmp_path, 1.5, Sequences.of(sequences), 240_000)
 
 
 def test_every_sequence_comes_once_an_epoch_and_crops_lie_inside(manifest: Manifest) -> None:

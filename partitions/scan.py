@@ -1,0 +1,163 @@
+"""Content and length of every file of a corpus, read once and then found in the cache."""
+
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from common.cache_folder import cache_folder
+from common.errors import DataError
+from common.progress import track
+from partitions.audio import samples_of
+from partitions.columns import Columns, Names, compact, kept
+from partitions.file_contents import FileContents
+from partitions.fingerprints import Stamp, fingerprints, outlasts, stamp_of
+from partitions.librispeech import Listing, Recordings
+from partitions.skips import Skips, describe_skips
+
+Stamps = npt.NDArray[np.uint64]
+"""`[file, value]`: each file as its file system describes it; zeros if there is none."""
+
+_FORMAT = 1
+"""Raise it when fingerprints or lengths are taken otherwise."""
+_REASONS = ("", "missing", "unreadable", "empty")
+_READERS = 4
+_TOGETHER = 4096
+"""Files read at once."""
+_MASK = 2**64 - 1
+
+Item = TypeVar("Item")
+
+
+def stamps_of(listing: Listing) -> Stamps:
+    """What the file system says of the files of a corpus."""
+    root = listing.root
+
+    def look(paths: list[str]) -> "array[int]":
+        rows = array("Q")
+        for path in paths:
+            stamp = stamp_of(root, path) or _NONE
+            rows.extend([value & _MASK for value in stamp])
+        return rows
+
+    found = array("Q")
+    for rows in _in_groups(listing.files, look):
+        found += rows
+    return np.frombuffer(found, np.uint64).reshape(-1, len(_NONE))
+
+
+_NONE = Stamp(0, 0, 0, 0, 0)
+
+
+def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileContents, bool]:
+    """Fingerprints of all files, and whether no file changed after `stamps` were taken.
+
+    Args:
+        listing: the files.
+        stamps: from `stamps_of`.
+        progress: show a progress bar on stderr if that is a terminal.
+    """
+    files = listing.files
+    digest = hashlib.blake2b(f"{_FORMAT}\n".encode(), digest_size=16)
+    for each in (files.text, files.ends, stamps):
+        digest.update(each.tobytes())
+    place = cache_folder() / "scans" / f"{digest.hexdigest()}.columns"
+    with contextlib.suppress(DataError):
+        return FileContents(Columns.open(place)), True
+    contents, known = bytearray(), bytearray()
+    steady = True
+    row = 0
+    groups = _groups(files)
+    for paths in track(groups, len(files), "Reading files", progress, len):
+        for found in fingerprints(listing.root, paths).values():
+            contents += bytes.fromhex(found.content or "00" * 16)
+            known.append(bool(found.content))
+            if found.content:
+                same = found.stamp is not None and all(
+                    int(a) == b & _MASK for a, b in zip(stamps[row], found.stamp, strict=True)
+                )
+                steady &= same
+            row += 1
+    made = FileContents.of(files, bytes(contents), bytes(known))
+    if steady and all(known) and outlasts(listing.root, files, stamps[:, 0], stamps[:, 4]):
+        made = made.named()
+        return FileContents(kept(made.columns, place)), True
+    return made, steady
+
+
+def recordings_of(listing: Listing, progress: bool) -> Recordings:
+    """Lengths of all usable files by their headers; others are counted in `skips`.
+
+    Args:
+        listing: the files.
+        progress: show a progress bar on stderr if that is a terminal.
+
+    Raises:
+        DataError: no usable audio.
+    """
+    root = listing.root
+
+    def look(paths: list[str]) -> list[int | str]:
+        return [samples_of(root / path) for path in paths]
+
+    lengths, reasons = array("q"), bytearray()
+    bar = track(
+        _in_groups(listing.files, look), len(listing.files), "Reading headers", progress, len
+    )
+    for group in bar:
+        for found in group:
+            lengths.append(0 if isinstance(found, str) else found)
+            reasons.append(_REASONS.index(found) if isinstance(found, str) else 0)
+    return _usable(listing, np.frombuffer(lengths, np.int64), bytes(reasons))
+
+
+def _usable(listing: Listing, lengths: npt.NDArray[np.int64], reasons: bytes) -> Recordings:
+    """The usable files and their speakers."""
+    skips = Skips(dict(listing.skips), dict(listing.skipped_examples))
+    speakers: dict[str, int] = {}
+    owners, paths = array("q"), []
+    for path, reason in zip(listing.files, reasons, strict=True):
+        if reason:
+            skips.add(_REASONS[reason], path)
+            continue
+        speaker = path.split("/", 2)[1]
+        owners.append(speakers.setdefault(speaker, len(speakers)))
+        paths.append(path)
+    if not paths:
+        told = "; ".join(describe_skips(skips.counts, skips.examples))
+        raise DataError(f"no usable audio in {listing.root}: {told}; download the subset again")
+    return Recordings(
+        listing.root,
+        Names.of(paths),
+        tuple(speakers),
+        compact(np.frombuffer(owners, np.int64)),
+        compact(lengths[np.frombuffer(reasons, np.uint8) == 0]),
+        skips.counts,
+        skips.examples,
+    )
+
+
+def _groups(paths: Names) -> Iterator[list[str]]:
+    """The paths, some thousands at a time."""
+    group: list[str] = []
+    for path in paths:
+        group.append(path)
+        if len(group) == _TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _in_groups(paths: Names, work: Callable[[list[str]], Item]) -> Iterator[Item]:
+    """What threads make of groups of paths, in order; Ctrl-C stops them at once."""
+    pool = ThreadPoolExecutor(_READERS)
+    try:
+        yield from pool.map(work, _groups(paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
