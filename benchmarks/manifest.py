@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 FILES, SPEAKERS, CHAPTERS = 281_241, 2_338, 5_466
-"""Of train-clean-100, train-clean-360 and train-other-500 (LibriSpeech's README; Panayotov, 2015)."""
+"""Of train-clean-100, train-clean-360 and train-other-500 (Panayotov et al., 2015; README.TXT)."""
 LINKED = 64
 """Files with names of their own; ext4 takes 65,000 names a file."""
 PROJECT = Path(__file__).resolve().parent.parent

@@ -118,7 +118,7 @@ def _readers() -> Iterator[ThreadPoolExecutor]:
 def stamp_of(root: Path, path: str) -> Stamp | None:
     """What the file system says of a regular file of a corpus; None if there is none."""
     try:
-        status = os.stat(os.path.join(root, path))
+        status = os.stat(f"{root}{os.sep}{path}")
     except (OSError, ValueError):
         return None
     return _stamp(status) if stat.S_ISREG(status.st_mode) else None  # a pipe would be waited for
@@ -161,17 +161,20 @@ def _groups(paths: Sequence[str]) -> list[Sequence[str]]:
 
 def _read(root: Path, path: str) -> Fingerprint:
     try:
-        with open(os.path.join(root, path), "rb", buffering=0) as stream:
-            before = os.fstat(stream.fileno())
-            head = stream.read(_STREAMINFO.stop)
+        descriptor = os.open(f"{root}{os.sep}{path}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            before = os.fstat(descriptor)
+            head = os.read(descriptor, _STREAMINFO.stop)
             if head[:8] in _FLAC and any(head[_MD5]):
                 digest = hashlib.blake2b(head[_STREAMINFO], digest_size=_SIZE, person=b"flac")
                 digest.update(struct.pack(">q", before.st_size))
             else:
                 digest = hashlib.blake2b(head, digest_size=_SIZE)
-                while block := stream.read(_BLOCK):
+                while block := os.read(descriptor, _BLOCK):
                     digest.update(block)
-            after = os.fstat(stream.fileno())
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError:
         return UNREADABLE
     same = _stamp(before) == _stamp(after)
@@ -284,7 +287,7 @@ class _Memory:
         if connection is not None:
             try:
                 with connection:
-                    connection.executemany(_INSERT, self.waiting)
+                    connection.executemany(_INSERT, sorted(self.waiting))
             except sqlite3.Error as error:
                 self._lose(error)
         self.waiting = []

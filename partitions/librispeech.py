@@ -13,7 +13,7 @@ from common.errors import DataError, UsageError
 from common.progress import track
 from partitions.audio import samples_of
 from partitions.columns import Integers, Names, compact
-from partitions.manifest import natural_order, path_problem
+from partitions.manifest import FORBIDDEN, natural_order, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips, describe_skips
 
@@ -244,16 +244,18 @@ def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[str]:
         for chapter in _folders(root / subset / speaker):
             folder = f"{subset}/{speaker}/{chapter}"
             start = f"{speaker}-{chapter}-"
-            with os.scandir(root / folder) as entries:
-                audio = [e for e in entries if e.name.lower().endswith(_SUFFIXES)]
-            audio.sort(key=lambda entry: natural_order(Path(entry.name).stem.removeprefix(start)))
-            for entry in audio:
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if path_problem(path):
+            audio = [
+                name
+                for name in os.listdir(root / folder)
+                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+            ]
+            audio.sort(key=lambda name: natural_order(name[: name.rfind(".")].removeprefix(start)))
+            unwritable = path_problem(folder) is not None
+            for name in audio:
+                path = f"{folder}/{name}"
+                if unwritable or FORBIDDEN.search(name):
                     skips.add("name that cannot be written in a manifest", path)
-                elif not entry.name.startswith(start):
+                elif not name.startswith(start):
                     skips.add("name not speaker-chapter-number", path)
                 else:
                     yield path

@@ -77,10 +77,10 @@ def cut_recordings(recordings: Recordings, length: float) -> Manifest:
     limits = band(length)
     speakers = sorted(recordings.speakers, key=natural_order)
     samples = recordings.samples
-    files = {
-        name: np.flatnonzero(recordings.speaker == index)
-        for index, name in enumerate(recordings.speakers)
-    }
+    order = np.argsort(recordings.speaker, kind="stable")
+    counts = np.bincount(recordings.speaker, minlength=len(recordings.speakers))
+    owned = np.split(order, np.cumsum(counts)[:-1])
+    files = dict(zip(recordings.speakers, owned, strict=True))
     available = {name: int(samples[files[name]].sum(dtype=np.int64)) for name in speakers}
     cuts = cut(available, limits)
     if not any(each.sequences for each in cuts.values()):
@@ -208,7 +208,8 @@ class _Joined:
     def finish(self, paths: Names) -> Sequences:
         """All sequences; `paths` are those of the recordings."""
         arrays = {name: compact(np.frombuffer(each, np.int64)) for name, each in self._emptied()}
-        used = Names.of(paths[int(index)] for files in self.used for index in files)
+        names = list(paths)
+        used = Names.of(names[index] for files in self.used for index in files.tolist())
         return sequences_of_columns(Names.of(self.speakers), used, **arrays)
 
     def _emptied(self) -> Iterator[tuple[str, "array[int]"]]:

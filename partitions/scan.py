@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import os
+import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,7 +18,7 @@ from common.progress import track
 from partitions.audio import samples_of
 from partitions.columns import Columns, Names, compact, kept
 from partitions.file_contents import FileContents
-from partitions.fingerprints import Stamp, fingerprints, outlasts, stamp_of
+from partitions.fingerprints import Stamp, fingerprints, outlasts
 from partitions.librispeech import Listing, Recordings
 from partitions.skips import Skips, describe_skips
 
@@ -30,28 +32,47 @@ _READERS = 4
 _TOGETHER = 4096
 """Files read at once."""
 _MASK = 2**64 - 1
+_NO_CONTENT = "00" * 16
 
 Item = TypeVar("Item")
 
 
 def stamps_of(listing: Listing) -> Stamps:
     """What the file system says of the files of a corpus."""
-    root = listing.root
+    start = f"{listing.root}{os.sep}"
 
     def look(paths: list[str]) -> "array[int]":
         rows = array("Q")
         for path in paths:
-            stamp = stamp_of(root, path) or _NONE
-            rows.extend([value & _MASK for value in stamp])
+            try:
+                found = os.stat(start + path)
+            except (OSError, ValueError):
+                rows.extend(_NONE)
+                continue
+            times = found.st_mtime_ns & _MASK, found.st_ctime_ns & _MASK
+            there = stat.S_ISREG(found.st_mode)
+            rows.extend((found.st_dev, found.st_ino, found.st_size, *times) if there else _NONE)
         return rows
 
     found = array("Q")
     for rows in _in_groups(listing.files, look):
         found += rows
-    return np.frombuffer(found, np.uint64).reshape(-1, len(_NONE))
+    return _table(found)
+
+
+def _rows(stamps: Iterable[Stamp | None]) -> "array[int]":
+    rows = array("Q")
+    for stamp in stamps:
+        rows.extend(_NONE if stamp is None else [value & _MASK for value in stamp])
+    return rows
+
+
+def _table(rows: "array[int]") -> Stamps:
+    return np.frombuffer(rows, np.uint64).reshape(-1, len(_NONE))
 
 
 _NONE = Stamp(0, 0, 0, 0, 0)
+"""Of a file that is not there."""
 
 
 def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileContents, bool]:
@@ -71,18 +92,14 @@ def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileC
         return FileContents(Columns.open(place)), True
     contents, known = bytearray(), bytearray()
     steady = True
-    row = 0
-    groups = _groups(files)
-    for paths in track(groups, len(files), "Reading files", progress, len):
-        for found in fingerprints(listing.root, paths).values():
-            contents += bytes.fromhex(found.content or "00" * 16)
-            known.append(bool(found.content))
-            if found.content:
-                same = found.stamp is not None and all(
-                    int(a) == b & _MASK for a, b in zip(stamps[row], found.stamp, strict=True)
-                )
-                steady &= same
-            row += 1
+    for paths in track(_groups(files), len(files), "Reading files", progress, len):
+        found = fingerprints(listing.root, paths).values()
+        read = _table(_rows(each.stamp for each in found))
+        before = stamps[len(known) : len(known) + len(paths)]
+        contents += bytes.fromhex("".join(each.content or _NO_CONTENT for each in found))
+        known += bytes(bool(each.content) for each in found)
+        readable = np.frombuffer(known[-len(paths) :], np.bool_)
+        steady &= np.array_equal(read[readable], before[readable])
     made = FileContents.of(files, bytes(contents), bytes(known))
     if steady and all(known) and outlasts(listing.root, files, stamps[:, 0], stamps[:, 4]):
         made = made.named()
@@ -103,7 +120,7 @@ def recordings_of(listing: Listing, progress: bool) -> Recordings:
     root = listing.root
 
     def look(paths: list[str]) -> list[int | str]:
-        return [samples_of(root / path) for path in paths]
+        return [samples_of(f"{root}{os.sep}{path}") for path in paths]
 
     lengths, reasons = array("q"), bytearray()
     bar = track(
