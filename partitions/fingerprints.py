@@ -75,7 +75,10 @@ UNREADABLE = Fingerprint("", None)
 
 
 def fingerprints(
-    root: Path, paths: Iterable[str], progress: bool = False
+    root: Path,
+    paths: Iterable[str],
+    progress: bool = False,
+    stamps: Mapping[str, Stamp | None] | None = None,
 ) -> dict[str, Fingerprint]:
     """Fingerprints of files by path, in the order of `paths`.
 
@@ -83,14 +86,18 @@ def fingerprints(
         root: corpus root.
         paths: relative to it.
         progress: show a progress bar on stderr if that is a terminal and files must be read.
+        stamps: from `stamp_of`, where they have just been taken.
     """
+
+    def look(group: Sequence[str]) -> list[Stamp | None]:
+        return [stamp_of(root, path) if stamps is None else stamps[path] for path in group]
+
     found = dict.fromkeys(paths, UNREADABLE)
     unknown: list[str] = []
     with contextlib.closing(_Memory(root)) as memory, _readers() as pool:
         everything = _groups(list(found))
-        stamped = pool.map(lambda group: [stamp_of(root, path) for path in group], everything)
-        for group, stamps in zip(everything, stamped, strict=True):
-            there = {path: each for path, each in zip(group, stamps, strict=True) if each}
+        for group, looked in zip(everything, pool.map(look, everything), strict=True):
+            there = {path: each for path, each in zip(group, looked, strict=True) if each}
             known = memory.find(there)
             found.update(known)
             unknown += [path for path in there if path not in known]

@@ -67,6 +67,13 @@ def _rows(stamps: Iterable[Stamp | None]) -> "array[int]":
     return rows
 
 
+def _stamp(row: list[int]) -> Stamp | None:
+    device, inode, size, *times = row
+    if not any(row):
+        return None
+    return Stamp(device, inode, size, *(time - 2**64 if time >> 63 else time for time in times))
+
+
 def _table(rows: "array[int]") -> Stamps:
     return np.frombuffer(rows, np.uint64).reshape(-1, len(_NONE))
 
@@ -93,9 +100,10 @@ def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileC
     contents, known = bytearray(), bytearray()
     steady = True
     for paths in track(_groups(files), len(files), "Reading files", progress, len):
-        found = fingerprints(listing.root, paths).values()
-        read = _table(_rows(each.stamp for each in found))
         before = stamps[len(known) : len(known) + len(paths)]
+        looked = dict(zip(paths, map(_stamp, before.tolist()), strict=True))
+        found = fingerprints(listing.root, paths, stamps=looked).values()
+        read = _table(_rows(each.stamp for each in found))
         contents += bytes.fromhex("".join(each.content or _NO_CONTENT for each in found))
         known += bytes(bool(each.content) for each in found)
         readable = np.frombuffer(known[-len(paths) :], np.bool_)
