@@ -4,17 +4,17 @@ import dataclasses
 import hashlib
 import heapq
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.atomic import write_text
+from common.atomic import replacing
 from common.errors import DataError
 from partitions.columns import chunks
-from partitions.file_contents import digest_of
+from partitions.file_contents import digest_of, sorted_rows
 from partitions.manifest import FORMAT_VERSION, Manifest, natural_order
 from partitions.sequences import Indices
 
@@ -95,12 +95,25 @@ class CorpusRecord:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
+        with replacing(folder / CORPUS) as partial, open(partial, "w", encoding="utf-8") as stream:
+            stream.writelines(self._text())
+
+    def _text(self) -> Iterator[str]:
+        """The record as JSON, in pieces: it has a line for each file."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         digest = {} if self.files is None else {"digest": digest_of(self.files)}
-        for name in known.keys() & {"files", "clips"}:
-            known[name] = dict(sorted(known[name].items()))
-        text = json.dumps({"version": _VERSION, **digest, **known}, separators=(",\n", ": "))
-        write_text(folder / CORPUS, text + "\n")
+        yield f'{{"version": {_VERSION}'
+        for name, value in (digest | known).items():
+            yield f',\n"{name}": '
+            if isinstance(value, Mapping):
+                yield "{"
+                for number, (key, each) in enumerate(sorted_rows(value)):
+                    comma = ",\n" if number else ""
+                    yield f"{comma}{json.dumps(key)}: {json.dumps(each)}"
+                yield "}"
+            else:
+                yield json.dumps(value, separators=(",\n", ": "))
+        yield "}\n"
 
     @classmethod
     def read(cls, folder: Path) -> "CorpusRecord | None":

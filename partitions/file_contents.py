@@ -1,7 +1,7 @@
 """Fingerprints of a corpus' files by path, in columns."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -86,10 +86,14 @@ class FileContents(Mapping[str, str]):
     __hash__ = None  # type: ignore[assignment]
 
 
+def sorted_rows(files: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Names and contents, sorted by name."""
+    return files.sorted_rows() if isinstance(files, FileContents) else sorted(files.items())
+
+
 def digest_of(files: Mapping[str, str]) -> str:
     """Digest of contents by path, in whatever order they are given."""
     digest = hashlib.blake2b(digest_size=_SIZE)
-    rows = files.sorted_rows() if isinstance(files, FileContents) else sorted(files.items())
-    for path, content in rows:
+    for path, content in sorted_rows(files):
         digest.update(f"{path}\t{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
