@@ -35,9 +35,9 @@ def compact(values: npt.ArrayLike) -> Integers:
     return found.astype(next(kinds, np.int64), copy=False)
 
 
-def chunks(count: int) -> Iterator[slice]:
-    """Consecutive slices of `count` rows."""
-    return (slice(first, first + _TOGETHER) for first in range(0, count, _TOGETHER))
+def chunks(count: int, together: int = _TOGETHER) -> Iterator[slice]:
+    """Consecutive slices of `count` rows, of at most `together` rows."""
+    return (slice(first, min(first + together, count)) for first in range(0, count, together))
 
 
 class Names:
@@ -69,13 +69,17 @@ class Names:
 
     def __iter__(self) -> Iterator[str]:
         """Texts in order."""
-        first = 0
         for part in chunks(len(self)):
-            ends = self.ends[part].tolist()
-            text, base = self.text[first : ends[-1]].tobytes(), first
-            for end in ends:
-                yield text[first - base : end - base].decode(errors="surrogateescape")
-                first = end
+            yield from self.within(part)
+
+    def within(self, part: slice) -> Iterator[str]:
+        """Texts with consecutive indices, in order."""
+        base = first = int(self.ends[part.start - 1]) if part.start else 0
+        ends = self.ends[part].tolist()
+        text = self.text[first : ends[-1]].tobytes() if ends else b""
+        for end in ends:
+            yield text[first - base : end - base].decode(errors="surrogateescape")
+            first = end
 
 
 class Columns:

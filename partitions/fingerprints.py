@@ -10,7 +10,6 @@ systems on which that does not hold, such as FAT or a mounted object store, are 
 import contextlib
 import hashlib
 import os
-import re
 import sqlite3
 import stat
 import struct
@@ -25,20 +24,12 @@ import numpy as np
 from common.cache_folder import cache_folder
 from common.progress import track
 from partitions.columns import Column, Names
+from partitions.file_system import KEEP_CHANGE_TIMES, file_system
 
 SETTLED = 60.0
 """Seconds since a file's last change before its fingerprint is remembered. Within the resolution of
 its times (2 s at worst), or what two clocks differ by, a second change would not show."""
 
-_KEEP_CHANGE_TIMES = {
-    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs", "tmpfs", "overlay",
-    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph",
-}  # fmt: skip
-"""File systems whose times of change and inodes are their own, by their names in mountinfo.
-
-FAT takes the modification time for it, and FUSE and SMB what their servers say.
-"""
-_MOUNTS = Path("/proc/self/mountinfo")
 _STREAMINFO = slice(8, 42)
 _MD5 = slice(26, 42)
 _SIZE = 16
@@ -46,7 +37,7 @@ _BLOCK = 2**20
 _READERS = 4
 _TOGETHER = 256
 """Files that a thread takes at once."""
-_WRITTEN = 5000
+_WRITTEN = 20_000
 """Fingerprints written at once: each time waits for the disk."""
 _INSERT = "insert or replace into files values (?, ?, ?)"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -144,7 +135,7 @@ def outlasts(root: Path, paths: Names, devices: Column, changed: Column) -> bool
         return False
     firsts = np.unique(devices, return_index=True)[1]
     kinds = {file_system(os.path.join(root, paths[int(first)])) for first in firsts}
-    return kinds <= _KEEP_CHANGE_TIMES
+    return kinds <= KEEP_CHANGE_TIMES
 
 
 def is_unchanged(root: Path, path: str, fingerprint: Fingerprint) -> bool:
@@ -190,22 +181,6 @@ def _read(root: Path, path: str) -> Fingerprint:
 
 _FLAC = tuple(b"fLaC" + first + b"\0\0\x22" for first in (b"\0", b"\x80"))
 """How a file begins whose first block is STREAMINFO, which may be the last block too."""
-
-
-def file_system(path: str, mounts: Path = _MOUNTS) -> str:
-    """Name of the file system that a file is on; empty if this system does not tell."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    place, best, name = os.path.realpath(path), "", ""
-    for line in lines:
-        mount, _, rest = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split()[4])
-        inside = place == point or place.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # of two at one point the later hides the earlier
-            best, name = point, rest.split()[0]
-    return name
 
 
 class _Memory:
@@ -255,7 +230,7 @@ class _Memory:
             return False
         if stamp.device not in self.trusted:
             kind = file_system(os.path.join(self.root, path))
-            self.trusted[stamp.device] = kind in _KEEP_CHANGE_TIMES
+            self.trusted[stamp.device] = kind in KEEP_CHANGE_TIMES
         return self.trusted[stamp.device]
 
     def find(self, stamps: Mapping[str, Stamp]) -> dict[str, Fingerprint]:

@@ -16,7 +16,7 @@ from common.cache_folder import cache_folder
 from common.errors import DataError
 from common.progress import track
 from partitions.audio import samples_of
-from partitions.columns import Columns, Names, compact, kept
+from partitions.columns import Columns, Names, chunks, compact, kept
 from partitions.file_contents import FileContents
 from partitions.fingerprints import Stamp, fingerprints, outlasts
 from partitions.librispeech import Listing, Recordings
@@ -29,8 +29,10 @@ _FORMAT = 1
 """Raise it when fingerprints or lengths are taken otherwise."""
 _REASONS = ("", "missing", "unreadable", "empty")
 _READERS = 4
-_TOGETHER = 4096
-"""Files read at once."""
+_TOGETHER = 1024
+"""Files that a thread takes at once."""
+_REMEMBERED = 2**14
+"""Files whose fingerprints are taken, and remembered, at once."""
 _MASK = 2**64 - 1
 _NO_CONTENT = "00" * 16
 
@@ -99,7 +101,8 @@ def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileC
         return FileContents(Columns.open(place)), True
     contents, known = bytearray(), bytearray()
     steady = True
-    for paths in track(_groups(files), len(files), "Reading files", progress, len):
+    groups = (list(files.within(part)) for part in chunks(len(files), _REMEMBERED))
+    for paths in track(groups, len(files), "Reading files", progress, len):
         before = stamps[len(known) : len(known) + len(paths)]
         looked = dict(zip(paths, map(_stamp, before.tolist()), strict=True))
         found = fingerprints(listing.root, paths, stamps=looked).values()
@@ -167,22 +170,11 @@ def _usable(listing: Listing, lengths: npt.NDArray[np.int64], reasons: bytes) ->
     )
 
 
-def _groups(paths: Names) -> Iterator[list[str]]:
-    """The paths, some thousands at a time."""
-    group: list[str] = []
-    for path in paths:
-        group.append(path)
-        if len(group) == _TOGETHER:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def _in_groups(paths: Names, work: Callable[[list[str]], Item]) -> Iterator[Item]:
     """What threads make of groups of paths, in order; Ctrl-C stops them at once."""
     pool = ThreadPoolExecutor(_READERS)
     try:
-        yield from pool.map(work, _groups(paths))
+        groups = chunks(len(paths), _TOGETHER)
+        yield from pool.map(lambda group: work(list(paths.within(group))), groups)
     finally:
         pool.shutdown(cancel_futures=True)
