@@ -122,16 +122,17 @@ def stamp_of(root: Path, path: str) -> Stamp | None:
     return _stamp(status) if stat.S_ISREG(status.st_mode) else None  # a pipe would be waited for
 
 
-def outlasts(root: Path, paths: Names, devices: Column, changed: Column) -> bool:
-    """Whether a later change of any of these files would show.
+def outlasts(root: Path, paths: Names, devices: Column, changed: Column, now: int) -> bool:
+    """Whether any change of these files since they were read would show.
 
     Args:
         root: corpus root.
         paths: of the files, relative to it.
         devices: of each, as in its `Stamp`, `[file]`.
         changed: of each, as in its `Stamp`, `[file]`.
+        now: time before they were read, in nanoseconds since 1970.
     """
-    if time.time_ns() - int(changed.max()) < SETTLED * 1e9:
+    if now - int(changed.max()) < SETTLED * 1e9:
         return False
     firsts = np.unique(devices, return_index=True)[1]
     kinds = {file_system(os.path.join(root, paths[int(first)])) for first in firsts}

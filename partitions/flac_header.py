@@ -7,6 +7,8 @@ that is not stated, a damaged header, other blocks, a depth that libsndfile refu
 import os
 
 _HEAD = 512
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe is not waited for."""
 _STREAMINFO = b"\0\0\x22"
 """Length of the first block."""
 _DEPTHS = (8, 16, 24)
@@ -21,7 +23,7 @@ def flac_length(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     Raises:
         OSError: the file cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, _FLAGS)
     try:
         head = os.read(descriptor, _HEAD)
         if head[:4] != b"fLaC" or len(head) < 42 or head[5:8] != _STREAMINFO or head[4] & 0x7F:

@@ -103,7 +103,8 @@ def read_manifest(path: Path, root: Path | None = None) -> Manifest:
         if digest:
             with contextlib.suppress(DataError):
                 columns = Columns.open(_columns_of(digest))
-                return Manifest.of(columns, root or Path(columns.header["root"]))
+                if root or columns.header["root"]:
+                    return Manifest.of(columns, root or Path(columns.header["root"]))
         with open(path, "rb") as stream:
             reader = _Reader(path)
             for number, line in enumerate(stream, start=1):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,7 @@ def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileC
     place = cache_folder() / "scans" / f"{digest.hexdigest()}.columns"
     with contextlib.suppress(DataError):
         return FileContents(Columns.open(place)), True
+    now = time.time_ns()
     contents, known = bytearray(), bytearray()
     steady = True
     groups = (list(files.within(part)) for part in chunks(len(files), _REMEMBERED))
@@ -112,7 +114,7 @@ def contents_of(listing: Listing, stamps: Stamps, progress: bool) -> tuple[FileC
         readable = np.frombuffer(known[-len(paths) :], np.bool_)
         steady &= np.array_equal(read[readable], before[readable])
     made = FileContents.of(files, bytes(contents), bytes(known))
-    if steady and all(known) and outlasts(listing.root, files, stamps[:, 0], stamps[:, 4]):
+    if steady and all(known) and outlasts(listing.root, files, stamps[:, 0], stamps[:, 4], now):
         made = made.named()
         return FileContents(kept(made.columns, place)), True
     return made, steady

@@ -1,5 +1,6 @@
 """The length of a FLAC file by its header is what libsndfile says, however the file is damaged."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,8 @@ def test_a_damaged_byte_is_told_as_libsndfile_does(tmp_path: Path) -> None:
         for flipped in (0x01, 0x80, 0xFF):
             path.write_bytes(data[:place] + bytes([data[place] ^ flipped]) + data[place + 1 :])
             assert samples_of(path) == by_libsndfile(path), (place, flipped)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.flac")
+    assert samples_of(tmp_path / "a.flac") == "empty"
