@@ -3,10 +3,10 @@
 The corpus is synthetic: silent FLAC files of 2 to 21 s, each a name (a hard link) for one of a few
 files, or with `--copies` a file of its own. All lie in the page cache, so that no disk is waited
 for. Files count as settled at once, so that a second start finds what the first one remembered.
-Each start is a process of its own; memory is what it holds above its imports, without the pages of
+Each start is a process of its own. Memory is what it holds above its imports, without the pages of
 files, which processes share, and without freed memory that malloc keeps, which a training step
-returns (`ssl_core.planning.allocator`). A crop's microseconds are the best of five means, as other programs
-may run; processor seconds are those of all threads.
+returns (`ssl_core.planning.allocator`). A crop's microseconds are the best of five means, as other
+programs may run; processor seconds are those of all threads.
 """
 
 import argparse
