@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         checkpoint = folder / "base"
         checkpoint.mkdir()
-        _make_base(checkpoint)
+        make_base(checkpoint)
 
         def job(name: str, unfrozen: bool, keep: bool = True) -> Job:
             return Job(
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make_base(folder: Path) -> None:
+def make_base(folder: Path) -> None:
     """Write a `base` backbone with initial weights in transformers' layout, for both libraries."""
     with randomness.torch_seed(torch.device("cpu"), 0, "weights"):
         model = PretrainingModel(preset("base"))

@@ -105,7 +105,7 @@ def _build(job: Job) -> Callable[[], Callable[[Waveforms], None]]:
     return ours
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU seconds used by this machine's processes and by its host, over all cores."""
     times = psutil.cpu_times()
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "steal"))
@@ -122,10 +122,10 @@ def _contest(job: Job) -> Iterator[dict[str, Any]]:
     yield {"imports_mib": imports}
     for line in sys.stdin:
         waveforms = np.load(json.loads(line))
-        start, own, everyone = time.perf_counter(), time.process_time(), _busy_seconds()
+        start, own, everyone = time.perf_counter(), time.process_time(), busy_seconds()
         step(waveforms)
         seconds = time.perf_counter() - start
-        others = _busy_seconds() - everyone - (time.process_time() - own)
+        others = busy_seconds() - everyone - (time.process_time() - own)
         fraction = max(0.0, others) / (seconds * psutil.cpu_count())
         yield {"seconds": seconds, "others_fraction": fraction, "peak_mib": peak_bytes() / 2**20}
 

@@ -57,8 +57,11 @@ NO_BUDGET = Budget()
 
 
 def to_json(plan: Plan) -> str:
-    """How a plan takes a step, for `Budget.plan`; whether to compile is left to the run."""
-    names = {field.name for field in dataclasses.fields(StepOptions)} - {"compile"}
+    """How a plan takes a step, for `Budget.plan`; what is compiled, and what a GPU
+    takes, is left to the run.
+    """
+    left = {"compile", "graph", "kernels"}
+    names = {field.name for field in dataclasses.fields(StepOptions)} - left
     return json.dumps({name: getattr(plan, name) for name in ("micro_batch", *sorted(names))})
 
 

@@ -30,6 +30,7 @@ from ssl_core.planning.device_report import (
     device_table,
     table_notes,
 )
+from ssl_core.planning.largest_batch import largest_batch
 from ssl_core.planning.this_machine import this_machine
 from ssl_core.training.model_settings import ModelSettings
 from ssl_core.training.pretraining_recipe import RECIPES
@@ -58,7 +59,8 @@ class PlanSettings(ModelSettings):
     length: Seconds | None = None
     """Length of crops or clips, as in 5s."""
     batch: PositiveInt | None = None
-    """Crops or clips in a batch."""
+    """Crops or clips in a batch; for a GPU with its own memory, by default the most crops of the
+    longest length whose fastest plan fits."""
     task: str = ""
     """Downstream task to pretrain for, which limits the length; with --frozen or --unfrozen, the
     task to fine-tune."""
@@ -186,6 +188,10 @@ def plan_device(settings: PlanSettings) -> int:
     """Choose a plan for a device and print it; returns 1 if nothing fits."""
     profile, request = find_profile(settings.device, settings.devices), request_of(settings)
     with Console(stderr=True).status("estimating memory by running the step without data"):
+        if profile.discrete and settings.batch is None and not settings.backbone:
+            largest = largest_batch(profile, request)
+            batches = [largest, *(batch for batch in BATCHES if batch < largest)]
+            request = dataclasses.replace(request, batches=batches if largest else BATCHES)
         advice = advise(profile, request)
     result = advice_result(advice) | {
         "model": settings.model,

@@ -1,5 +1,6 @@
 """Small corpora in LibriSpeech's layout, made by the tests themselves, and a cache of their own."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
+# Triton decides at its import, by whichever test imports it first, whether kernels run on a CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 Writer = Callable[..., Path]
 

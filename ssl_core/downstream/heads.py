@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl_core.downstream.task_recipe import TaskRecipe
 from ssl_core.wav2vec2.context import take_frames
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.packing import frame_mask
 
@@ -71,7 +72,7 @@ class MeanLinear(TaskHead):
 
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, classes)
+        self.linear = Linear(features, classes)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
         """Compute logits `[clip, class]`.
@@ -109,7 +110,7 @@ class LinearCTC(_Transcriber):
 
     def __init__(self, features: int, symbols: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, symbols)
+        self.linear = Linear(features, symbols)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
         """Compute logits `[clip, frame, symbol]`.
@@ -147,7 +148,7 @@ class LstmCTC(_Transcriber):
         self.forwards = nn.ModuleList(nn.LSTM(width, units, batch_first=True) for width in widths)
         self.backwards = nn.ModuleList(nn.LSTM(width, units, batch_first=True) for width in widths)
         self.dropouts = [Dropout(dropout, _DROPOUT_SITE + layer) for layer in range(layers)]
-        self.linear = nn.Linear(2 * units, symbols)
+        self.linear = Linear(2 * units, symbols)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
         """Compute logits `[clip, frame, symbol]`.
@@ -199,9 +200,9 @@ class XVector(TaskHead):
             )
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.CHANNELS)
-        self.embedding = nn.Linear(2 * self.CHANNELS[-1], self.EMBEDDING)
+        self.embedding = Linear(2 * self.CHANNELS[-1], self.EMBEDDING)
         self.norm = nn.LayerNorm(self.EMBEDDING)
-        self.linear = nn.Linear(self.EMBEDDING, classes)
+        self.linear = Linear(self.EMBEDDING, classes)
 
     def forward(self, x: Tensor, lengths: Sequence[int], seeds: Tensor | None = None) -> Prediction:
         """Compute logits `[clip, class]` and embeddings `[clip, embedding]`.

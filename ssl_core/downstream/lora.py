@@ -7,12 +7,12 @@ and a device imports this project again for every message.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UsageError
 from ssl_core.training import randomness
 from ssl_core.wav2vec2.context import EncoderLayer
+from ssl_core.wav2vec2.cpu.products import Linear, linear
 from ssl_core.wav2vec2.model import Backbone
 
 PROJECTIONS = ("q_proj", "v_proj")
@@ -35,8 +35,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        change = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + SCALE * change
+        change = linear(linear(x, self.lora_a), self.lora_b)
+        return linear(x, self.weight, self.bias) + SCALE * change
 
 
 def add_lora(backbone: Backbone, rank: int, seed: int) -> None:
@@ -71,7 +71,7 @@ def merge_lora(backbone: Backbone) -> None:
             if not isinstance(lora, LoraLinear):
                 continue
             with torch.device("meta"):
-                plain = nn.Linear(lora.in_features, lora.out_features, lora.bias is not None)
+                plain = Linear(lora.in_features, lora.out_features, lora.bias is not None)
             with torch.no_grad():
                 lora.weight.addmm_(lora.lora_b, lora.lora_a, alpha=SCALE)
             plain.weight, plain.bias = lora.weight, lora.bias

@@ -180,7 +180,7 @@ class TaskStep(PlannedStep):
                 losses, found = self._losses(batch.rows(rows), seeds[rows], keep)
                 (losses.sum() * (self.loss_scale / count)).backward()
                 done.append((losses.detach().sum(), found))
-                self._collect(first + chunk >= count)
+                self._collect(first == 0, first + chunk >= count)
         norm: float | Tensor
         applied: bool | Tensor
         if in_backward is not None:

@@ -18,6 +18,7 @@ from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
 from ssl_core.planning.ladder import (
     RECOMPUTED_ATTENTION,
     SPLIT,
+    gpu_rungs,
     splits,
     with_layers_recomputed,
     with_memory_given_back,
@@ -67,6 +68,7 @@ class TaskWork:
     """Whether features of the frozen part are computed once, before training, and cached."""
 
     unit = "clips"
+    graphed = False
 
     @property
     def clip_norm(self) -> float:
@@ -115,6 +117,11 @@ class TaskWork:
 
     def rungs(self, whole: Plan) -> list[Rung]:
         """See `Work.rungs`. Clips are independent, so splitting a batch costs no recomputation."""
+        if whole.on_gpu:
+            features = self.unfrozen and self.trains_extractor
+            return gpu_rungs(
+                whole, features=features, layers=self.unfrozen, split=True, graph=False
+            )
         if not self.unfrozen:
             rungs = [Rung(1.0, plan) for plan in (whole, *splits(whole))]
             return rungs + with_memory_given_back(rungs[-1:])
@@ -174,7 +181,7 @@ class TaskWork:
             batch = make_batch(step, self, make).rows(range(size))
             return step.update(batch, number, learning_rates(self)).applied
 
-        return Started(model, update)
+        return Started(model, update, step.copies)
 
 
 def task_work(

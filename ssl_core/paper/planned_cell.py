@@ -37,6 +37,7 @@ def compare(
     Returns:
         The columns by name, sizes in bytes, and the decision.
     """
+    plan, _ = profile.with_kernels(plan)
     decision = Decision(work, plan, profile.process_bytes, profile.clientapp)
     option = decision.chosen or decision.leanest
     row = {

@@ -106,7 +106,7 @@ def messages_bytes(profile: DeviceProfile, request: Request) -> int:
     ClientApp and SuperNode both hold them, in fp32. With a discrete GPU they are in host memory and
     count as 0.
     """
-    if not request.federated or (profile.accelerator == "cuda" and not profile.shared):
+    if not request.federated or profile.discrete:
         return 0
     return 2 * 4 * request.work.trained_parameters()
 
@@ -122,15 +122,17 @@ def advise(profile: DeviceProfile, request: Request) -> Advice:
     candidates = list(_candidates(profile, request))
     for plan in candidates:
         work.validate(plan)
-    hopeless = _hopeless(profile, work, held, candidates)
+    hopeless: set[str] | None = None
     tried: list[str] = []
     advice = None
     for plan in candidates:
-        if plan.optimizer_state in hopeless and plan != candidates[-1]:
+        if hopeless and plan.optimizer_state in hopeless and plan != candidates[-1]:
             continue
         decision = _decide(profile, work, held, plan)
         option = decision.chosen
         if option is None:
+            if hopeless is None:
+                hopeless = _hopeless(profile, work, held, candidates)
             over = decision.leanest.estimate.total - decision.available
             tried.append(f"{describe_size(plan)}: the leanest plan is {format_bytes(over)} over")
             advice = Advice(profile, request, decision, plan, None, None, tuple(tried))
@@ -161,13 +163,14 @@ def _candidates(profile: DeviceProfile, request: Request) -> Iterator[Plan]:
         states = (request.optimizer_state,)
     precision = choose_precision_for(profile, request.precision)
     for length, batch, state in itertools.product(request.lengths, request.batches, states):
-        yield Plan(
+        plan = Plan(
             length=length,
             batch=batch,
             precision=precision,
             optimizer_state=state,
             device=profile.accelerator,
         )
+        yield profile.with_kernels(plan)[0]
 
 
 def choose_precision_for(

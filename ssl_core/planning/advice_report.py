@@ -7,6 +7,8 @@ from common.units import format_bytes, format_seconds
 from ssl_core.planning.advice import Advice, describe_size
 from ssl_core.planning.decision import Option
 from ssl_core.planning.ladder import describe
+from ssl_core.planning.step_plan import Plan
+from ssl_core.planning.work import Work
 
 
 def explain(advice: Advice) -> list[str]:
@@ -22,6 +24,9 @@ def explain(advice: Advice) -> list[str]:
         ]
         return lines
     lines.append(f"{describe_size(option.plan)}: {describe(option.plan, work.unit)}")
+    if option.plan.on_gpu:
+        _, reason = profile.with_kernels(dataclasses.replace(option.plan, kernels="auto"))
+        lines.append(f"{option.plan.kernels} kernels: {reason}; {_launching(option.plan, work)}")
     lines.append(f"peak {format_bytes(option.estimate.total)} of {room}")
     if option.plan.inexact:
         lines.append(f"not exact: {', '.join(option.plan.inexact)}")
@@ -45,6 +50,15 @@ def explain(advice: Advice) -> list[str]:
         )
     lines.append(f"as options: {work.options(option.plan)}")
     return lines
+
+
+def _launching(plan: Plan, work: Work) -> str:
+    """How a GPU's kernels are launched, in words."""
+    if not work.graphed:
+        return f"launched one by one, since {work.unit} differ in length"
+    if plan.graph:
+        return "updates replayed from CUDA graphs"
+    return "launched one by one, not replayed from CUDA graphs"
 
 
 def advice_result(advice: Advice) -> dict[str, Any]:

@@ -1,16 +1,22 @@
 """Controls whether glibc keeps freed tensor memory or returns it to the kernel.
 
-By default glibc maps a tensor of more than a few hundred KiB separately and unmaps it when it is
-freed. The kernel clears each page again at its next use, which in a training step takes longer than
-the computation on it. Keeping freed memory speeds up a step of `base` by half on a CPU. But
-kept memory is fragmented, and can grow to two thirds of what a step needs (measured). Freed memory
-is therefore returned to the kernel whenever the process exceeds its peak use by more than `spare`.
-This costs a step a few per cent of its speed and bounds its peak. Small freed objects must not
-fragment the heap either, see `common.process_environment`.
+A block that glibc maps separately is unmapped when it is freed, and the kernel clears each page
+again at its next use. With its own settings glibc does so for tensors larger than any freed so far,
+always above 32 MiB; a step of which all large tensors are mapped takes 1.28 times as long
+(`ladder.GIVEN_BACK`). But kept memory is fragmented, and can grow to two thirds of what a step
+needs (measured). Freed memory is therefore returned to the kernel whenever the process exceeds its
+peak use by more than `spare`. This costs a step a few per cent of its speed and bounds its peak.
+Small freed objects must not fragment the heap either, see `common.process_environment`.
+
+No library to preload was shown to do as well in both time and memory: tcmalloc takes 2 to 5 % less
+memory, but a step of 5 s x 4 takes over 10 % longer; jemalloc and mimalloc clear more pages or take
+more memory, but for one setting that is not measured in full ("Memory allocators" in
+`benchmarks/README.md`).
 """
 
 import contextlib
 import ctypes
+import functools
 import platform
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssl_core.planning.process_memory import resident_bytes
+from ssl_core.planning.processor import warn_once
 
 _MXFAST, _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = 1, -1, -2, -3  # glibc's malloc.h
 _LARGE, _SMALL = 2**24, 2**18
@@ -42,6 +49,42 @@ class _Usage(ctypes.Structure):
     ]  # fmt: skip
 
 
+def _glibc() -> ctypes.CDLL:
+    """The functions of glibc itself, even if a preloaded library defines some of the same names."""
+    return ctypes.CDLL("libc.so.6")
+
+
+def _used_bytes() -> int:
+    """Bytes in use in glibc's heap and in blocks that it has mapped separately."""
+    usage = _glibc().mallinfo2
+    usage.restype = _Usage
+    found = usage()
+    return int(found.uordblks + found.hblkhd)
+
+
+@functools.cache
+def _manages_heap() -> bool:
+    """Whether this process's malloc is glibc's; warns if not.
+
+    With a preloaded allocator (jemalloc, mimalloc, tcmalloc) glibc's functions still succeed, but
+    neither change nor describe the heap that tensors are in.
+    """
+    process = ctypes.CDLL(None)
+    process.malloc.restype, process.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before = _used_bytes()
+    block = process.malloc(ctypes.c_size_t(_LARGE))
+    added = _used_bytes() - before
+    process.free(block)
+    # Other threads allocate as well, but hardly half as much in this moment.
+    if added > _LARGE // 2:
+        return True
+    warn_once(
+        "malloc is not glibc's (LD_PRELOAD?): the allocator in its place decides how much freed "
+        "memory is kept, and estimates do not count it"
+    )
+    return False
+
+
 class _Kept:
     """The freed memory that this process keeps."""
 
@@ -56,17 +99,14 @@ class _Kept:
 
     def trim(self) -> None:
         """Return all freed memory to the kernel."""
-        ctypes.CDLL(None).malloc_trim(0)
+        _glibc().malloc_trim(0)
 
     def settle(self, ahead: int = 0) -> None:
         """Return freed memory if more than `spare` is kept or would be after `ahead` more bytes."""
         resident = resident_bytes() + ahead
         if self.most and resident <= self.most + self.other + spare(self.most):
             return
-        usage = ctypes.CDLL(None).mallinfo2
-        usage.restype = _Usage
-        found = usage()
-        used = found.uordblks + found.hblkhd
+        used = _used_bytes()
         self.most = max(self.most, used)
         if not self.other or resident > self.most + self.other + spare(self.most):
             self.trim()
@@ -88,12 +128,17 @@ def keep_freed_memory(keep: bool) -> bool:
         keep: True for speed; False for the least memory.
 
     Returns:
-        Whether the C library supports it; only glibc does (Linux).
+        Whether this process's malloc supports it; only glibc's does (Linux).
     """
     _kept.active = False
     if platform.libc_ver()[0] != "glibc":
         return False
-    library = ctypes.CDLL(None)
+    library = _glibc()
+    bounded = hasattr(library, "mallinfo2")
+    # Without mallinfo2 (glibc before 2.33) malloc is taken for glibc's, and more may be kept than
+    # planned.
+    if bounded and not _manages_heap():
+        return False
     done = library.mallopt(_MMAP_THRESHOLD, _LARGE if keep else _SMALL)
     done &= library.mallopt(_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**20)
     done &= library.mallopt(_TOP_PAD, 2**26 if keep else 0)
@@ -101,8 +146,7 @@ def keep_freed_memory(keep: bool) -> bool:
     if not keep:
         library.malloc_trim(0)
     _kept.reset()
-    # Without mallinfo2 (glibc before 2.33) more may be kept than planned.
-    _kept.active = keep and hasattr(library, "mallinfo2")
+    _kept.active = keep and bounded
     return bool(done)
 
 

@@ -26,7 +26,9 @@ def compare(work: Work, name: str, plan: Plan) -> dict[str, Any]:
         plan: how a step is taken.
 
     Returns:
-        A row of results; memory in bytes, `measured` None if the process failed.
+        A row of results; memory in bytes, `measured` None if the process failed. On a GPU both
+        peaks are of reserved memory with the CUDA context, and `predicted_allocated` and
+        `measured_allocated` of tensors and workspaces.
     """
     row: dict[str, Any] = {
         "plan": name,
@@ -40,13 +42,30 @@ def compare(work: Work, name: str, plan: Plan) -> dict[str, Any]:
     except ShortwaveError as error:
         predicted = estimate(work, plan).total
         return row | {"predicted": predicted, "measured": None, "failure": str(error)}
-    predicted = estimate(work, plan, found.imports).total
+    expected = estimate(work, plan, found.imports)
+    predicted = expected.total
+    if found.allocated:
+        row["predicted_allocated"] = expected.allocated
+        row["measured_allocated"] = found.allocated
+        row["over_allocated"] = expected.allocated / found.allocated - 1
     return row | {
         "predicted": predicted,
         "measured": found.peak,
         "over": predicted / found.peak - 1,
         "seconds": found.seconds,
     }
+
+
+def allocated_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For plans on a GPU: allocated memory, predicted and measured, a line for each."""
+    return [
+        f"{row['plan']}, {row['batch']} x {format_length(row['length'])}: allocated "
+        f"{format_bytes(row['predicted_allocated'])} predicted, "
+        f"{format_bytes(row['measured_allocated'])} measured ({row['over_allocated']:+.1%}); "
+        "the table has what torch reserves, and the CUDA context"
+        for row in rows
+        if "measured_allocated" in row
+    ]
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:

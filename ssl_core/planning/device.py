@@ -7,7 +7,8 @@ from typing import Literal
 
 from common.errors import UsageError
 from common.units import Size, format_bytes
-from ssl_core.planning.step_plan import Precision
+from ssl_core.planning.kernel_choice import OLDEST, choose, resolved
+from ssl_core.planning.step_plan import Plan, Precision
 
 AUTO = "auto"
 """Name of the profile of this machine."""
@@ -39,6 +40,10 @@ class DeviceProfile:
     """CPU cores."""
     precisions: tuple[Precision, ...]
     """Precisions in which the device computes matrix products natively."""
+    capability: float | None = None
+    """Compute capability of a GPU, such as 8.6; None if unknown."""
+    triton: bool = True
+    """Whether Triton, in which fused kernels are written, can be installed."""
     timed_as: str = ""
     """Device of the paper's Table 2 from which step times are estimated; empty for none."""
     times_faster: float = 1.0
@@ -47,6 +52,25 @@ class DeviceProfile:
     """Limits of software: which system and torch reach the GPU; empty for none."""
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Source of each figure, by field."""
+
+    @property
+    def discrete(self) -> bool:
+        """Whether it is a GPU with its own memory."""
+        return self.accelerator == "cuda" and not self.shared
+
+    def with_kernels(self, plan: Plan) -> tuple[Plan, str]:
+        """The plan with kernels that run on this device, and why these.
+
+        Raises:
+            UsageError: fused kernels are asked for where they cannot run.
+        """
+        if not plan.on_gpu:
+            return plan, ""
+        known = self.capability
+        if known is None and "bf16" not in self.precisions:
+            known = OLDEST - 1  # both came with Ampere
+        choice = choose(plan, known, self.triton)
+        return resolved(plan, choice), choice.reason
 
     @property
     def training_bytes(self) -> int:
@@ -88,6 +112,8 @@ class DeviceProfile:
             raise UsageError(f"{where}: shared is for a GPU; leave it out for accelerator cpu")
         if "fp32" not in self.precisions:
             raise UsageError(f"{where}: precisions must contain fp32, the precision of weights")
+        if self.capability is not None and (self.accelerator == "cpu" or self.capability <= 0):
+            raise UsageError(f"{where}: capability is that of a GPU, such as 8.6")
         if not 0 < self.times_faster < math.inf:
             raise UsageError(f"{where}: times_faster must be above zero, not {self.times_faster}")
         if self.training_bytes <= 0 or self.system_bytes < 0:

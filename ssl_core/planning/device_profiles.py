@@ -39,6 +39,8 @@ def known_profiles(extra: Path | None = None) -> dict[str, DeviceProfile]:
 def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
     """Find a device by name; `auto` is this machine.
 
+    A name may leave out what follows a hyphen if only one device begins so: `h100` for `h100-80gb`.
+
     Raises:
         UsageError: no such device; the message names the nearest.
         DataError: this machine's limits cannot be read.
@@ -49,6 +51,9 @@ def find_profile(name: str, extra: Path | None = None) -> DeviceProfile:
     if name in own:
         return own[name]
     packaged = _packaged()
+    alike = [each for each in packaged if each.startswith(f"{name}-")]
+    if len(alike) == 1 and name not in packaged:
+        name = alike[0]
     if name not in packaged:
         names = [AUTO, *(packaged | own)]
         raise UsageError(f"no device '{name}'{nearest(name, names)} (known: {', '.join(names)})")

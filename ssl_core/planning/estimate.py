@@ -11,10 +11,16 @@ import torch
 from common.atomic import write_text
 from common.cache_folder import cache_folder
 from ssl_core.planning import allocator
-from ssl_core.planning.parts import ALLOCATOR, Estimate
+from ssl_core.planning.cuda_trace import (
+    fused_parts,
+    of_few_micro_batches,
+)
+from ssl_core.planning.kernel_choice import choose_here, resolved
+from ssl_core.planning.parts import ALLOCATOR, CONTEXT, RESERVED, Estimate
 from ssl_core.planning.step_plan import Plan, Precision
 from ssl_core.planning.trace import trace
 from ssl_core.planning.work import Work
+from ssl_core.wav2vec2.cpu.product_library import library
 
 MIB = 2**20
 RUNTIME = 505 * MIB
@@ -41,25 +47,27 @@ _ROOMS = ("wav2vec2", "planning", "training", "downstream")
 def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) -> Estimate:
     """Estimate the peak memory of a training process.
 
-    For a GPU this is the peak of its memory, with `ALLOCATOR` as the CUDA allocator's overhead; not
-    measured by this project yet.
+    For a GPU this is the peak of what torch reserves of its memory, beside the CUDA context. With
+    fused kernels it follows from a replay of torch's allocator (`cuda_trace`). With plain ones
+    `ALLOCATOR` stands for gaps and for cuDNN's workspaces, calibrated on boards and a card.
 
     Args:
         work: what is trained.
         plan: how a step is taken.
-        runtime: bytes resident before the model is built.
+        runtime: bytes resident before the model is built; of a GPU, the CUDA context.
         messages: bytes of Flower's messages that are held while training.
 
     Returns:
         Bytes of each part.
     """
+    if plan.on_gpu and plan.kernels == "auto":
+        plan = resolved(plan, choose_here(plan))
     live = {name: size for name, size in _live(work, plan).items() if size}
-    parts = {"imports": runtime, **live}
+    parts = {CONTEXT if plan.on_gpu else "imports": runtime, **live}
     if messages:
         parts["message buffers"] = messages
-    if plan.device.startswith("cuda"):
-        moving = sum(size for name, size in live.items() if name not in _STAYING)
-        return Estimate(parts | {"CUDA allocator": int(ALLOCATOR * moving)})
+    if plan.on_gpu:
+        return Estimate(parts if plan.kernels == "fused" else parts | _around(live))
     kind = _arithmetic(plan.precision)
     if not work.convolves:
         parts["libraries"] = FORWARD[kind]
@@ -77,6 +85,12 @@ def estimate(work: Work, plan: Plan, runtime: int = RUNTIME, messages: int = 0) 
     return Estimate(parts)
 
 
+def _around(live: dict[str, int]) -> dict[str, int]:
+    """What plain kernels take beside live tensors."""
+    moving = sum(size for name, size in live.items() if name not in _STAYING)
+    return {RESERVED: int(ALLOCATOR * moving)}
+
+
 def _arithmetic(precision: Precision) -> str:
     """How a CPU computes products: `fp32`, or 16 bits by `vectors` (AVX-512) or `tiles` (AMX).
 
@@ -91,29 +105,45 @@ def _arithmetic(precision: Precision) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _live(work: Work, plan: Plan) -> dict[str, int]:
-    """Bytes of live tensors at the peak, cached on disk: every round is a new process."""
+    """Bytes of live tensors at the peak, cached on disk: every round is a new process.
+
+    For fused kernels, all of a GPU's memory beside the CUDA context.
+    """
+    fused = plan.on_gpu and plan.kernels == "fused"
     plan = dataclasses.replace(
         plan,
         length=float(plan.length),
-        device="cpu",
+        device="cuda" if plan.on_gpu else "cpu",
         threads=0,
         compile=False,
         keep_freed_memory=True,
+        kernels="fused" if fused else "plain",
+        graph=plan.graph and fused,
     )
-    values = [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
+    values: list[object] = [library()]
+    values += [[type(part).__name__, dataclasses.asdict(part)] for part in (work, plan)]  # type: ignore[arg-type]
     key = hashlib.sha256(json.dumps(values).encode() + _code_digest()).hexdigest()
     path = cache_folder() / "estimates" / f"{key[:32]}.json"
     try:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):  # missing or truncated
-        found = trace(work, plan).peak_parts
+        found = _traced(work, plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
     except OSError:
         pass  # a full or read-only disk costs time only
     return found
+
+
+def _traced(work: Work, plan: Plan) -> dict[str, int]:
+    """Trace a plan with the kernels that it will run."""
+    if not plan.on_gpu:
+        return trace(work, plan).peak_parts
+    if plan.kernels == "fused":
+        return fused_parts(work, plan)
+    return of_few_micro_batches(plan, lambda few: trace(work, few).peak_parts)
 
 
 @functools.cache

@@ -2,13 +2,20 @@
 
 import dataclasses
 
+from ssl_core.planning.kernel_choice import choose_here
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Rung, Work
 
 RECOMPUTED_ATTENTION, SPLIT, RECOMPUTED_LAYERS, GIVEN_BACK = 1.02, 1.09, 1.17, 1.28
 """Slowdowns: attention weights recomputed, feature extractor recomputed, transformer layers
-recomputed, freed memory returned to the kernel (CPU only). The first three follow from operation
+recomputed, freed memory returned to the kernel. The first three follow from operation
 counts, the last was measured on two cores; `benchmarks/README.md`."""
+
+
+GPU_FEATURES, GPU_SPLIT, GPU_LAYERS, GPU_LAUNCHES = 1.03, 1.21, 1.2, 2.0
+"""Slowdowns on a GPU with fused kernels: feature extractor recomputed, batch in micro-batches,
+transformer layers recomputed, no CUDA graph. Measured on an H200 with a prototype (the first, the
+second and the last: 15 s x 12 or x 48), or from operation counts."""
 
 
 def ladder(plan: Plan, work: Work) -> list[Rung]:
@@ -19,10 +26,44 @@ def ladder(plan: Plan, work: Work) -> list[Rung]:
         recompute_features=False,
         recompute_layers=False,
         keep_attention=False,
-        apply_in_backward=plan.accumulation == 1 and not work.clip_norm,
+        apply_in_backward=plan.accumulation == 1 and not work.clip_norm and not plan.on_gpu,
         keep_freed_memory=True,
     )
     return work.rungs(whole)
+
+
+def gpu_rungs(whole: Plan, *, features: bool, layers: bool, split: bool, graph: bool) -> list[Rung]:
+    """List the exact plans for an update on a GPU, from the fastest to the leanest.
+
+    Its gradients stay until all are there, and its kernels never keep attention weights. A small
+    whole batch can be leaner than its parts, whose gradients are summed in fp32: both ways end the
+    list.
+
+    Args:
+        whole: plan of the update with nothing recomputed or split.
+        features: whether the convolutions can be recomputed.
+        layers: whether the transformer layers can be.
+        split: whether the batch can be split.
+        graph: whether updates are replayed from graphs.
+    """
+    again = dataclasses.replace(whole, recompute_features=True)
+    rungs = [Rung(1.0, whole), *([Rung(GPU_FEATURES, again)] if features else [])]
+    # A split batch of pretraining recomputes its features in any case.
+    parts = [Rung(GPU_SPLIT, part) for part in splits(rungs[-1].plan) if split]
+    ends = [rungs[-1], *parts[-1:]]
+    rungs += parts
+    if layers:
+        ends = [
+            Rung(slowdown * GPU_LAYERS, dataclasses.replace(plan, recompute_layers=True))
+            for slowdown, plan in ends
+        ]
+        rungs += ends
+    if graph and whole.graph:
+        rungs += [
+            Rung(slowdown * GPU_LAUNCHES, dataclasses.replace(plan, graph=False))
+            for slowdown, plan in ends
+        ]
+    return rungs
 
 
 def fallbacks(plan: Plan, work: Work) -> list[Plan]:
@@ -49,6 +90,11 @@ def describe(plan: Plan, unit: str = "crops") -> str:
         parts.append("gradients applied in the backward pass")
     if not plan.keep_freed_memory:
         parts.append("freed memory returned to the kernel")
+    if plan.on_gpu:
+        kernels = choose_here(plan).kernels if plan.kernels == "auto" else plan.kernels
+        parts.append(f"{kernels} kernels")
+        if not plan.graph:
+            parts.append("no CUDA graph")
     return ", ".join(parts)
 
 
@@ -72,9 +118,6 @@ def with_layers_recomputed(rungs: list[Rung]) -> list[Rung]:
 def with_memory_given_back(rungs: list[Rung]) -> list[Rung]:
     """Change plans so that freed memory is returned to the kernel."""
     return [
-        Rung(
-            slowdown * (1.0 if plan.device.startswith("cuda") else GIVEN_BACK),
-            dataclasses.replace(plan, keep_freed_memory=False),
-        )
+        Rung(slowdown * GIVEN_BACK, dataclasses.replace(plan, keep_freed_memory=False))
         for slowdown, plan in rungs
     ]

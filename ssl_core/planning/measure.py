@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,18 +19,24 @@ from ssl_core.planning.process_memory import peak_bytes, reset_peak, resident_by
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Batches, Work
 
+GPU_UPDATES = 12
+"""Updates that are measured at least on a GPU: with layerdrop, several are of a new kind."""
+
 
 class Measurement(NamedTuple):
     """Memory and time of updates in a separate process."""
 
     imports: int
-    """Bytes resident before the model was built."""
+    """Bytes resident before the model was built; of a GPU, those of its CUDA context, and of other
+    processes."""
     peak: int
-    """Peak resident bytes."""
+    """Peak resident bytes; of a GPU, with what torch reserves of its memory at the peak."""
     seconds: float
-    """Seconds of the last update."""
+    """Seconds of the last update; on a GPU, the median."""
     footprint: Sequence[tuple[float, int]] = ()
     """Samples of seconds since the start of building the model, and resident bytes."""
+    allocated: int = 0
+    """On a GPU: peak bytes of tensors and workspaces; the rest of `peak` is the allocator's."""
 
 
 class Order(NamedTuple):
@@ -88,18 +95,40 @@ def _run_updates(order: Order) -> Measurement:
     from ssl_core.planning.processor import use_threads  # with torch
 
     use_threads(order.plan.threads)
+    if order.plan.on_gpu:
+        return _run_on_gpu(order)
     imports = resident_bytes()
     reset_peak()
-    seconds = 0.0
     with _sampled(order.sample) as footprint:
-        update = order.work.start(order.plan, batches=order.batches).update
-        for number in range(order.updates):
-            start = time.perf_counter()
-            applied = update(number)
-            seconds = time.perf_counter() - start
-            if not applied:
-                raise ShortwaveError(f"update {number} had a gradient that is not finite")
+        *_, seconds = _timed(order)
     return Measurement(imports, peak_bytes(), seconds, footprint)
+
+
+def _timed(order: Order) -> list[float]:
+    """Take the updates; return the seconds of each."""
+    seconds = []
+    update = order.work.start(order.plan, batches=order.batches).update
+    for number in range(order.updates):
+        start = time.perf_counter()
+        applied = update(number)
+        seconds.append(time.perf_counter() - start)
+        if not applied:
+            raise ShortwaveError(f"update {number} had a gradient that is not finite")
+    return seconds
+
+
+def _run_on_gpu(order: Order) -> Measurement:
+    """Take at least `GPU_UPDATES` updates on a GPU, of which some are captured by graphs."""
+    import torch
+
+    device = torch.device(order.plan.device)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = _timed(order._replace(updates=max(order.updates, GPU_UPDATES)))
+    free, whole = torch.cuda.mem_get_info(device)
+    context = whole - free - torch.cuda.memory_reserved(device)
+    peak = context + torch.cuda.max_memory_reserved(device)
+    allocated = torch.cuda.max_memory_allocated(device)
+    return Measurement(context, peak, statistics.median(seconds), allocated=allocated)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 A separate module because torch's counter imports a compiler (50 MiB), which a step does not need.
 """
 
-import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_core.planning.shape_tensors import Shapes
 from ssl_core.planning.step_plan import Plan
-from ssl_core.planning.trace import without_layerdrop
+from ssl_core.planning.trace import on_cpu, without_layerdrop
 from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import FLOPS
 
@@ -21,7 +21,13 @@ def _lstm_operations(x: Any, own: Any, recurrent: Any, *_: Any, **__: Any) -> in
     return 2 * x[0] * x[1] * int(own[0] * own[1] + recurrent[0] * recurrent[1])
 
 
+def _linear_operations(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Operations of a linear layer by oneDNN."""
+    return 2 * math.prod(x) * int(weight[0])
+
+
 _OPERATIONS = {
+    torch.ops.mkldnn._linear_pointwise: _linear_operations,
     torch.ops.aten.mkldnn_rnn_layer: _lstm_operations,
     torch.ops.aten.mkldnn_rnn_layer_backward: lambda *a, **k: 2 * _lstm_operations(*a, **k),
 }
@@ -38,7 +44,7 @@ def count_operations(work: Work, plan: Plan) -> int:
 
     The update runs on tensors without data. Operations that the plan recomputes are included.
     """
-    work, plan = without_layerdrop(work), dataclasses.replace(plan, device="cpu")
+    work, plan = without_layerdrop(work), on_cpu(plan)
     counted = counter()
     with Shapes():
         started = work.start(plan)

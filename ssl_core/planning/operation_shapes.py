@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_core.wav2vec2.cpu import onednn
+
 LSTM_KEPT, LSTM_GATES = 5.05, 4
 """Memory of oneDNN's LSTM relative to its output: the workspace in use after the forward pass
 (measured with AVX-512; 4.2 with AVX2), and the gates of all frames while it runs."""
@@ -47,6 +49,16 @@ def _lstm_backward(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
     return *made, bias, torch.empty_like(bias), state, torch.empty_like(state)
 
 
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """Output of oneDNN's linear layer; meanwhile it holds the weight in a layout of its own."""
+    held = [torch.empty_like(weight)]
+    if not x.is_contiguous():
+        held.append(x.new_empty(x.shape))
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    held.clear()
+    return out
+
+
 def _ctc_loss(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Outputs of `_ctc_loss`: losses, and probabilities `[clip, frame, place in the text]`."""
     clips, places = targets.shape[0], 2 * targets.shape[1] + 1
@@ -86,6 +98,7 @@ def _layer_norm_backward(
 SHAPES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_rnn_layer.default: _lstm,
     torch.ops.aten.mkldnn_rnn_layer_backward.default: _lstm_backward,
+    onednn.LINEAR: _linear,
     torch.ops.aten._ctc_loss.Tensor: _ctc_loss,
     torch.ops.aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
     # torch 2.9 lacks this kernel, and gives gradients of weights the type of activations here

@@ -4,11 +4,12 @@ import ctypes
 import functools
 import logging
 import platform
-import time
 
 import torch
 
 from ssl_core.planning.step_plan import Precision
+from ssl_core.wav2vec2.cpu.products import affine
+from ssl_core.wav2vec2.cpu.timing import one_thread, seconds_in_turn
 
 log = logging.getLogger("shortwave.device")
 FASTER = 1.5
@@ -28,27 +29,19 @@ def product_speed(precision: Precision) -> float:
     several, in turn with fp32. Asking the processor is not enough: with AVX-512 but without bf16
     units oneDNN supports bf16 and is slower in it.
     """
-    best = {torch.float32: float("inf"), _DTYPES[precision]: float("inf")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            for time_it in [False] + [True] * _TIMES:
-                for dtype in best:
-                    seconds = _seconds(dtype, _ROWS if time_it else 1)
-                    best[dtype] = min(best[dtype], seconds) if time_it else best[dtype]
-    except RuntimeError:  # no such product in this library for this processor
-        return 0.0
-    finally:
-        torch.set_num_threads(threads)
-    return best[torch.float32] / best[_DTYPES[precision]]
-
-
-def _seconds(dtype: torch.dtype, rows: int) -> float:
-    x, weight = torch.ones(rows, _WIDTH, dtype=dtype), torch.ones(_WIDTH, _WIDTH, dtype=dtype)
-    started = time.perf_counter()
-    torch.nn.functional.linear(x, weight)
-    return time.perf_counter() - started
+    with one_thread():
+        calls = []
+        try:
+            for dtype in (torch.float32, _DTYPES[precision]):
+                ones = torch.ones(_ROWS + _WIDTH, _WIDTH, dtype=dtype, device="cpu")
+                x, weight = ones[:_ROWS], ones[_ROWS:]
+                affine(x[:1], weight, None)
+                calls.append(functools.partial(affine, x, weight, None))
+            trials = seconds_in_turn(calls, _TIMES)
+        except RuntimeError:  # no such product in this library for this processor
+            return 0.0
+    fp32, other = (min(seconds) for seconds in zip(*trials, strict=True))
+    return fp32 / other
 
 
 def cpu_precisions() -> tuple[Precision, ...]:

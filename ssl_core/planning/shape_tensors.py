@@ -6,9 +6,11 @@ are worked out once for each kind of arguments, on torch's meta device, and look
 """
 
 import dataclasses
+import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_core.planning.operation_shapes import SHAPES
+from ssl_core.wav2vec2.operators import NAMESPACE
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _UNKNOWN = object()
@@ -29,6 +32,31 @@ class Block:
     def __init__(self, size: int) -> None:
         """Take `size` bytes."""
         self.size = size
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that torch excludes from compilation as excluded already.
+
+    Otherwise torch imports its compiler, which takes seconds, to exclude it at its first call.
+    """
+    setattr(function, "__dynamo_disable", function)
+    return function
+
+
+@functools.cache
+def _without_compiler() -> None:
+    """Let torch's own Python kernels work out shapes without importing the compiler."""
+    if "torch._dynamo" in sys.modules:
+        return
+    excluded = torch._compile._disable_dynamo(lambda: None).__code__
+    rooms = (torch._refs, torch._refs.linalg, torch._refs.special, torch._refs.nn.functional)
+    for function in (each for room in rooms for each in vars(room).values()):
+        code = getattr(function, "__code__", None)
+        while code is not None and "fn" in code.co_freevars:  # it wraps a function
+            wrapped = function.__closure__[code.co_freevars.index("fn")].cell_contents
+            if code is excluded:
+                uncompiled(wrapped)
+            function, code = wrapped, getattr(wrapped, "__code__", None)
 
 
 class ShapeTensor(Tensor):
@@ -72,17 +100,21 @@ class Shapes(TorchDispatchMode):
     real as long as they are computed from real ones. A value read from a tensor without data is 1.
     """
 
+    _known: ClassVar[dict[tuple[Any, ...], Any]] = {}
+    """What operations return, by operation and arguments; for all traces of a process."""
+    _composite: ClassVar[dict[Any, bool]] = {}
+
     def __init__(self) -> None:
-        """Know no operation yet."""
+        """Hold no memory yet."""
         super().__init__()
-        self._known: dict[tuple[Any, ...], Any] = {}
-        self._composite: dict[Any, bool] = {}
+        _without_compiler()
         self._real: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
 
     def take(self, size: int) -> Block:
         """Return memory of `size` bytes for a new tensor."""
         return Block(size)
 
+    @uncompiled
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -110,7 +142,12 @@ class Shapes(TorchDispatchMode):
 
     @staticmethod
     def _is_real(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation takes real integer tensors alone, or makes an integer tensor."""
+        """Whether an operation takes real integer tensors alone, or makes an integer tensor.
+
+        Masks, which the project's own operations make of integers, are long and need no values.
+        """
+        if func.namespace == NAMESPACE:
+            return False
         if tensors:
             for tensor in tensors:
                 if type(tensor) is ShapeTensor or tensor.dtype.is_floating_point:

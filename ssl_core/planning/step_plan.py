@@ -10,6 +10,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
 """Precisions in which products take and give 16 bits."""
 OptimizerState = Literal["fp32", "bf16", "int8"]
+KernelSetting = Literal["auto", "fused", "plain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,25 +27,27 @@ class StepOptions:
     recompute_layers: bool = False
     """Keep only the input of each transformer layer and recompute the layer. Exact."""
     keep_attention: bool = False
-    """Keep the attention weights, frames x frames a head. Exact; needs the most memory."""
+    """Keep the attention weights, frames x frames a head (CPU only). Exact; needs the most
+    memory."""
     optimizer_state: OptimizerState = "fp32"
     """Precision of the optimizer state: 8, 4 or 2 bytes a parameter for `fp32`, `bf16` (not exact)
     and `int8` (not exact)."""
     apply_in_backward: bool = False
     """Apply and free each gradient as soon as it is computed, so that they are never all in memory.
-    Exact; only for updates of one batch that is not split. After a gradient that is not finite the
-    rest of the update is skipped."""
+    Exact; only on a CPU, for updates of one batch that is not split. After a gradient that is not
+    finite the rest of the update is skipped."""
     graph: bool = True
     """Replay an update's kernels from a CUDA graph instead of launching each anew (GPU only; the
     same bytes)."""
-    kernels: Literal["auto", "fused", "plain"] = "auto"
+    kernels: KernelSetting = "auto"
     """Kernels of a GPU: `fused` in Triton, `plain` of torch; `auto` takes fused ones from compute
     capability 8.0 on, where Triton is installed. Both give the same masks."""
     compile: bool = False
-    """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes)."""
+    """Compile the transformer layers with torch.compile (needs a C++ compiler, takes minutes); on a
+    GPU, not with fused kernels."""
     keep_freed_memory: bool = True
     """Keep freed memory for the next tensors instead of returning it to the kernel: faster on
-    Linux."""
+    Linux (CPU only)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,11 @@ class Plan(StepOptions):
         return self.effective_micro_batch < self.batch
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the step runs on a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
     def inexact(self) -> tuple[str, ...]:
         """The settings that are not exact, as on the command line."""
         return tuple(
@@ -108,7 +116,12 @@ class Plan(StepOptions):
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.micro_batch < 0 or self.threads < 0:
             raise UsageError("micro-batch and threads must not be below zero")
-        for name, known in (("precision", Precision), ("optimizer_state", OptimizerState)):
+        choices = (
+            ("precision", Precision),
+            ("optimizer_state", OptimizerState),
+            ("kernels", KernelSetting),
+        )
+        for name, known in choices:
             if getattr(self, name) not in get_args(known):
                 raise UsageError(
                     f"{name.replace('_', '-')} '{getattr(self, name)}' is not one of "
@@ -120,6 +133,21 @@ class Plan(StepOptions):
             raise UsageError(
                 "apply-in-backward is for updates of one batch, not split: set accumulation to 1 "
                 "and micro-batch to 0"
+            )
+
+        if self.on_gpu:
+            self._validate_on_gpu()
+
+    def _validate_on_gpu(self) -> None:
+        default = StepOptions()
+        for name in ("keep_attention", "apply_in_backward", "keep_freed_memory"):
+            if getattr(self, name) != getattr(default, name):
+                option, value = name.replace("_", "-"), str(getattr(default, name)).lower()
+                raise UsageError(f"{option} is for a CPU: leave it at {value} on a GPU")
+        if self.compile and self.kernels == "fused":
+            raise UsageError(
+                "compile cannot compile fused kernels: leave it out, they are faster; or set "
+                "kernels to plain"
             )
 
     def validate_clipping(self, clip_norm: float) -> None:

@@ -32,6 +32,7 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
     import torch
 
     from ssl_core.planning.processor import cpu_precisions
+    from ssl_core.wav2vec2 import device_kernels
 
     own = psutil.Process().memory_info().rss
     available = psutil.virtual_memory().available
@@ -70,6 +71,8 @@ def this_machine(root: Path = Path("/")) -> DeviceProfile:
         clientapp=Size(clientapp),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
         precisions=precisions,
+        capability=device_kernels.capability("cuda:0"),
+        triton=device_kernels.has_triton(),
         sources=sources,
     )
     profile.validate()

@@ -10,19 +10,23 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key
+from ssl_core.planning.parts import COPIES
+from ssl_core.planning.shape_tensors import Block, Shapes, arguments_key, uncompiled
 from ssl_core.planning.step_plan import Plan
 from ssl_core.planning.work import Work
 from ssl_core.wav2vec2.operators import BODIES
 
 PAGE = 4096
+"""Bytes to whose multiples a CPU's memory is rounded."""
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 """On a CPU these hold copies of input, weights and output (or gradients) in oneDNN's layout."""
 
 
-_MASKS = ("shortwave::keep_mask", "shortwave::attention_mask")
+_MASKS = tuple(
+    f"shortwave::{name}" for name in ("keep_mask", "attention_mask", "packed_mask", "unpacked_mask")
+)
 """Their bodies read values, and need little memory beside the result."""
 
 
@@ -33,7 +37,7 @@ class TrackedBlock(Block):
 
     def __init__(self, memory: "LiveMemory", size: int, part: str) -> None:
         """Add `size` bytes, in whole pages, to the part."""
-        super().__init__(-(-size // PAGE) * PAGE)
+        super().__init__(-(-size // memory.page) * memory.page)
         self.memory, self.part = memory, part
         memory.add(self.size, part)
 
@@ -44,6 +48,8 @@ class TrackedBlock(Block):
 
 class LiveMemory(Shapes):
     """Tracks all memory allocated inside it, also inside the project's own operations."""
+
+    page = PAGE
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +63,9 @@ class LiveMemory(Shapes):
     def label(self, name: str) -> None:
         """Name the part that tensors created from here on belong to."""
         self._label = name
+
+    def mark(self) -> None:
+        """Called right before and after the update."""
 
     def rename(self, tensor: Tensor, part: str) -> None:
         """Count a tensor made inside, of any shape `[...]`, as another part."""
@@ -89,9 +98,11 @@ class LiveMemory(Shapes):
     def _run_body(self, func: Any, body: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run one of the project's operations, and trace its body once for each set of shapes.
 
-        The temporary memory of an operation depends on shapes alone.
+        The temporary memory of an operation depends on shapes alone: not on the site of a dropout.
         """
-        key = (func, *arguments_key(args, []))
+        names = (argument.name for argument in func._schema.arguments)
+        shaping = [value for name, value in zip(names, args, strict=False) if name != "site"]
+        key = (func, *arguments_key(shaping, []))
         entry = self.live
         if key not in self._body_bytes:
             peak, parts = self.peak, self.peak_parts
@@ -108,6 +119,7 @@ class LiveMemory(Shapes):
             self.peak_parts[self._part] = self.peak_parts.get(self._part, 0) + taken
         return super().__torch_dispatch__(func, (), args, kwargs)
 
+    @uncompiled
     def __torch_dispatch__(
         self,
         func: Any,
@@ -129,20 +141,46 @@ class LiveMemory(Shapes):
 
 
 def trace(work: Work, plan: Plan) -> LiveMemory:
-    """Run one update on tensors without data and track live memory by part.
+    """Run one update on tensors without data and track live memory by part, as on a CPU.
 
-    All layers run: layerdrop would only need less. Shapes do not depend on the device. For a task
-    with cached features, the pass through the frozen part comes first.
+    All layers run: layerdrop would only need less. For a task with cached features, the pass
+    through the frozen part comes first. `cuda_trace` does the same for a GPU's kernels.
     """
-    work = without_layerdrop(work)
-    plan = dataclasses.replace(plan, device="cpu")
     memory = LiveMemory()
+    take_update(memory, without_layerdrop(work), plan)
+    return memory
+
+
+def take_update(memory: LiveMemory, work: Work, plan: Plan) -> None:
+    """Start training inside `memory`, and take one update.
+
+    Args:
+        memory: tracks it.
+        work: what is trained.
+        plan: how a step is taken; its device is ignored.
+    """
     with memory:
         memory.label("parameters")
-        started = work.start(plan, label=memory.label, fake=True)
-        _name_gradients(started.model, memory)
+        started = work.start(on_cpu(plan), label=memory.label, fake=True)
+        for copy in started.copies:
+            memory.rename(copy, COPIES)
+        for leaf in (*started.model.parameters(), *started.copies):
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(
+                    lambda own: memory.rename(own.grad, "gradients")
+                )
+        memory.mark()
         started.update(0)
-    return memory
+        memory.mark()
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The plan for tensors without data, which say that they are on a CPU.
+
+    What a GPU does with tf32, a rounding inside products, is left out: it takes no memory.
+    """
+    precision = "fp32" if plan.precision == "tf32" else plan.precision
+    return dataclasses.replace(plan, device="cpu", precision=precision)
 
 
 def without_layerdrop(work: Work) -> Work:
@@ -150,11 +188,3 @@ def without_layerdrop(work: Work) -> Work:
     architecture = dataclasses.replace(work.architecture, layerdrop=0.0)
     changed: Work = dataclasses.replace(work, architecture=architecture)  # type: ignore[type-var]
     return changed
-
-
-def _name_gradients(model: nn.Module, memory: LiveMemory) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda own: memory.rename(own.grad, "gradients")
-            )

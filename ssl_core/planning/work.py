@@ -1,11 +1,11 @@
 """The planner's interface to what is trained: pretraining or a downstream task."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_core.planning.step_plan import Plan
 from ssl_core.wav2vec2.config import ModelConfig
@@ -28,6 +28,8 @@ class Started(NamedTuple):
     model: nn.Module
     update: Callable[[int], bool]
     """Takes the update of the given number; returns whether it was applied."""
+    copies: Sequence[Tensor] = ()
+    """Copies of weights in 16 bits, `[...]` each, that products use in their place."""
 
 
 class Work(Protocol):
@@ -55,6 +57,10 @@ class Work(Protocol):
     @property
     def recurs(self) -> bool:
         """Whether an LSTM is trained; freed memory is returned to the kernel before it runs."""
+
+    @property
+    def graphed(self) -> bool:
+        """Whether a GPU replays updates from CUDA graphs, if the plan says so."""
 
     def validate(self, plan: Plan) -> None:
         """Check a plan; raises `UsageError`."""

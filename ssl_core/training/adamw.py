@@ -160,18 +160,25 @@ class AdamW:
                 maximize=False,
                 found_inf=skipped,
             )
+            if self.kind == "fp32":
+                return
             for name, first, second in zip(names, firsts, seconds, strict=True):
-                self._moments[name] = (
-                    (_Packed(first, None), _Packed(second, None))
-                    if self.kind == "fp32"
-                    else (_pack(first, self.kind, True), _pack(second, self.kind, False))
-                )
+                packed = _pack(first, self.kind, True), _pack(second, self.kind, False)
+                if skipped is None:
+                    self._moments[name] = packed
+                    continue
+                # On a GPU it stays where it is, since a graph knows only that place.
+                for own, new in zip(self._moments[name], packed, strict=True):
+                    for place, value in zip(own, new, strict=True):
+                        if place is not None and value is not None:
+                            place.copy_(value)
 
-    def collect(self, found: Mapping[str, Tensor], last: bool) -> None:
+    def collect(self, found: Mapping[str, Tensor], first: bool, last: bool) -> None:
         """Take the gradients of a micro-batch; torch has added them to those before.
 
         Args:
             found: gradients `[...]` by name that are not where the parameters have theirs.
+            first: whether this is the update's first micro-batch.
             last: whether the update has no further micro-batch.
         """
 

@@ -1,13 +1,17 @@
 """Runs updates on a GPU without waiting for it, from CUDA graphs where shapes repeat.
 
-A batch is copied to pinned memory, from there to where the graphs read it. The first time that a
-kind of batch comes its kernels are launched one by one, which also compiles them; the second time
-they are captured, and from then on replayed. A kind is the shape of a batch, its place in the
+A batch is copied to pinned memory, from there to where the graphs read it. The kernels of the first
+update are launched one by one, which also compiles them; after that a batch is captured when one of
+its kind first comes, and from then on replayed. A kind is the shape of a batch, its place in the
 update and the layers that run: with layerdrop there are several, whose graphs share their memory.
+Batches that differ only in the layers that run have the same kernels: none is launched outside of
+graphs once there are graphs, since it would need its activations' memory beside theirs.
 Everything runs on one stream of its own, so that kernels launched and replayed do the same.
 """
 
 import collections
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +20,17 @@ from torch import Tensor
 
 from ssl_core.training.step_inputs import BatchInputs, Compute, Controls, Stage
 
+log = logging.getLogger("shortwave.device")
 SLOTS = 2
 """Batches that may be under way to the device at a time."""
-GRAPHS = 64
+GRAPHS = 512
 """Graphs that are kept; the one that was not used for longest goes first."""
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all updates on a device: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 class _Kind(NamedTuple):
@@ -28,6 +39,11 @@ class _Kind(NamedTuple):
     waveforms: torch.Size
     masked: torch.Size
     stage: Stage
+
+
+def _kernels(kind: _Kind) -> _Kind:
+    """What decides which kernels a batch has: not the layers that run, nor how many frames."""
+    return kind._replace(stage=kind.stage._replace(masked=0, keep=()))
 
 
 class _Slot:
@@ -63,10 +79,12 @@ class CudaRunner:
         """
         self._compute, self._graph, self._begin = compute, graph, begin
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._slots = collections.deque(_Slot() for _ in range(SLOTS))
         self._static: dict[tuple[torch.Size, ...], tuple[Tensor, ...]] = {}
-        self._seen: set[_Kind] = set()
+        self._launched: set[_Kind] = set()
+        self._failed: set[_Kind] = set()
+        self._whole = False
         self._graphs: collections.OrderedDict[_Kind, torch.cuda.CUDAGraph] = (
             collections.OrderedDict()
         )
@@ -92,12 +110,10 @@ class CudaRunner:
             if kind in self._graphs:
                 self._graphs.move_to_end(kind)
                 self._graphs[kind].replay()
-            elif self._graph and kind in self._seen:
-                self._capture(kind, on_device).replay()
+            elif self._may_capture(kind):
+                self._capture_and_replay(kind, on_device)
             else:
-                self._begin(False)
-                self._totals = self._compute(on_device, stage)
-                self._seen.add(kind)
+                self._launch(kind, on_device)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _place(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -106,6 +122,30 @@ class CudaRunner:
         if key not in self._static:
             self._static[key] = tuple(torch.empty_like(x, device=self._device) for x in tensors)
         return self._static[key]
+
+    def _may_capture(self, kind: _Kind) -> bool:
+        known = self._whole and _kernels(kind) in self._launched
+        return self._graph and known and _kernels(kind) not in self._failed
+
+    def _launch(self, kind: _Kind, inputs: BatchInputs) -> None:
+        """Launch the kernels of a batch one by one."""
+        self._begin(False)
+        self._totals = self._compute(inputs, kind.stage)
+        self._launched.add(_kernels(kind))
+        self._whole |= kind.stage.last
+
+    def _capture_and_replay(self, kind: _Kind, inputs: BatchInputs) -> None:
+        """Capture the kernels of a batch, which does not run them, and replay them."""
+        try:
+            graph = self._capture(kind, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("no CUDA graph: %s; kernels are launched one by one", error)
+            self._failed.add(_kernels(kind))
+            self._launch(kind, inputs)
+            return
+        graph.replay()
 
     def _capture(self, kind: _Kind, inputs: BatchInputs) -> torch.cuda.CUDAGraph:
         """Capture the kernels of a batch, which does not run them."""
@@ -121,8 +161,7 @@ class CudaRunner:
             self._totals = self._compute(inputs, kind.stage)
         self._graphs[kind] = graph
         if len(self._graphs) > GRAPHS:
-            forgotten, _ = self._graphs.popitem(last=False)
-            self._seen.discard(forgotten)
+            self._graphs.popitem(last=False)
         return graph
 
     def totals(self) -> Callable[[], list[float]]:

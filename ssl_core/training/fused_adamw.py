@@ -48,15 +48,20 @@ class FusedAdamW(AdamW):
         first, second = (math.log2(beta) if beta else -math.inf for beta in betas)
         self._numbers = (*betas, first, second, recipe.epsilon, recipe.weight_decay)
         self._found: dict[str, Tensor] = {}
+        self._present: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
-        self._summed: set[str] = set()
+        self._all_sums = self._noted = torch.zeros(0)
         self.tables = PinnedTables(device)
 
-    def collect(self, found: Mapping[str, Tensor], last: bool) -> None:
-        """Take the gradients of a micro-batch and add them, in fp32, to those before.
+    def collect(self, found: Mapping[str, Tensor], first: bool, last: bool) -> None:
+        """Take the gradients of a micro-batch, and add them in fp32 if there are several.
+
+        Which parameters have had a gradient is noted on the device: a replayed graph does not know
+        what was computed before.
 
         Args:
             found: gradients `[...]` by name, in the dtype of the copies.
+            first: whether this is the update's first micro-batch.
             last: whether the update has no further micro-batch.
         """
         own: dict[str, Tensor] = {}
@@ -65,31 +70,38 @@ class FusedAdamW(AdamW):
             if gradient is not None:
                 own[name] = gradient if gradient.is_contiguous() else gradient.contiguous()
             parameter.grad = None
-        if last and not self._summed:
-            self._found = own
+        if first and last:
+            self._found, self._present = own, None
             return
-        for name in own:
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(self.parameters[name])
+        if not self._sums:
+            self._allocate_sums()
+        if first:
+            torch._foreach_zero_([self._all_sums, self._noted])
         rows = [
-            [
-                *addresses(self._sums.get(name), own.get(name)),
-                parameter.numel(),
-                _kind(own.get(name)) if name in self._summed else -_kind(own.get(name)),
-            ]
+            [*addresses(self._sums[name], own.get(name)), parameter.numel(), _kind(own.get(name))]
             for name, parameter in self.parameters.items()
         ]
-        table = self.tables.copied(rows)
+        tensors = (self._owners, self._firsts, self._noted, self._like)
         aligned = all(number % 16 == 0 for row in rows for number in row[:3])
-        adamw_kernel.add_gradients(table, (self._owners, self._firsts, self._like), aligned=aligned)
-        self._summed |= own.keys()
+        adamw_kernel.add_gradients(self.tables.copied(rows), tensors, aligned=aligned)
         if last:
-            self._found = {name: self._sums[name] for name in self._sums if name in self._summed}
+            self._found, self._present = self._sums, self._noted
+
+    def _allocate_sums(self) -> None:
+        """Memory for sums of gradients, each at a multiple of 64 bytes."""
+        sizes = [-(-parameter.numel() // 16) * 16 for parameter in self.parameters.values()]
+        device = self._owners.device
+        self._all_sums = torch.zeros(sum(sizes), device=device)
+        self._noted = torch.zeros(len(sizes), dtype=torch.int32, device=device)
+        pieces = zip(self.parameters.items(), self._all_sums.split(sizes), strict=True)
+        self._sums = {
+            name: piece[: parameter.numel()].view(parameter.shape)
+            for (name, parameter), piece in pieces
+        }
 
     def drop_gradients(self) -> None:
         """Forget what was collected; memory of sums stays."""
         self._found = {}
-        self._summed = set()
 
     def begin_launches(self) -> None:
         """See `AdamW.begin_launches`."""
@@ -107,13 +119,17 @@ class FusedAdamW(AdamW):
         """Update the parameters that have a gradient, by numbers that stay on the device."""
         rows = self._table()
         table = self.tables.copied(rows)
-        self._all_steps += (table[:, 8] > 0) * control.finite
+        present = self._present
+        if present is None:
+            present = (table[:, 8] > 0).to(torch.int32)
+        self._all_steps += present * control.finite
         adamw_kernel.adamw(
             table,
             (
                 self._owners,
                 self._firsts,
                 self._all_steps,
+                present,
                 torch.stack([control.rate, control.factor]),
                 control.finite,
                 self._like,

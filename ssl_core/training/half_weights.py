@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.context import Attention
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.feed_forward import FeedForward
 
 _JOINED = ("q_proj", "k_proj", "v_proj")
@@ -50,11 +51,11 @@ class HalfWeights:
         for module in root.modules():
             if isinstance(module, Attention):
                 layers = [module.get_submodule(name) for name in _JOINED]
-                if all(type(layer) is nn.Linear for layer in layers):
+                if all(type(layer) is Linear for layer in layers):
                     self._join(module, layers, names, dtype)
                     done.update(layers)
         for module in root.modules():
-            if type(module) is nn.Linear and module not in done:
+            if type(module) is Linear and module not in done:
                 for key, parameter in module.named_parameters():
                     if key == "bias" and module in wide:
                         continue
@@ -87,6 +88,11 @@ class HalfWeights:
         self._leaves.append((leaf, own))
         leaf.requires_grad_(any(parameter.requires_grad for parameter in parameters))
         return leaf
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The copies as autograd knows them, `[...]` each; joined weights are one."""
+        return [leaf for leaf, _ in self._leaves]
 
     def refresh(self) -> None:
         """Copy the weights again, if anything but the optimizer has changed them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common.errors import UsageError
 from ssl_core.planning import allocator
+from ssl_core.planning.kernel_choice import choose_here
 from ssl_core.planning.step_plan import HALF, Plan
 from ssl_core.training.adamw import AdamRecipe, AdamW, Control
 from ssl_core.training.half_weights import HalfWeights
@@ -46,6 +47,8 @@ class PlannedStep:
         """
         self.model, self.backbone, self.plan = model, backbone, plan
         self.device = torch.device(plan.device)
+        if self.device.type == "cuda" and (plan.kernels != "auto" or plan.compile):
+            device_kernels.force(choose_here(plan).kernels)
         self.fused = device_kernels.fused(torch.empty(0, device=self.device))
         """Whether Triton's kernels take the step."""
         self.resident = self.fused or self.device.type == "cuda"
@@ -89,6 +92,11 @@ class PlannedStep:
             names = {parameter: name for name, parameter in self.model.named_parameters()}
             half = torch.float16 if self.plan.precision == "fp16" else torch.bfloat16
             self.halves = HalfWeights(root, names, half)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """Copies of weights in 16 bits, `[...]` each, that products use in their place."""
+        return [] if self.halves is None else self.halves.leaves
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Context of forward and backward passes: the weights are in the precision of products."""
@@ -193,17 +201,18 @@ class PlannedStep:
         for optimizer in self.optimizers.values():
             optimizer.drop_gradients()
 
-    def _collect(self, last: bool) -> None:
+    def _collect(self, first: bool, last: bool) -> None:
         """Take the gradients of a micro-batch, before those of the next one.
 
         Gradients in 16 bits are summed in fp32. Those of a whole update are left as they are.
 
         Args:
+            first: whether this is the update's first micro-batch.
             last: whether the update has no further micro-batch.
         """
         found = {} if self.halves is None else self.halves.take_gradients()
         for optimizer in self.optimizers.values():
-            optimizer.collect(found, last)
+            optimizer.collect(found, first, last)
 
     def _apply(
         self, rates: Mapping[str, float | Tensor], factor: float | Tensor, clip_norm: float

@@ -62,6 +62,11 @@ class PretrainingStep(PlannedStep):
         self._places: list[int] = []
         self._renew_runner()
 
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """See `PlannedStep.load_optimizer_state`; tensors `[...]`."""
+        super().load_optimizer_state(state)
+        self._renew_runner()
+
     def change_plan(self, plan: Plan) -> None:
         """See `PlannedStep.change_plan`."""
         super().change_plan(plan)
@@ -69,9 +74,9 @@ class PretrainingStep(PlannedStep):
 
     def _renew_runner(self) -> None:
         """Forget all graphs."""
-        self._runner = make_runner(
-            self.compute, self.device, self.resident, self.plan.graph, self._begin
-        )
+        # torch adds the gradients of several batches up wherever the first one's happen to be.
+        graph = self.plan.graph and (self.fused or self.plan.accumulation == 1)
+        self._runner = make_runner(self.compute, self.device, self.resident, graph, self._begin)
 
     def _begin(self, capture: bool) -> None:
         for optimizer in self.optimizers.values():
@@ -98,7 +103,7 @@ class PretrainingStep(PlannedStep):
         draws: Draws,
         weights: Weights,
         divisor: float | Tensor,
-        last: bool = True,
+        ends: tuple[bool, bool] = (True, True),
     ) -> list[LossParts]:
         """Add the gradient of one batch's loss, divided by `divisor`, to the parameters' gradients.
 
@@ -107,19 +112,19 @@ class PretrainingStep(PlannedStep):
             draws: random draws of this batch.
             weights: of the loss parts, and the Gumbel temperature.
             divisor: masked frames of the whole update.
-            last: whether this is the update's last batch.
+            ends: whether this is the update's first batch, and whether it is the last.
 
         Returns:
             The parts of each micro-batch's loss, detached.
         """
         if self.plan.effective_micro_batch < len(waveforms):
-            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor, last)
+            return self._accumulate_in_two_stages(waveforms, draws, weights, divisor, ends)
         with autocast(self.device, self.plan.precision):
             features = self._features(waveforms, self.plan.recompute_features)
             parts = self.model.loss_parts(features, draws, weights.temperature)
         masked = draws.masked.numel()
         (combine(parts, weights, masked) / divisor).backward()
-        self._collect(last)
+        self._collect(*ends)
         return [LossParts(*(part.detach() for part in parts))]
 
     def _accumulate_in_two_stages(
@@ -128,7 +133,7 @@ class PretrainingStep(PlannedStep):
         draws: Draws,
         weights: Weights,
         divisor: float | Tensor,
-        last: bool,
+        ends: tuple[bool, bool],
     ) -> list[LossParts]:
         size, masked = self.plan.effective_micro_batch, draws.masked.numel()
         pieces = [
@@ -164,7 +169,7 @@ class PretrainingStep(PlannedStep):
             assert leaf.grad is not None
             continue_backward(features, leaf.grad)
             del leaf, features
-            self._collect(last and number == len(pieces) - 1)
+            self._collect(ends[0] and number == 0, ends[1] and number == len(pieces) - 1)
         return done
 
     def take(self, batches: Iterable[Waveforms], update: int, key: int = 0) -> Taken:
@@ -256,7 +261,7 @@ class PretrainingStep(PlannedStep):
                 self.optimizers, {"model": float(controls.rate)}, 1 / float(scale)
             )
         with in_backward or contextlib.nullcontext(), self._settling(), self.computing():
-            parts = self.accumulate(inputs.waveforms, draws, weights, divisor / scale, stage.last)
+            parts = self.accumulate(inputs.waveforms, draws, weights, divisor / scale, stage.ends)
         self._totals[:7] += totals(parts, draws)
         del parts, draws
         if stage.last:

@@ -10,6 +10,7 @@ from common.units import format_length
 from ssl_core.planning.ladder import (
     RECOMPUTED_ATTENTION,
     SPLIT,
+    gpu_rungs,
     splits,
     with_layers_recomputed,
     with_memory_given_back,
@@ -33,6 +34,7 @@ class PretrainingWork:
     unit = "crops"
     convolves = True
     recurs = False
+    graphed = True
 
     @property
     def clip_norm(self) -> float:
@@ -45,13 +47,16 @@ class PretrainingWork:
 
     def rungs(self, whole: Plan) -> list[Rung]:
         """See `Work.rungs`."""
+        splits_exist = self.recipe.negative_pool == "utterance"
+        if whole.on_gpu:
+            return gpu_rungs(whole, features=True, layers=True, split=splits_exist, graph=True)
         first = [
             Rung(1.0, dataclasses.replace(whole, keep_attention=True)),
             Rung(RECOMPUTED_ATTENTION, whole),
         ]
         again = dataclasses.replace(whole, recompute_features=True)
         small = [Rung(RECOMPUTED_ATTENTION * SPLIT, again)]
-        if self.recipe.negative_pool == "utterance":
+        if splits_exist:
             small += [Rung(RECOMPUTED_ATTENTION * SPLIT, split) for split in splits(whole)]
         # A whole batch needs no memory for gradients, a split one less for activations.
         ends = [small[0], small[-1]][: len(small)]
@@ -92,7 +97,7 @@ class PretrainingWork:
         step = PretrainingStep(model, self.recipe, plan, seed=0, total_updates=100)
         label("activations")
         read = batches or (_zeros(plan) if fake else _noise(plan))
-        return Started(model, lambda number: step.update(read(number), number).applied)
+        return Started(model, lambda number: step.update(read(number), number).applied, step.copies)
 
 
 def step_options(plan: Plan) -> list[str]:

@@ -46,6 +46,11 @@ class Stage(NamedTuple):
     keep: tuple[bool, ...]
     """For each transformer layer, whether it runs."""
 
+    @property
+    def ends(self) -> tuple[bool, bool]:
+        """`first` and `last`."""
+        return self.first, self.last
+
 
 Compute = Callable[[BatchInputs, Stage], Tensor]
 """Computes a batch on the device and returns the totals of the update so far."""

@@ -57,10 +57,10 @@ class DirectRunner:
 
 
 def on_device(inputs: BatchInputs, device: torch.device) -> BatchInputs:
-    """The inputs on a device."""
+    """A copy of the inputs on a device, also where that is the host: a trace counts it."""
     numbers = torch.tensor([float(value) for value in inputs.controls]).to(device)
     return BatchInputs(
-        inputs.waveforms.to(device),
+        inputs.waveforms.to(device, copy=True),
         inputs.masked.to(device),
         inputs.seeds.to(device),
         Controls(*numbers.unbind()),

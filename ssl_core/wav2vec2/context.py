@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.attention import attention, self_attention
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu import products
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.feed_forward import FeedForward
 from ssl_core.wav2vec2.positions import PositionalConvolution
@@ -32,7 +33,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+        self.projection = Linear(config.conv_dim[-1], config.hidden_size)
         self.dropout = Dropout(config.feat_proj_dropout, PROJECTED)
 
     def forward(
@@ -67,10 +68,10 @@ class Attention(nn.Module):
         self.joined: tuple[Tensor, Tensor] | None = None
         """Weights and biases of q, k and v in one, `[3 hidden, hidden]` and `[3 hidden]`, where a
         step has them so: one product then takes the place of three."""
-        self.k_proj = nn.Linear(size, size)
-        self.v_proj = nn.Linear(size, size)
-        self.q_proj = nn.Linear(size, size)
-        self.out_proj = nn.Linear(size, size)
+        self.k_proj = Linear(size, size)
+        self.v_proj = Linear(size, size)
+        self.q_proj = Linear(size, size)
+        self.out_proj = Linear(size, size)
 
     def forward(
         self, x: Tensor, wanted: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         assert self.joined is not None
         weight, bias = self.joined
         if wanted is x and not lengths:
-            projected = F.linear(x, weight, bias)
+            projected = products.linear(x, weight, bias)
             return self_attention(
                 projected, heads=self.heads, rate=self.rate, seeds=seeds, site=self.site
             )
@@ -116,7 +117,8 @@ class Attention(nn.Module):
         (own, other), (own_bias, other_bias) = (
             part.split([size, 2 * size]) for part in (weight, bias)
         )
-        query, keys_and_values = F.linear(wanted, own, own_bias), F.linear(x, other, other_bias)
+        query = products.linear(wanted, own, own_bias)
+        keys_and_values = products.linear(x, other, other_bias)
         key, value = keys_and_values.split(size, -1)
         return attention(
             query, key, value, heads=self.heads, rate=self.rate, seeds=seeds, site=self.site,

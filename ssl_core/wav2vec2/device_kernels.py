@@ -26,9 +26,22 @@ _forced: Kernels | None = None
 def available(device: str) -> Kernels:
     """The best kernels for a device, `cuda:1` for example, by what it and this machine can do."""
     where = torch.device(device)
-    if where.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if where.type != "cuda" or not has_triton():
         return "plain"
     return "fused" if torch.cuda.get_device_capability(where) >= ARCHITECTURE else "plain"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def capability(device: str) -> float | None:
+    """Compute capability of a GPU, such as 8.6; None if there is none here."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return float(f"{major}.{minor}")
 
 
 def fused(x: Tensor) -> bool:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu import products
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.residual import Biased, linear
@@ -19,7 +21,7 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+        return products.affine(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -29,9 +31,9 @@ class _ActivatedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             torch.ops.aten.gelu(x, out=grad_x)
-            grad_weight = torch.mm(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = products.multiply(rows.t(), grad_x.flatten(0, -2)).to(weight.dtype)
             grad_bias = rows.sum(0, dtype=weight.dtype)
-        torch.mm(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
+        products.multiply(rows, weight.to(rows.dtype), out=grad_x.view(-1, grad_x.shape[-1]))
         torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad_bias
 
@@ -42,9 +44,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, site: int) -> None:
         """`site`: number of the dropout's site in the network."""
         super().__init__()
-        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_dense = Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_dropout = Dropout(config.activation_dropout, site)
-        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_dense = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, seeds: Tensor | None, lengths: Sequence[int] = ()) -> Biased:
         """Apply the feed-forward network.
@@ -58,7 +60,7 @@ class FeedForward(nn.Module):
             `[batch, frame, hidden]`, perhaps without the last bias.
         """
         inner, outer = self.intermediate_dense, self.output_dense
-        are_plain = type(inner) is nn.Linear and type(outer) is nn.Linear
+        are_plain = type(inner) is Linear and type(outer) is Linear
         drops = seeds is not None and self.intermediate_dropout.rate
         if fused(x) and are_plain and not drops:
             from ssl_core.wav2vec2.cuda.fused_feed_forward import fused_feed_forward
@@ -66,6 +68,6 @@ class FeedForward(nn.Module):
             weights = (inner.weight.to(x.dtype), inner.bias, outer.weight.to(x.dtype))
             return Biased(fused_feed_forward(x, *weights), outer.bias)
         x = inner(x)
-        if drops or type(outer) is not nn.Linear:
+        if drops or type(outer) is not Linear:
             return linear(outer, self.intermediate_dropout(F.gelu(x), seeds, lengths))
         return Biased(_ActivatedLinear.apply(x, outer.weight, outer.bias), None)

@@ -9,6 +9,7 @@ The hash is lowbias32 (nullprogram.com/blog/2018/07/31), with the second half of
 between. A hash serves four neighbouring elements of a mask, a byte each.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -52,6 +53,10 @@ def _times(x: _Bits, factor: int) -> _Bits:
     return x * (as_int32(factor) if isinstance(x, Tensor) else np.uint32(factor))
 
 
+def _plus(x: _Bits, number: int) -> _Bits:
+    return x + (as_int32(number) if isinstance(x, Tensor) else np.uint32(number & 0xFFFFFFFF))
+
+
 def mixed(x: _Bits) -> _Bits:
     """lowbias32 of each word, `[...]`."""
     x = x ^ _right(x, 16)
@@ -63,9 +68,17 @@ def mixed(x: _Bits) -> _Bits:
 
 def site_keys(seeds: Tensor, site: int) -> Keys:
     """The keys of a site from the crops' seeds, `[batch]` int64 on any device."""
-    low, high = seeds.to(torch.int32), (seeds >> 32).to(torch.int32)
-    first = mixed(low + as_int32((site + 1) * GOLDEN))
-    return Keys(first, mixed((high + as_int32((site + 1) * SITE)) ^ first))
+    if seeds.device.type == "cpu":
+        wide = seeds.numpy().view(np.uint64)
+        found = _keys(wide.astype(np.uint32), (wide >> np.uint64(32)).astype(np.uint32), site)
+        return Keys(*(torch.from_numpy(key.view(np.int32)) for key in found))
+    return Keys(*_keys(seeds.to(torch.int32), (seeds >> 32).to(torch.int32), site))
+
+
+def _keys(low: _Bits, high: _Bits, site: int) -> tuple[_Bits, _Bits]:
+    """Both words of keys from the halves of seeds, `[batch]`."""
+    first = mixed(_plus(low, (site + 1) * GOLDEN))
+    return first, mixed(_plus(high, (site + 1) * SITE) ^ first)
 
 
 def thresholds(keys: Keys, rate: float) -> Tensor:
@@ -96,20 +109,23 @@ def _hashed(words: _Bits, first: _Bits, second: _Bits) -> _Bits:
     return x ^ _right(x, 16)
 
 
-def _row_keys(keys: Keys, heads: int, rows: int) -> Tensor:
-    """`[batch, head, row]`."""
-    head = torch.arange(heads, dtype=torch.int32, device=keys.first.device)
-    row = torch.arange(rows, dtype=torch.int32, device=keys.first.device)
-    of_head = mixed(keys.first[:, None] + _times(head, GOLDEN))
-    return mixed(of_head[:, :, None] + _times(row, ROW))
+def _numbers(count: int, like: _Bits) -> _Bits:
+    """0, 1, ... as `[count]`, of the same kind and on the same device."""
+    if isinstance(like, Tensor):
+        return torch.arange(count, dtype=torch.int32, device=like.device)
+    return np.arange(count, dtype=np.uint32)
 
 
-def _column_keys(keys: Keys, heads: int, words: int) -> Tensor:
-    """`[batch, head, word]`."""
-    head = torch.arange(heads, dtype=torch.int32, device=keys.first.device)
-    word = torch.arange(words, dtype=torch.int32, device=keys.first.device)
-    of_head = mixed(keys.second[:, None] ^ _times(head, HEAD))
-    return mixed(of_head[:, :, None] + _times(word, COLUMN))
+def _row_keys(first: _Bits, heads: int, rows: int) -> _Bits:
+    """`[batch, head, row]` from the first words of keys, `[batch]`."""
+    of_head = mixed(first[:, None] + _times(_numbers(heads, first), GOLDEN))
+    return mixed(of_head[:, :, None] + _times(_numbers(rows, first), ROW))
+
+
+def _column_keys(second: _Bits, heads: int, words: int) -> _Bits:
+    """`[batch, head, word]` from the second words of keys, `[batch]`."""
+    of_head = mixed(second[:, None] ^ _times(_numbers(heads, second), HEAD))
+    return mixed(of_head[:, :, None] + _times(_numbers(words, second), COLUMN))
 
 
 def _words(x: Tensor) -> Words:
@@ -117,14 +133,30 @@ def _words(x: Tensor) -> Words:
     return x.numpy().view(np.uint32)
 
 
-def _kept_bytes(x: Words, spare: Words, threshold: int, out: npt.NDArray[np.bool_]) -> None:
-    """Finish hashes in place from their second multiplication on, and compare their bytes."""
+def _byte_thresholds(first: Words, second: Words, rate: float) -> npt.NDArray[np.uint8]:
+    """`thresholds` in NumPy, `[batch]`."""
+    whole, chance = threshold_parts(rate)
+    found = whole + (_right(mixed(first ^ second), 1) < chance)
+    return np.array(found.tolist(), dtype=np.uint8)
+
+
+def _kept_bytes(
+    x: Words, spare: Words, limits: npt.NDArray[np.uint8], out: npt.NDArray[np.bool_]
+) -> None:
+    """Finish hashes in place from their second multiplication on, and compare their bytes.
+
+    Args:
+        x: hashes, `[..., word]`.
+        spare: of the same shape.
+        limits: thresholds, which broadcast to `out`.
+        out: `[..., byte]`, the result.
+    """
     np.right_shift(x, np.uint32(15), out=spare)
     np.bitwise_xor(x, spare, out=x)
     np.multiply(x, np.uint32(SECOND), out=x)
     np.right_shift(x, np.uint32(16), out=spare)
     np.bitwise_xor(x, spare, out=x)
-    np.greater_equal(x.view(np.uint8)[..., : out.shape[-1]], np.uint8(threshold), out=out)
+    np.greater_equal(x.view(np.uint8)[..., : out.shape[-1]], limits, out=out)
 
 
 def keep_elements(keys: Keys, sizes: Sequence[int], rate: float) -> Tensor:
@@ -138,24 +170,31 @@ def keep_elements(keys: Keys, sizes: Sequence[int], rate: float) -> Tensor:
     Returns:
         `[sum of sizes]` bool, True where an element is kept.
     """
-    limits = thresholds(keys, rate)
     if keys.first.device.type != "cpu":
-        return _keep_elements_on_a_device(keys, sizes, limits)
+        return _keep_elements_on_a_device(keys, sizes, thresholds(keys, rate))
+    first, second = (_words(each)[:, None] for each in keys)
+    limits = _byte_thresholds(first, second, rate)
     out = np.empty(sum(sizes), dtype=np.bool_)
     words = np.arange(min(BLOCK, -(-max(sizes) // 4)), dtype=np.uint32)
-    x, spare, done = np.empty_like(words), np.empty_like(words), 0
-    crops = zip(_words(keys.first), _words(keys.second), limits.tolist(), sizes, strict=True)
-    for first, second, limit, size in crops:
-        for start in range(0, -(-size // 4), BLOCK):
-            own = out[done + 4 * start : done + min(size, 4 * (start + BLOCK))]
-            some, beside = x[: -(-len(own) // 4)], spare[: -(-len(own) // 4)]
-            np.add(words[: len(some)], np.uint32((start + int(first)) & 0xFFFFFFFF), out=some)
-            np.right_shift(some, np.uint32(16), out=beside)
-            np.bitwise_xor(some, beside, out=some)
-            np.multiply(some, np.uint32(FIRST), out=some)
-            np.bitwise_xor(some, second, out=some)
-            _kept_bytes(some, beside, limit, own)
-        done += size
+    x, spare, crop, done = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), 0, 0
+    for size, equal in itertools.groupby(sizes):
+        last = crop + len(list(equal))
+        some = out[done : done + (last - crop) * size].reshape(last - crop, size)
+        together = max(1, BLOCK // -(-size // 4))
+        for begin, start in itertools.product(
+            range(0, last - crop, together), range(0, -(-size // 4), BLOCK)
+        ):
+            own = some[begin : begin + together, 4 * start : 4 * (start + BLOCK)]
+            crops = slice(crop + begin, crop + begin + len(own))
+            shape = (len(own), -(-own.shape[1] // 4))
+            hashed, beside = (each[: math.prod(shape)].reshape(shape) for each in (x, spare))
+            np.add(words[: shape[1]], _plus(first[crops], start), out=hashed)
+            np.right_shift(hashed, np.uint32(16), out=beside)
+            np.bitwise_xor(hashed, beside, out=hashed)
+            np.multiply(hashed, np.uint32(FIRST), out=hashed)
+            np.bitwise_xor(hashed, second[crops], out=hashed)
+            _kept_bytes(hashed, beside, limits[crops], own)
+        crop, done = last, done + (last - crop) * size
     return torch.from_numpy(out)
 
 
@@ -188,26 +227,28 @@ def keep_pairs(
         `[batch, chosen head, query frame, frame]` bool, True where a pair is kept.
     """
     rows, columns = shape
-    row_keys = _row_keys(keys, heads, rows)[:, chosen, :, None]
-    column_keys = _column_keys(keys, heads, -(-columns // 4))[:, chosen, None]
-    limits = thresholds(keys, rate)
+    words = -(-columns // 4)
     if keys.first.device.type != "cpu":
-        return _keep_pairs_on_a_device(row_keys, column_keys, columns, limits)
-    out = np.empty((*row_keys.shape[:3], columns), dtype=np.bool_)
-    by_row, by_column = _words(row_keys), _words(column_keys)
-    step = max(1, BLOCK // by_column.shape[-1])
-    x = np.empty((min(step, rows), by_column.shape[-1]), dtype=np.uint32)
+        row_keys = _row_keys(keys.first, heads, rows)[:, chosen, :, None]
+        column_keys = _column_keys(keys.second, heads, words)[:, chosen, None]
+        return _keep_pairs_on_a_device(row_keys, column_keys, columns, thresholds(keys, rate))
+    first, second = (_words(each) for each in keys)
+    by_row = _row_keys(first, heads, rows)[:, chosen].reshape(-1, rows, 1)
+    by_column = _column_keys(second, heads, words)[:, chosen].reshape(-1, 1, words)
+    out = np.empty((len(by_row), rows, columns), dtype=np.bool_)
+    limits = _byte_thresholds(first, second, rate).repeat(len(out) // len(first))[:, None, None]
+    step = min(rows, max(1, BLOCK // words))
+    together = min(len(out), max(1, BLOCK // (words * step)))
+    x = np.empty((together, step, words), dtype=np.uint32)
     spare = np.empty_like(x)
-    for crop, limit in enumerate(limits.tolist()):
-        for head in range(out.shape[1]):
-            for start in range(0, rows, step):
-                own = out[crop, head, start : start + step]
-                some, beside = x[: len(own)], spare[: len(own)]
-                rows_now = by_row[crop, head, start : start + step]
-                np.bitwise_xor(rows_now, by_column[crop, head], out=some)
-                np.multiply(some, np.uint32(FIRST), out=some)
-                _kept_bytes(some, beside, limit, own)
-    return torch.from_numpy(out)
+    for matrix, row in itertools.product(range(0, len(out), together), range(0, rows, step)):
+        some, rows_now = slice(matrix, matrix + together), slice(row, row + step)
+        own = out[some, rows_now]
+        hashed, beside = (each[: own.shape[0], : own.shape[1]] for each in (x, spare))
+        np.bitwise_xor(by_row[some, rows_now], by_column[some], out=hashed)
+        np.multiply(hashed, np.uint32(FIRST), out=hashed)
+        _kept_bytes(hashed, beside, limits[some], own)
+    return torch.from_numpy(out.reshape(len(first), -1, rows, columns))
 
 
 def _keep_pairs_on_a_device(

@@ -13,6 +13,7 @@ from ssl_core.wav2vec2 import context, packing
 from ssl_core.wav2vec2.chance import Draws
 from ssl_core.wav2vec2.config import ModelConfig
 from ssl_core.wav2vec2.contrastive import contrastive_loss
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.features import FeatureExtractor, normalised
 from ssl_core.wav2vec2.precision import at_least_fp32
@@ -120,8 +121,8 @@ class PretrainingModel(nn.Module):
         self.wav2vec2 = Backbone(config)
         self.dropout_features = Dropout(config.feat_quantizer_dropout, QUANTIZED)
         self.quantizer = Quantizer(config)
-        self.project_hid = nn.Linear(config.hidden_size, config.proj_codevector_dim)
-        self.project_q = nn.Linear(config.codevector_dim, config.proj_codevector_dim)
+        self.project_hid = Linear(config.hidden_size, config.proj_codevector_dim)
+        self.project_q = Linear(config.codevector_dim, config.proj_codevector_dim)
         self._initialise()
 
     def _initialise(self) -> None:

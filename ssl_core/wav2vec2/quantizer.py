@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.keyed_bits import site_keys, uniform
 from ssl_core.wav2vec2.precision import at_least_fp32
@@ -42,7 +43,7 @@ class Quantizer(nn.Module):
         self.entries = config.num_codevectors_per_group
         width = config.codevector_dim // self.groups
         self.codevectors = nn.Parameter(torch.empty(1, self.groups * self.entries, width))
-        self.weight_proj = nn.Linear(config.conv_dim[-1], self.groups * self.entries)
+        self.weight_proj = Linear(config.conv_dim[-1], self.groups * self.entries)
 
     def logits(self, frames: Tensor) -> Tensor:
         """Logits of `[batch, masked, channel]` frames: fp32, `[batch, masked, group, entry]`."""

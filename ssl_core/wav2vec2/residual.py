@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.device_kernels import fused
 from ssl_core.wav2vec2.dropout import Dropout
 from ssl_core.wav2vec2.precision import compute_dtype
@@ -40,7 +41,7 @@ class Biased(NamedTuple):
 
 def linear(layer: nn.Module, x: Tensor) -> Biased:
     """A linear layer of `[batch, frame, feature]`; on a GPU a later kernel adds its bias."""
-    if fused(x) and type(layer) is nn.Linear:
+    if fused(x) and type(layer) is Linear:
         return Biased(F.linear(x, layer.weight), layer.bias)
     return Biased(layer(x), None)
 

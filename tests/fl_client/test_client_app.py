@@ -26,7 +26,7 @@ from fl_server.broadcast import Broadcast
 from ssl_core.planning.step_plan import Plan
 from ssl_core.training.planned_step import PlannedStep
 from ssl_core.training.pretraining_step import PretrainingStep
-from ssl_core.training.step_report import StepReport
+from ssl_core.training.step_runner import Taken
 from ssl_core.wav2vec2.model import Backbone, PretrainingModel
 
 pytestmark = pytest.mark.usefixtures("shared_estimates")
@@ -202,10 +202,10 @@ def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
         return model
 
     def moving(
-        step: PlannedStep, model: PretrainingModel, backbone: Backbone | None, plan: Plan
+        step: PlannedStep, model: PretrainingModel, backbone: Backbone, plan: Plan, products: Any
     ) -> None:
         move(model, plan.device)
-        init(step, model, backbone, plan)
+        init(step, model, backbone, plan, products)
 
     usual = ask(MessageType.TRAIN, round_of(weights())).content[protocol.UPDATE]
     monkeypatch.setattr(PretrainingModel, "to", move)
@@ -332,15 +332,15 @@ def test_a_client_that_runs_out_of_memory_does_the_round_with_a_leaner_plan(
     ask: Callable[..., Message], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = ask(MessageType.TRAIN, round_of(weights()))
-    update = PretrainingStep.update
+    take = PretrainingStep.take
 
-    def tight(step: PretrainingStep, batches: Any, number: int, key: int = 0) -> StepReport:
-        report = update(step, batches, number, key)
+    def tight(step: PretrainingStep, batches: Any, number: int, key: int = 0) -> Taken:
+        taken = take(step, batches, number, key)
         if number == 3 and step.plan.effective_micro_batch > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return report
+        return taken
 
-    monkeypatch.setattr(PretrainingStep, "update", tight)
+    monkeypatch.setattr(PretrainingStep, "take", tight)
     reply = ask(MessageType.TRAIN, round_of(weights()))
     assert reply.content[protocol.METRICS]["micro_batch"] == 1
     assert reply.content[protocol.METRICS]["updates"] == 2

@@ -26,16 +26,17 @@ ARCHITECTURE = dataclasses.replace(preset("tiny"), num_hidden_layers=1)
 WORK = PretrainingWork(architecture=ARCHITECTURE, recipe=RECIPES["tiny"])
 
 
-def test_a_plan_made_elsewhere_carries_every_option_of_a_step_but_compile() -> None:
+def test_a_plan_made_elsewhere_carries_every_option_of_a_step_but_those_of_the_run() -> None:
     names = [field.name for field in dataclasses.fields(StepOptions)]
-    assert sorted([*OTHER, "compile"]) == sorted(names)
+    assert sorted([*OTHER, "compile", "graph", "kernels"]) == sorted(names)
     made = Plan(length=2.0, batch=6, micro_batch=2, accumulation=3, threads=5, **OTHER)
     assert all(getattr(made, name) != getattr(Plan(), name) for name in OTHER)
     assert json.loads(to_json(made)) == {"micro_batch": 2, **OTHER}
-    run = Plan(length=1.0, batch=6, accumulation=2, threads=1, compile=True)
+    run = Plan(length=1.0, batch=6, accumulation=2, threads=1, compile=True, graph=False)
     changed = Budget(plan=to_json(made)).change(run)
     assert changed == dataclasses.replace(run, micro_batch=2, **OTHER)
     assert changed.compile  # as the run says
+    assert not changed.graph
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -470,9 +470,11 @@ def test_a_model_that_is_moved_to_its_device_sends_what_it_has_learned(
             model._apply(torch.clone)
         return model
 
-    def moving(step: PlannedStep, model: TaskModel, backbone: Backbone | None, plan: Plan) -> None:
+    def moving(
+        step: PlannedStep, model: TaskModel, backbone: Backbone | None, plan: Plan, products: Any
+    ) -> None:
         move(model, plan.device)
-        init(step, model, backbone, plan)
+        init(step, model, backbone, plan, products)
 
     settings = lab.settings(share="layers")
     usual = lab.round(settings)

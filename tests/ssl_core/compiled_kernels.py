@@ -96,9 +96,9 @@ def _optimizer(kind: str) -> None:
     blocks, like = (_int32(92_900), _int32(92_900)), torch.empty(8, device="meta").bfloat16()
     steps, control, applied = _fp32(218), _fp32(2), _int32()
     numbers = (0.9, 0.98, -0.152, -0.029, 1e-6, 0.01)
-    tensors = (*blocks, steps, control, applied, like)
+    tensors = (*blocks, steps, _int32(218), control, applied, like)
     adamw_kernel.adamw(table, tensors, numbers, kind=kind, copies=True, aligned=True)
-    adamw_kernel.add_gradients(table, (*blocks, like), aligned=True)
+    adamw_kernel.add_gradients(table, (*blocks, _int32(218), like), aligned=True)
 
 
 CASES: dict[str, Callable[[], Tensor | None]] = {

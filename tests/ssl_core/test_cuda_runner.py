@@ -55,12 +55,18 @@ class Lab:
         yield
         self.capturing = None
 
-    def take(self, value: float, keep: tuple[bool, ...] = (True,), batch: int = 2) -> float:
+    def take(
+        self,
+        value: float,
+        keep: tuple[bool, ...] = (True,),
+        batch: int = 2,
+        stage: Stage | None = None,
+    ) -> float:
         waveforms = torch.full((batch, 5), value)
         masked, seeds = torch.zeros(batch, 3, dtype=torch.int64), torch.zeros(batch).long()
         controls = Controls(0.5, 0.0, 0.0, 1.0)
         inputs = BatchInputs(waveforms, masked, seeds, controls)
-        self.runner.run(inputs, Stage(True, True, 7, keep))
+        self.runner.run(inputs, stage or Stage(True, True, 7, keep))
         return float(self.result)
 
 
@@ -78,6 +84,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
         "graph_pool_handle": lambda: (0, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    cuda_runner._stream.cache_clear()
     monkeypatch.setattr(cuda_runner._Slot, "fill", lambda self, tensors: tensors)
     lab = Lab()
     monkeypatch.setattr(torch.cuda, "graph", lab.capture)
@@ -94,16 +101,24 @@ def test_other_layers_and_other_shapes_have_graphs_of_their_own(lab: Lab) -> Non
         assert lab.take(1.0) == 12.0
         assert lab.take(1.0, keep=(False,)) == 12.0
         assert lab.take(1.0, batch=3) == 14.5
-    assert lab.did == ["launch"] * 3 + ["capture"] * 3
+    assert lab.did == ["launch", "capture", "launch", "capture", "capture"]
+
+
+def test_nothing_is_captured_before_a_whole_update_was_launched(lab: Lab) -> None:
+    for _ in range(2):
+        for stage in (Stage(True, False, 0, ()), *[Stage(False, False, 0, ())] * 2):
+            lab.take(1.0, stage=stage)
+        lab.take(1.0, stage=Stage(False, True, 7, ()))
+    assert lab.did == ["launch"] * 4 + ["capture"] * 3
 
 
 def test_the_graph_unused_for_longest_makes_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner, "GRAPHS", 1)
     for keep in ((True,), (True,), (False,), (False,)):
         lab.take(1.0, keep)
-    assert lab.did == ["launch", "capture", "launch", "capture"]
+    assert lab.did == ["launch", "capture", "capture"]
     assert [lab.take(2.0) for _ in range(3)] == [17.0] * 3
-    assert lab.did[4:] == ["launch", "capture"]
+    assert lab.did[3:] == ["capture"]
 
 
 def test_without_graphs_every_update_is_launched(lab: Lab) -> None:
@@ -111,3 +126,15 @@ def test_without_graphs_every_update_is_launched(lab: Lab) -> None:
     for _ in range(3):
         lab.take(1.0)
     assert lab.did == ["launch"] * 3
+
+
+def test_what_cannot_be_captured_is_launched(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(lab.runner, "_capture", refused)
+    assert [lab.take(value) for value in (1.0, 2.0, 3.0)] == [12.0, 17.0, 22.0]
+    assert lab.did == ["launch"] * 3
+    assert "not permitted" in caplog.text

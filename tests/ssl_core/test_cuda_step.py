@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401 (before the kernels)
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_core.planning.step_plan import Plan
@@ -109,7 +109,7 @@ def test_nothing_is_copied_from_the_gpu_during_an_update(monkeypatch: pytest.Mon
     def backward(loss: torch.Tensor) -> None:
         assert loss.device.type == "cuda"
         for leaf in gc.get_objects():
-            if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad:
+            if isinstance(leaf, FakeTensor) and leaf.is_leaf and leaf.requires_grad:
                 leaf.grad = torch.empty_like(leaf)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)

@@ -23,7 +23,11 @@ from ssl_core.planning.device_report import device_table
 from ssl_core.planning.this_machine import this_machine
 
 MIB = 2**20
-CARDS = ("a100-40gb", "a100-80gb", "h100-80gb", "h200", "rtx3090", "rtx4090", "rtx5090")
+OLDER = ("v100-16gb", "v100-32gb", "t4")
+CARDS = (
+    "a100-40gb", "a100-80gb", "h100-80gb", "h200", "l4", "l40s", "a10g", "rtx3090", "rtx4090",
+    "rtx5090",
+)  # fmt: skip
 LONG = "a-device-with-a-name-that-is-longer-than-a-line-of-a-terminal-" * 2
 OWN = """
 desk:
@@ -49,14 +53,15 @@ def test_the_packaged_profiles_are_those_promised() -> None:
     assert set(known_profiles()) == {
         "rpi4", "rpi4-2gb", "rpi4-4gb", "rpi5-8gb", "rpi5-16gb", "jetson-xavier-nx",
         "jetson-xavier-agx", "rtx2080ti", "jetson-orin-nano", "jetson-orin-nx", "jetson-orin-agx",
-        "phone-4gb", *CARDS,
+        "phone-4gb", *OLDER, *CARDS,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", known_profiles().values(), ids=lambda profile: profile.name)
 def test_every_packaged_figure_says_where_it_is_from(profile: DeviceProfile) -> None:
     room = "system" if profile.tensor_fraction is None else "tensor_fraction"
-    optional = {name for name in ("timed_as", "software") if getattr(profile, name)}
+    optional = {n for n in ("timed_as", "software", "capability") if getattr(profile, n)}
+    optional |= set() if profile.triton else {"triton"}
     assert set(profile.sources) == optional | {
         "memory",
         room,
@@ -82,12 +87,14 @@ def test_what_is_left_for_training() -> None:
 
 def test_a_discrete_gpu_leaves_all_but_the_cuda_context_for_training() -> None:
     gib = {"a100-40gb": 39.5, "a100-80gb": 79.25, "h100-80gb": 79.1, "h200": 139.8}
-    gib |= {"rtx3090": 23.68, "rtx4090": 23.64, "rtx5090": 31.36}
-    assert set(gib) == set(CARDS)
+    gib |= {"rtx3090": 23.68, "rtx4090": 23.64, "rtx5090": 31.36, "l40s": 44.42}
+    gib |= {"v100-16gb": 15.78, "v100-32gb": 31.74, "t4": 14.56}
+    gib |= {"l4": 22.0, "a10g": 22.0}  # assumed
+    assert set(gib) == {*OLDER, *CARDS}
     for name, total in gib.items():
         card = find_profile(name)
         assert (card.accelerator, card.shared, card.timed_as) == ("cuda", False, "")
-        assert card.precisions == ("fp32", "bf16", "fp16")
+        assert ("bf16" in card.precisions) == (name in CARDS) == ((card.capability or 0) >= 8)
         assert card.memory == int(1024 * total) * MIB
         assert card.training_bytes == card.memory - 700 * MIB
 
@@ -127,6 +134,10 @@ def test_the_nearest_names_are_told(name: str, nearest: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_profile(name)
     assert f"no device '{name}'; did you mean {nearest}? (known: auto, rpi4," in str(caught.value)
+
+
+def test_a_name_may_leave_out_the_memory_if_there_is_one_such_device() -> None:
+    assert find_profile("h100").name == "h100-80gb"
 
 
 @pytest.mark.parametrize("name", ["zx81", "--"])
@@ -370,6 +381,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, shared: bool)
     properties = SimpleNamespace(is_integrated=shared)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)

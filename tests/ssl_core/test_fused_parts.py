@@ -84,20 +84,25 @@ def test_negatives_and_noise_are_those_of_a_cpu(pools: int) -> None:
         torch.testing.assert_close(gumbel_noise(seeds, 3, 1100), noise)
 
 
-def test_bits_in_torch_are_those_in_numpy() -> None:
-    """A GPU without Triton computes them in torch, a CPU in NumPy."""
-    keys = site_keys(torch.tensor([0, 1, 2**62 - 1, 12345678901234567]), 17)
+@pytest.mark.parametrize("block", [2**15, 600])
+def test_bits_in_torch_are_those_in_numpy(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """A GPU without Triton computes them in torch, a CPU in NumPy, by blocks."""
+    monkeypatch.setattr(keyed_bits, "BLOCK", block)
+    seeds = torch.tensor([0, 1, 2**62 - 1, 12345678901234567])
+    keys = site_keys(seeds, 17)
+    in_torch = keyed_bits._keys(seeds.to(torch.int32), (seeds >> 32).to(torch.int32), 17)
+    assert all(torch.equal(one, other) for one, other in zip(keys, in_torch, strict=True))
     limits = keyed_bits.thresholds(keys, 0.1)
-    for sizes in ([400_003] * 4, [5, 800, 131, 1]):
+    for sizes in ([400_003] * 4, [803] * 4, [803, 803, 131, 1]):
         kept = keyed_bits.keep_elements(keys, sizes, 0.1)
         assert torch.equal(kept, keyed_bits._keep_elements_on_a_device(keys, sizes, limits))
-    rows = keyed_bits._row_keys(keys, 5, 31)[:, 1:3, :, None]
-    columns = keyed_bits._column_keys(keys, 5, 9)[:, 1:3, None]
+    rows = keyed_bits._row_keys(keys.first, 5, 31)[:, 1:4, :, None]
+    columns = keyed_bits._column_keys(keys.second, 5, 9)[:, 1:4, None]
     pairs = keyed_bits._keep_pairs_on_a_device(rows, columns, 33, limits)
-    assert torch.equal(keyed_bits.keep_pairs(keys, 5, slice(1, 3), (31, 33), 0.1), pairs)
+    assert torch.equal(keyed_bits.keep_pairs(keys, 5, slice(1, 4), (31, 33), 0.1), pairs)
     place = torch.arange(1000, dtype=torch.int32)
-    in_torch = keyed_bits._hashed(place, keys.first[:, None], keys.second[:, None])
-    assert torch.equal(keyed_bits.hashes(keys, 1000), in_torch)
+    hashed = keyed_bits._hashed(place, keys.first[:, None], keys.second[:, None])
+    assert torch.equal(keyed_bits.hashes(keys, 1000), hashed)
 
 
 def test_masks_are_even_and_unrelated() -> None:
@@ -141,12 +146,12 @@ def test_adamw_of_all_parameters_at_once_is_that_of_each(kind: str) -> None:
             half = other.half() if names[number] in copies else other
             theirs[number].grad = (one + (0 if number == 0 else half.float())) * factor
         plain.apply(1e-2)
-        fused.collect(dict(zip(names, pieces[0], strict=True)), last=False)
+        fused.collect(dict(zip(names, pieces[0], strict=True)), True, last=False)
         second = {
             name: piece.half() if name in copies else piece
             for name, piece in zip(names[1:], pieces[1][1:], strict=True)
         }
-        fused.collect(second, last=True)
+        fused.collect(second, first=False, last=True)
         for finite in (1, 0):
             fused.apply_on_device(Control(rate, factor, torch.tensor(finite, dtype=torch.int32)))
         fused.drop_gradients()

@@ -31,12 +31,12 @@ def attention_mask(
         site: number of the dropout's site in the network.
         heads: number of heads.
         first: first head whose mask is wanted.
-        last: head after the last.
+        last: head after the last; more than there are for all that follow.
         sides: query frames and frames.
         rate: fraction to drop.
 
     Returns:
-        `[batch, last - first, query frame, frame]` uint8; 1 where a weight is kept.
+        `[batch, head, query frame, frame]` uint8; 1 where a weight is kept.
     """
     rows, columns = sides
     kept = keep_pairs(site_keys(seeds, site), heads, slice(first, last), (rows, columns), rate)
@@ -47,7 +47,7 @@ def attention_mask(
 def _(
     seeds: Tensor, site: int, heads: int, first: int, last: int, sides: Sequence[int], rate: float
 ) -> Tensor:
-    shape = (len(seeds), last - first, *sides)
+    shape = (len(seeds), min(last, heads) - first, *sides)
     return torch.empty(shape, dtype=torch.uint8, device=seeds.device)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_core.wav2vec2.cpu.products import multiply
 from ssl_core.wav2vec2.operators import operator
 
 LARGEST = 256
@@ -46,13 +47,13 @@ class _Transform:
 
     def of_taps(self, weight: Tensor) -> Tensor:
         """Spectra of taps: `[out, in, tap]` to `[2, bin, out, in]`."""
-        spectra = self.analysis[:, : self.taps] @ weight.flatten(0, 1).t()
+        spectra = multiply(self.analysis[:, : self.taps], weight.flatten(0, 1).t())
         return spectra.view(2, -1, *weight.shape[:2])
 
     def to_taps(self, spectra: Tensor, out: Tensor) -> None:
         """Inverse transform of `[2, bin, out, in]` into `out`, `[out, in, tap]`."""
         signals = spectra.flatten(0, 1).flatten(1)
-        torch.mm(signals.t(), self.synthesis[: self.taps].t(), out=out.view(-1, self.taps))
+        multiply(signals.t(), self.synthesis[: self.taps].t(), out=out.view(-1, self.taps))
 
     def of_inputs(self, x: Tensor) -> Tensor:
         """Spectra of all crops' input blocks: `[frame, channel]` to `[2, bin, block, channel]`."""
@@ -86,12 +87,12 @@ class _Transform:
 
     def _spectra(self, blocks: list[Tensor]) -> Tensor:
         signals = torch.cat(blocks, 1)
-        spectra = self.analysis[:, : len(signals)] @ signals.flatten(1)
+        spectra = multiply(self.analysis[:, : len(signals)], signals.flatten(1))
         return spectra.view(2, -1, *signals.shape[1:])
 
     def _crops(self, spectra: Tensor, out: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each crop's part of `out`, and its blocks, `[sample, block, channel]`."""
-        signals = self.synthesis[:size] @ spectra.flatten(0, 1).flatten(1)
+        signals = multiply(self.synthesis[:size], spectra.flatten(0, 1).flatten(1))
         blocks = signals.view(size, *spectra.shape[2:]).split(self.counts, 1)
         return zip(out.split(self.frames), blocks, strict=True)
 

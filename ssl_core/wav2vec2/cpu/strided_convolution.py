@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_core.wav2vec2.cpu.products import add_product, multiply
 from ssl_core.wav2vec2.operators import operator
 
 BLOCK = 2048
@@ -66,9 +67,9 @@ class _Products:
     def forward(self, rows: Tensor, out: Tensor) -> None:
         """Convolve `[row, channel]` into `out`, `[window, out_channel]`."""
         head, tail = self._views(rows, len(out))
-        torch.mm(head, self.head, out=out)
+        multiply(head, self.head, out=out)
         if self.overlap:
-            out[: len(tail)].addmm_(tail, self.tail)
+            add_product(out[: len(tail)], tail, self.tail)
 
     def backward(self, rows: Tensor, grad: Tensor, out: Tensor) -> None:
         """Add to the weight's gradient; write that of `rows` to `out`.
@@ -78,12 +79,12 @@ class _Products:
         out[len(grad) * self.stride :] = 0
         head, tail = self._views(rows, len(grad))
         head_out, tail_out = self._views(out, len(grad))
-        self.head_gradient += torch.mm(grad.t(), head)
-        torch.mm(grad, self.head.t(), out=head_out)
+        self.head_gradient += multiply(grad.t(), head)
+        multiply(grad, self.head.t(), out=head_out)
         if self.overlap:
             grad = grad[: len(tail)]
-            self.tail_gradient += torch.mm(grad.t(), tail)
-            tail_out.addmm_(grad, self.tail.t())
+            self.tail_gradient += multiply(grad.t(), tail)
+            add_product(tail_out, grad, self.tail.t())
 
     def weight_gradient(self) -> Tensor:
         """The sum over all blocks, `[out_channel, channel, tap]`."""
@@ -148,7 +149,7 @@ def first_convolutions(windows: Tensor, kernels: Tensor, weight: Tensor, stride:
     products = _Products(weight, stride, windows.dtype)
     for crop, kernel, outputs in zip(windows, kernels, out, strict=True):
         for first, last, low, high in products.spans(len(outputs), len(crop)):
-            rows = torch.mm(crop[low:high], kernel.to(crop.dtype))
+            rows = multiply(crop[low:high], kernel.to(crop.dtype))
             products.forward(torch.ops.aten.gelu_(rows), outputs[first:last])
     return out
 
@@ -163,11 +164,11 @@ def _first_convolutions_backward(
         windows, kernels, grad_kernels, grad.contiguous(), strict=True
     ):
         for first, last, low, high in products.spans(len(outputs), len(crop)):
-            before = torch.mm(crop[low:high], kernel.to(crop.dtype))
+            before = multiply(crop[low:high], kernel.to(crop.dtype))
             rows = torch.empty_like(before)
             products.backward(F.gelu(before), outputs[first:last], rows)
             torch.ops.aten.gelu_backward(rows, before, grad_input=rows)
-            grad_kernel += torch.mm(crop[low:high].t(), rows)
+            grad_kernel += multiply(crop[low:high].t(), rows)
     return grad_kernels, products.weight_gradient()
 
 

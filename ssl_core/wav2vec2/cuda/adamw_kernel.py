@@ -29,14 +29,15 @@ def _at(address, like, ALIGNED: tl.constexpr):
 
 @triton.jit
 def adamw_kernel(
-    TABLE, OWNERS, FIRSTS, STEPS, CONTROL, APPLIED, COPIES, beta1, beta2, log_beta1, log_beta2,
-    epsilon, decay, KIND: tl.constexpr, COPY: tl.constexpr, COLUMNS: tl.constexpr,
+    TABLE, OWNERS, FIRSTS, STEPS, PRESENT, CONTROL, APPLIED, COPIES, beta1, beta2, log_beta1,
+    log_beta2, epsilon, decay, KIND: tl.constexpr, COPY: tl.constexpr, COLUMNS: tl.constexpr,
     ROW: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A block of one parameter a program.
 
     `OWNERS` and `FIRSTS` are the parameter of each block and its first element; `CONTROL` holds
-    learning rate and factor of the gradient, `APPLIED` is 0 if it is not finite. `COPIES` is any
+    learning rate and factor of the gradient, `APPLIED` is 0 if it is not finite, `PRESENT` is 0 for
+    a parameter without a gradient. `COPIES` is any
     pointer to the dtype of the copies.
     """
     owner = tl.load(OWNERS + tl.program_id(0))
@@ -47,7 +48,8 @@ def adamw_kernel(
     place = first_place + (tl.arange(0, BLOCK // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :])
     kind = tl.load(own + 8)
     rate, factor = tl.load(CONTROL), tl.load(CONTROL + 1)
-    inside = (place < count) & (kind > 0) & (tl.load(APPLIED) != 0)
+    applied = (tl.load(APPLIED) != 0) & (tl.load(PRESENT + owner) != 0)
+    inside = (place < count) & applied
     wide: tl.constexpr = tl.pointer_type(tl.float32)
     half: tl.constexpr = tl.pointer_type(COPIES.dtype.element_ty)
     gradient = tl.load(own + 6)
@@ -75,7 +77,7 @@ def adamw_kernel(
         first_at = _at(first, tl.pointer_type(tl.int8), ALIGNED) + place
         second_at = _at(second, tl.pointer_type(tl.uint8), ALIGNED) + place
         rows = first_place // ROW + tl.arange(0, BLOCK // ROW)[:, None]
-        used = (rows * ROW < count) & (kind > 0) & (tl.load(APPLIED) != 0)
+        used = (rows * ROW < count) & applied
         first_scale, second_scale = (
             _at(tl.load(own + 3), wide, ALIGNED) + rows,
             _at(tl.load(own + 4), wide, ALIGNED) + rows,
@@ -115,50 +117,56 @@ def adamw_kernel(
 
 @triton.jit
 def add_gradients_kernel(
-    TABLE, OWNERS, FIRSTS, COPIES, COPY: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Add a block of a gradient to its sum, or write it if the last column is below zero."""
-    own = TABLE + tl.load(OWNERS + tl.program_id(0)) * 4
+    TABLE, OWNERS, FIRSTS, PRESENT, COPIES, COPY: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Add a block of a gradient to its sum, and note in `PRESENT` that there is one."""
+    owner = tl.load(OWNERS + tl.program_id(0))
+    own = TABLE + owner * 4
     count = tl.load(own + 2)
     if ALIGNED:
         count = tl.multiple_of(count, 16)
-    place = tl.multiple_of(tl.load(FIRSTS + tl.program_id(0)), BLOCK) + tl.arange(0, BLOCK)
+    start = tl.multiple_of(tl.load(FIRSTS + tl.program_id(0)), BLOCK)
+    place = start + tl.arange(0, BLOCK)
     kind = tl.load(own + 3)
     inside = (place < count) & (kind != 0)
     wide: tl.constexpr = tl.pointer_type(tl.float32)
     half: tl.constexpr = tl.pointer_type(COPIES.dtype.element_ty)
     gradient = tl.load(own + 1)
-    is_wide = (kind == 1) | (kind == -1)
-    g = tl.load(_at(gradient, wide, ALIGNED) + place, mask=inside & is_wide, other=0.0)
+    g = tl.load(_at(gradient, wide, ALIGNED) + place, mask=inside & (kind == 1), other=0.0)
     if COPY:
-        is_half = (kind == 2) | (kind == -2)
-        narrow = tl.load(_at(gradient, half, ALIGNED) + place, mask=inside & is_half, other=0.0)
+        is_half = inside & (kind == 2)
+        narrow = tl.load(_at(gradient, half, ALIGNED) + place, mask=is_half, other=0.0)
         g += narrow.to(tl.float32)
     total = _at(tl.load(own), wide, ALIGNED) + place
-    g += tl.load(total, mask=inside & (kind > 0), other=0.0)
+    g += tl.load(total, mask=inside, other=0.0)
     tl.store(total, g, mask=inside)
+    tl.store(PRESENT + owner, 1, mask=(start == 0) & (kind != 0))
 
 
-def add_gradients(table: Tensor, tensors: tuple[Tensor, Tensor, Tensor], *, aligned: bool) -> None:
+def add_gradients(
+    table: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor], *, aligned: bool
+) -> None:
     """Add gradients to their sums.
 
     Args:
         table: `[parameter, 4]` int64: addresses of sum and gradient, number of elements, and what
-            the gradient is, as in `COLUMNS`; with a minus, the sum is only written.
-        tensors: parameter and first element of each block, `[block]` int32; any tensor in the dtype
-            of the copies.
+            the gradient is, as in `COLUMNS`.
+        tensors: parameter and first element of each block, `[block]` int32; which parameters have a
+            gradient, `[parameter]` int32, where ones are written; any tensor in the dtype of the
+            copies.
         aligned: whether all addresses and numbers of elements are multiples of 16, so that several
             elements can be read at once.
     """
     launch(
         add_gradients_kernel, (len(tensors[0]),), table, *tensors,
-        COPY=tensors[2].dtype.itemsize < 4, BLOCK=BLOCK, ALIGNED=aligned, num_warps=4,
+        COPY=tensors[3].dtype.itemsize < 4, BLOCK=BLOCK, ALIGNED=aligned, num_warps=4,
     )  # fmt: skip
 
 
 def adamw(
     table: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     numbers: tuple[float, float, float, float, float, float],
     *,
     kind: str,
@@ -170,7 +178,8 @@ def adamw(
     Args:
         table: `[parameter, COLUMNS]` int64.
         tensors: parameter and first element of each block, `[block]` int32; steps of each
-            parameter, this one included, `[parameter]` fp32; learning rate and factor of the
+            parameter, this one included, `[parameter]` fp32; which parameters have a gradient,
+            `[parameter]` int32; learning rate and factor of the
             gradient, `[2]` fp32; whether to update, `[]` int32; any tensor in the dtype of the
             copies.
         numbers: both betas, their binary logarithms, epsilon and weight decay.

@@ -17,6 +17,7 @@ from ssl_core.downstream.task_recipe import Method, Share
 from ssl_core.downstream.task_step import BACKBONE, HEAD, Batch, TaskStep
 from ssl_core.planning.step_plan import Plan
 from ssl_core.wav2vec2.config import ModelConfig
+from ssl_core.wav2vec2.cpu.products import Linear
 from ssl_core.wav2vec2.model import Backbone
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -183,7 +184,7 @@ def test_merging_keeps_what_the_model_says_and_makes_it_plain() -> None:
         n: v.shape for n, v in plain.state_dict().items()
     }
     attention = backbone_of(merged).encoder.layers[0].attention
-    assert type(attention.q_proj) is type(attention.v_proj) is nn.Linear  # type: ignore[union-attr]
+    assert type(attention.q_proj) is type(attention.v_proj) is Linear  # type: ignore[union-attr]
     kept = {name: value.clone() for name, value in merged.state_dict().items()}
     merge_lora(backbone_of(merged))
     assert all(value.equal(kept[name]) for name, value in merged.state_dict().items())
