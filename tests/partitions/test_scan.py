@@ -81,3 +81,10 @@ def test_a_large_text_is_parsed_once(
     assert parsed.sequences == manifest.sequences
     assert (parsed.root, parsed.sequences.columns.path) == (Path("/other"), kept)
     assert read_manifest(tmp_path / "m.tsv").root == Path("/corpus")
+
+
+@pytest.mark.parametrize("quick", [0.0, 1.0])
+def test_threads_give_the_same(corpus: Path, monkeypatch: pytest.MonkeyPatch, quick: float) -> None:
+    monkeypatch.setattr(scan, "_QUICK", quick)
+    monkeypatch.setattr(scan, "_TOGETHER", 2)
+    assert prepare(corpus, (), 1.0) == recut(find_utterances(corpus), 1.0)
