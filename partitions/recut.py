@@ -1,10 +1,9 @@
 """Recuts a corpus to a nominal length by joining and cutting each speaker's utterances."""
 
 import math
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +94,7 @@ def cut_recordings(recordings: Recordings, length: float) -> Manifest:
     if short:
         skips[TOO_SHORT] = len(short)
         examples[TOO_SHORT] = tuple(short[:_EXAMPLES])
-    joined = _Joined()
+    joined = _Joined(np.dtype(np.uint64 if int(samples.max()) >> 32 else np.uint32))
     for speaker in speakers:
         if cuts[speaker].sequences:
             joined.add(speaker, files[speaker], samples[files[speaker]], cuts[speaker])
@@ -165,13 +164,15 @@ def cut(available: Mapping[str, int], limits: Band) -> dict[str, Cut]:
 class _Joined:
     """The sequences of one speaker after another, cut across the boundaries of files."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: np.dtype[Any]) -> None:
+        """Begin with none; `kind` holds a position in the longest file."""
+        self.kind = kind
         self.speakers: list[str] = []
         self.used: list[Integers] = []
         """Files in the order in which they come, with indices into the recordings."""
         self.files = 0
         self.pieces = 0
-        self.columns = {name: array("q") for name in _COLUMNS}
+        self.columns = {name: bytearray() for name in _COLUMNS}
 
     def add(self, speaker: str, files: Integers, samples: Integers, how: Cut) -> None:
         """Cut the stream of a speaker.
@@ -203,16 +204,16 @@ class _Joined:
         self.pieces += len(bounds)
 
     def _append(self, name: str, values: npt.NDArray[np.int64]) -> None:
-        self.columns[name].frombytes(values.astype(np.int64, copy=False).tobytes())
+        self.columns[name] += values.astype(self.kind).tobytes()
 
     def finish(self, paths: Names) -> Sequences:
         """All sequences; `paths` are those of the recordings."""
-        arrays = {name: compact(np.frombuffer(each, np.int64)) for name, each in self._emptied()}
+        arrays = {name: compact(np.frombuffer(each, self.kind)) for name, each in self._emptied()}
         names = list(paths)
         used = Names.of(names[index] for files in self.used for index in files.tolist())
         return sequences_of_columns(Names.of(self.speakers), used, **arrays)
 
-    def _emptied(self) -> Iterator[tuple[str, "array[int]"]]:
+    def _emptied(self) -> Iterator[tuple[str, bytearray]]:
         """Columns by name, each forgotten when the next is taken."""
         while self.columns:
             yield self.columns.popitem()
