@@ -12,8 +12,10 @@ from fl_client.client_state import ClientState
 from fl_client.federation_settings import PretrainingFederation
 from partitions.demo_corpus import demo_corpus
 from partitions.librispeech import corpus_folder
-from partitions.manifest import Manifest, read_manifest
+from partitions.manifest import Manifest
+from partitions.manifest_text import read_manifest
 from partitions.prepared import prepare
+from partitions.sequences import Indices
 from partitions.speakers import How, held_out_speakers, partition, select
 
 log = logging.getLogger("shortwave.client")
@@ -25,8 +27,8 @@ class ClientAudio(NamedTuple):
     key: int
     """The client's number: seeds its randomness and orders cohorts."""
     manifest: Manifest
-    indices: tuple[int, ...]
-    """Into `manifest.sequences`."""
+    indices: Indices
+    """Into `manifest.sequences`, `[sequence]`."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -64,7 +66,7 @@ def _parts(
     how: How,
     seed: int,
     excluded: tuple[str, ...],
-) -> tuple[tuple[int, ...], ...]:
+) -> tuple[Indices, ...]:
     return partition(load_manifest(*source), clients, how, seed, excluded)
 
 
@@ -114,10 +116,10 @@ def client_audio(
         kept = sorted(set(wanted) & set(excluded))
         if kept:
             raise UsageError(f"--speakers: held out for evaluation: {', '.join(kept)}")
-        return ClientAudio(key, manifest, tuple(select(manifest, wanted)))
+        return ClientAudio(key, manifest, select(manifest, wanted))
     if "partition-id" in node:
         count = int(node["num-partitions"])
         parts = _parts(source, count, settings.partition, settings.seed, excluded)
         return ClientAudio(key, manifest, parts[key])
     speakers = sorted(set(manifest.speakers) - set(excluded))
-    return ClientAudio(key, manifest, tuple(select(manifest, speakers)))
+    return ClientAudio(key, manifest, select(manifest, speakers))

@@ -14,7 +14,8 @@ from fl_client.federation_settings import TaskFederation
 from fl_client.local_data import client_key
 from partitions.corpus_record import CorpusRecord
 from partitions.manifest import Manifest
-from partitions.manifest import Sequence as Voice
+from partitions.sequences import Sequence as Voice
+from partitions.sequences import Sequences
 from partitions.speakers import How, partition
 from ssl_core.downstream.clips import Clip
 from ssl_core.downstream.task_corpus import read_task
@@ -107,7 +108,7 @@ def divide_pool(
         return _by_labels(pool, clients, seed)
     voices = tuple(Voice(clip.speaker or clip.piece.path, (clip.piece,)) for clip in pool.clips)
     total = sum(voice.samples for voice in voices)
-    manifest = Manifest(pool.root, 0.0, voices, total)
+    manifest = Manifest(pool.root, 0.0, Sequences.of(voices), total)
     parts = partition(manifest, clients, _how(how), seed)
     divided = [[pool.clips[index] for index in part] for part in parts]
     return _topped_up(divided) if how == "skewed" else tuple(map(tuple, divided))

@@ -16,11 +16,18 @@ from common.settings import parse
 from common.units import Names, Seconds, format_length, format_seconds
 from partitions.demo_corpus import SUBSET, VOICES, demo_corpus
 from partitions.librispeech import find_utterances
-from partitions.manifest import write_manifest
+from partitions.manifest_text import write_manifest
 from partitions.prepared import prepare
 from partitions.recut import recut
 from partitions.recut_report import plot_lengths, table
-from partitions.speakers import HELD_OUT_FRACTION, How, held_out_speakers, partition, seconds_of
+from partitions.speakers import (
+    HELD_OUT_FRACTION,
+    How,
+    held_out_speakers,
+    partition,
+    seconds_of,
+    speakers_of,
+)
 
 PROG = "python -m partitions"
 USE_REAL = "python -m ssl_core.download --subset train-clean-100 --output DIR"
@@ -129,7 +136,7 @@ def _split(arguments: Sequence[str] | None) -> None:
     held_out = held_out_speakers(manifest, settings.held_out, settings.seed)
     parts = partition(manifest, settings.clients, settings.partition, settings.seed, held_out)
     seconds = [seconds_of(manifest, part) for part in parts]
-    speakers = [sorted({manifest.sequences[i].speaker for i in part}) for part in parts]
+    speakers = [speakers_of(manifest, part) for part in parts]
     lines = ["client\tsequences\tseconds\tspeakers"]
     for client, part in enumerate(parts):
         names = ",".join(speakers[client])
@@ -141,9 +148,13 @@ def _split(arguments: Sequence[str] | None) -> None:
         "partition": settings.partition,
         "seed": settings.seed,
         "held out": held_out,
-        "parts": parts,
     }
-    atomic.write_text(settings.output / "parts.json", json.dumps(chosen) + "\n")
+    heading = json.dumps(chosen).removesuffix("}")
+    with atomic.replacing(settings.output / "parts.json") as path, open(path, "w") as stream:
+        for number, part in enumerate(parts):
+            stream.write(", " if number else f'{heading}, "parts": [')
+            json.dump(part.tolist(), stream)
+        stream.write("]}\n")
     write_manifest(settings.output / "manifest.tsv", manifest)
     plot_clients(seconds, settings.output / "clients.png")
     several = sum(len(names) > 1 for names in speakers)

@@ -1,6 +1,7 @@
 """Reads the samples of a crop, decoding only the part of each file that the crop needs."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import soxr
 from numpy.typing import NDArray
 
 from common.errors import DataError, UsageError
+from partitions.flac_header import flac_length
 from partitions.manifest import Piece, Sequence, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.unstated_length import frames_of, is_stated, open_sound, read_frames
@@ -49,7 +51,7 @@ class BadAudio(DataError):
         return BadAudio, (self.reason, self.path, detail)
 
 
-def samples_of(path: Path) -> int | str:
+def samples_of(path: str | Path) -> int | str:
     """Length in samples at 16 kHz according to the file's header.
 
     Only a file whose header does not state it is decoded, to count its samples.
@@ -59,10 +61,14 @@ def samples_of(path: Path) -> int | str:
         "empty".
     """
     try:
-        if path.stat().st_size == 0:
+        stated = flac_length(path) if str(path).lower().endswith(".flac") else None
+        if stated is not None:
+            frames, rate = stated
+        elif os.stat(path).st_size == 0:
             return "empty"
-        with open_sound(path) as sound:
-            frames, rate = frames_of(sound), int(sound.samplerate)
+        else:
+            with open_sound(Path(path)) as sound:
+                frames, rate = frames_of(sound), int(sound.samplerate)
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (soundfile.SoundFileError, OSError):

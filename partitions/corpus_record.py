@@ -4,17 +4,19 @@ import dataclasses
 import hashlib
 import heapq
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.atomic import write_text
+from common.atomic import replacing
 from common.errors import DataError
-from partitions.fingerprints import digest_of
+from partitions.columns import chunks
+from partitions.file_contents import digest_of, sorted_rows
 from partitions.manifest import FORMAT_VERSION, Manifest, natural_order
+from partitions.sequences import Indices
 
 CORPUS = "corpus.json"
 """The record's file in a run directory."""
@@ -93,12 +95,25 @@ class CorpusRecord:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
+        with replacing(folder / CORPUS) as partial, open(partial, "w", encoding="utf-8") as stream:
+            stream.writelines(self._text())
+
+    def _text(self) -> Iterator[str]:
+        """The record as JSON, in pieces: it has a line for each file."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         digest = {} if self.files is None else {"digest": digest_of(self.files)}
-        for name in known.keys() & {"files", "clips"}:
-            known[name] = dict(sorted(known[name].items()))
-        text = json.dumps({"version": _VERSION, **digest, **known}, separators=(",\n", ": "))
-        write_text(folder / CORPUS, text + "\n")
+        yield f'{{"version": {_VERSION}'
+        for name, value in (digest | known).items():
+            yield f',\n"{name}": '
+            if isinstance(value, Mapping):
+                yield "{"
+                for number, (key, each) in enumerate(sorted_rows(value)):
+                    comma = ",\n" if number else ""
+                    yield f"{comma}{json.dumps(key)}: {json.dumps(each)}"
+                yield "}"
+            else:
+                yield json.dumps(value, separators=(",\n", ": "))
+        yield "}\n"
 
     @classmethod
     def read(cls, folder: Path) -> "CorpusRecord | None":
@@ -142,20 +157,22 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def record_of(
-    manifest: Manifest, held_out: Collection[str], parts: Sequence[Sequence[int]] = ()
+    manifest: Manifest, held_out: Collection[str], parts: Sequence[Indices] = ()
 ) -> CorpusRecord:
     """The record of a pretraining corpus.
 
     Args:
         manifest: from `prepare`, which takes the fingerprints.
         held_out: speakers kept for evaluation.
-        parts: of each simulated client, indices into the manifest's sequences.
+        parts: of each simulated client, indices into the manifest's sequences, `[sequence]`.
     """
     digest = hashlib.blake2b(digest_size=16)
     heading = (FORMAT_VERSION, manifest.length, len(manifest.sequences), manifest.speaker_samples)
     digest.update(json.dumps(heading).encode())
     for part in parts:
-        digest.update(np.asarray([len(part), *part], dtype="<i8").tobytes())
+        digest.update(np.asarray(len(part), dtype="<i8").tobytes())
+        for each in chunks(len(part)):
+            digest.update(part[each].astype("<i8").tobytes())
     return CorpusRecord(
         files=manifest.files or None,
         speakers=manifest.speakers,
@@ -177,11 +194,8 @@ def difference(before: Manifest, now: Manifest) -> str:
 
 def _taken(manifest: Manifest) -> dict[str, str]:
     """Samples taken of each file, as text."""
-    samples: dict[str, int] = {}
-    for sequence in manifest.sequences:
-        for piece in sequence.pieces:
-            samples[piece.path] = samples.get(piece.path, 0) + piece.samples
-    return {path: str(count) for path, count in samples.items()}
+    counts = map(str, manifest.sequences.samples_by_path().tolist())
+    return dict(zip(manifest.sequences.paths, counts, strict=True))
 
 
 def _changed_names(what: str, before: Sequence[str] | None, now: Sequence[str] | None) -> str:

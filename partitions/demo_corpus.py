@@ -28,7 +28,8 @@ from common.errors import ShortwaveError, UsageError
 from common.progress import track
 from partitions.demo_text import sentence, transcript, words
 from partitions.espeak import Espeak, Voice
-from partitions.fingerprints import contents, digest_of, fingerprints
+from partitions.file_contents import digest_of
+from partitions.fingerprints import contents, fingerprints
 from partitions.sampling import SAMPLE_RATE
 
 VOICES = 112

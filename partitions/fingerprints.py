@@ -10,7 +10,6 @@ systems on which that does not hold, such as FAT or a mounted object store, are 
 import contextlib
 import hashlib
 import os
-import re
 import sqlite3
 import stat
 import struct
@@ -20,22 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common.cache_folder import cache_folder
 from common.progress import track
+from partitions.columns import Column, Names
+from partitions.file_system import KEEP_CHANGE_TIMES, file_system
 
 SETTLED = 60.0
 """Seconds since a file's last change before its fingerprint is remembered. Within the resolution of
 its times (2 s at worst), or what two clocks differ by, a second change would not show."""
 
-_KEEP_CHANGE_TIMES = {
-    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "bcachefs", "tmpfs", "overlay",
-    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph",
-}  # fmt: skip
-"""File systems whose times of change and inodes are their own, by their names in mountinfo.
-
-FAT takes the modification time for it, and FUSE and SMB what their servers say.
-"""
-_MOUNTS = Path("/proc/self/mountinfo")
 _STREAMINFO = slice(8, 42)
 _MD5 = slice(26, 42)
 _SIZE = 16
@@ -43,7 +37,7 @@ _BLOCK = 2**20
 _READERS = 4
 _TOGETHER = 256
 """Files that a thread takes at once."""
-_WRITTEN = 5000
+_WRITTEN = 20_000
 """Fingerprints written at once: each time waits for the disk."""
 _INSERT = "insert or replace into files values (?, ?, ?)"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -72,7 +66,10 @@ UNREADABLE = Fingerprint("", None)
 
 
 def fingerprints(
-    root: Path, paths: Iterable[str], progress: bool = False
+    root: Path,
+    paths: Iterable[str],
+    progress: bool = False,
+    stamps: Mapping[str, Stamp | None] | None = None,
 ) -> dict[str, Fingerprint]:
     """Fingerprints of files by path, in the order of `paths`.
 
@@ -80,14 +77,18 @@ def fingerprints(
         root: corpus root.
         paths: relative to it.
         progress: show a progress bar on stderr if that is a terminal and files must be read.
+        stamps: from `stamp_of`, where they have just been taken.
     """
+
+    def look(group: Sequence[str]) -> list[Stamp | None]:
+        return [stamp_of(root, path) if stamps is None else stamps[path] for path in group]
+
     found = dict.fromkeys(paths, UNREADABLE)
     unknown: list[str] = []
     with contextlib.closing(_Memory(root)) as memory, _readers() as pool:
         everything = _groups(list(found))
-        stamped = pool.map(lambda group: [stamp_of(root, path) for path in group], everything)
-        for group, stamps in zip(everything, stamped, strict=True):
-            there = {path: each for path, each in zip(group, stamps, strict=True) if each}
+        for group, looked in zip(everything, pool.map(look, everything), strict=True):
+            there = {path: each for path, each in zip(group, looked, strict=True) if each}
             known = memory.find(there)
             found.update(known)
             unknown += [path for path in there if path not in known]
@@ -115,10 +116,27 @@ def _readers() -> Iterator[ThreadPoolExecutor]:
 def stamp_of(root: Path, path: str) -> Stamp | None:
     """What the file system says of a regular file of a corpus; None if there is none."""
     try:
-        status = os.stat(os.path.join(root, path))
+        status = os.stat(f"{root}{os.sep}{path}")
     except (OSError, ValueError):
         return None
     return _stamp(status) if stat.S_ISREG(status.st_mode) else None  # a pipe would be waited for
+
+
+def outlasts(root: Path, paths: Names, devices: Column, changed: Column, now: int) -> bool:
+    """Whether any change of these files since they were read would show.
+
+    Args:
+        root: corpus root.
+        paths: of the files, relative to it.
+        devices: of each, as in its `Stamp`, `[file]`.
+        changed: of each, as in its `Stamp`, `[file]`.
+        now: time before they were read, in nanoseconds since 1970.
+    """
+    if now - int(changed.max()) < SETTLED * 1e9:
+        return False
+    firsts = np.unique(devices, return_index=True)[1]
+    kinds = {file_system(os.path.join(root, paths[int(first)])) for first in firsts}
+    return kinds <= KEEP_CHANGE_TIMES
 
 
 def is_unchanged(root: Path, path: str, fingerprint: Fingerprint) -> bool:
@@ -129,14 +147,6 @@ def is_unchanged(root: Path, path: str, fingerprint: Fingerprint) -> bool:
 def contents(found: Mapping[str, Fingerprint]) -> dict[str, str]:
     """Only the contents, by path."""
     return {path: each.content for path, each in found.items()}
-
-
-def digest_of(files: Mapping[str, str]) -> str:
-    """Digest of contents by path, in whatever order they are given."""
-    digest = hashlib.blake2b(digest_size=_SIZE)
-    for path in sorted(files):
-        digest.update(f"{path}\t{files[path]}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -150,17 +160,20 @@ def _groups(paths: Sequence[str]) -> list[Sequence[str]]:
 
 def _read(root: Path, path: str) -> Fingerprint:
     try:
-        with open(os.path.join(root, path), "rb", buffering=0) as stream:
-            before = os.fstat(stream.fileno())
-            head = stream.read(_STREAMINFO.stop)
+        descriptor = os.open(f"{root}{os.sep}{path}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            before = os.fstat(descriptor)
+            head = os.read(descriptor, _STREAMINFO.stop)
             if head[:8] in _FLAC and any(head[_MD5]):
                 digest = hashlib.blake2b(head[_STREAMINFO], digest_size=_SIZE, person=b"flac")
                 digest.update(struct.pack(">q", before.st_size))
             else:
                 digest = hashlib.blake2b(head, digest_size=_SIZE)
-                while block := stream.read(_BLOCK):
+                while block := os.read(descriptor, _BLOCK):
                     digest.update(block)
-            after = os.fstat(stream.fileno())
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError:
         return UNREADABLE
     same = _stamp(before) == _stamp(after)
@@ -169,22 +182,6 @@ def _read(root: Path, path: str) -> Fingerprint:
 
 _FLAC = tuple(b"fLaC" + first + b"\0\0\x22" for first in (b"\0", b"\x80"))
 """How a file begins whose first block is STREAMINFO, which may be the last block too."""
-
-
-def file_system(path: str, mounts: Path = _MOUNTS) -> str:
-    """Name of the file system that a file is on; empty if this system does not tell."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    place, best, name = os.path.realpath(path), "", ""
-    for line in lines:
-        mount, _, rest = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split()[4])
-        inside = place == point or place.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # of two at one point the later hides the earlier
-            best, name = point, rest.split()[0]
-    return name
 
 
 class _Memory:
@@ -234,7 +231,7 @@ class _Memory:
             return False
         if stamp.device not in self.trusted:
             kind = file_system(os.path.join(self.root, path))
-            self.trusted[stamp.device] = kind in _KEEP_CHANGE_TIMES
+            self.trusted[stamp.device] = kind in KEEP_CHANGE_TIMES
         return self.trusted[stamp.device]
 
     def find(self, stamps: Mapping[str, Stamp]) -> dict[str, Fingerprint]:
@@ -273,7 +270,7 @@ class _Memory:
         if connection is not None:
             try:
                 with connection:
-                    connection.executemany(_INSERT, self.waiting)
+                    connection.executemany(_INSERT, sorted(self.waiting))
             except sqlite3.Error as error:
                 self._lose(error)
         self.waiting = []

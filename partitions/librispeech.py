@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from common.command import nearest
 from common.errors import DataError, UsageError
 from common.progress import track
 from partitions.audio import samples_of
-from partitions.manifest import natural_order, path_problem
+from partitions.columns import Integers, Names, compact
+from partitions.manifest import FORBIDDEN, natural_order, path_problem
 from partitions.sampling import SAMPLE_RATE
 from partitions.skips import Skips, describe_skips
 
@@ -41,6 +42,22 @@ class Utterance:
     def seconds(self) -> float:
         """Length in seconds."""
         return self.samples / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """The usable files of some subsets in columns, without transcripts."""
+
+    root: Path
+    paths: Names
+    """Relative to the corpus root."""
+    speakers: tuple[str, ...]
+    speaker: Integers
+    """Of each file, index into `speakers`, `[file]`."""
+    samples: Integers
+    """Length of each file at 16 kHz, `[file]`."""
+    skips: Mapping[str, int]
+    skipped_examples: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,20 @@ class Corpus:
         """One line for each reason, with the count and the first few skipped paths."""
         return describe_skips(self.skips, self.skipped_examples)
 
+    def recordings(self) -> Recordings:
+        """The utterances in columns."""
+        speakers: dict[str, int] = {}
+        found = [speakers.setdefault(each.speaker, len(speakers)) for each in self.utterances]
+        return Recordings(
+            self.root,
+            Names.of(each.path for each in self.utterances),
+            tuple(speakers),
+            compact(found),
+            compact([each.samples for each in self.utterances]),
+            self.skips,
+            self.skipped_examples,
+        )
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -82,7 +113,7 @@ class Listing:
 
     root: Path
     subsets: tuple[str, ...]
-    files: tuple[str, ...]
+    files: Names
     """Posix paths relative to the corpus root, in order."""
     skips: dict[str, int]
     skipped_examples: dict[str, tuple[str, ...]]
@@ -143,16 +174,15 @@ def list_audio(root: Path, subsets: tuple[str, ...] = ()) -> Listing:
     training = tuple(name for name in present if name.startswith("train-"))
     chosen = tuple(dict.fromkeys(subsets)) or training or present
     skips = Skips({}, {})
-    files = []
-    for subset in sorted(chosen, key=natural_order):
-        files += list(_files_of(folder, subset, skips))
-    if not files:
+    ordered = sorted(chosen, key=natural_order)
+    found = Names.of(path for subset in ordered for path in _files_of(folder, subset, skips))
+    if not len(found):
         skipped = "; ".join(["", *describe_skips(skips.counts, skips.examples)])
         raise DataError(
             f"empty corpus: no audio in {', '.join(chosen)} of {folder}{skipped}; expected "
             f"{LAYOUT} there; download or unpack the subset again"
         )
-    return Listing(folder, chosen, tuple(files), skips.counts, skips.examples)
+    return Listing(folder, chosen, found, skips.counts, skips.examples)
 
 
 def corpus_folder(root: Path) -> Path:
@@ -214,16 +244,18 @@ def _files_of(root: Path, subset: str, skips: Skips) -> Iterator[str]:
         for chapter in _folders(root / subset / speaker):
             folder = f"{subset}/{speaker}/{chapter}"
             start = f"{speaker}-{chapter}-"
-            with os.scandir(root / folder) as entries:
-                audio = [e for e in entries if e.name.lower().endswith(_SUFFIXES)]
-            audio.sort(key=lambda entry: natural_order(Path(entry.name).stem.removeprefix(start)))
-            for entry in audio:
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if path_problem(path):
+            audio = [
+                name
+                for name in os.listdir(root / folder)
+                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+            ]
+            audio.sort(key=lambda name: natural_order(name[: name.rfind(".")].removeprefix(start)))
+            unwritable = path_problem(folder) is not None
+            for name in audio:
+                path = f"{folder}/{name}"
+                if unwritable or FORBIDDEN.search(name):
                     skips.add("name that cannot be written in a manifest", path)
-                elif not entry.name.startswith(start):
+                elif not name.startswith(start):
                     skips.add("name not speaker-chapter-number", path)
                 else:
                     yield path

@@ -5,12 +5,15 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from common.cache_folder import cache_folder
 from common.errors import DataError
-from partitions.fingerprints import contents, digest_of, fingerprints, is_unchanged
-from partitions.librispeech import find_utterances, list_audio
-from partitions.manifest import FORMAT_VERSION, Manifest, read_manifest, write_manifest
-from partitions.recut import recut
+from partitions.columns import Columns, kept
+from partitions.librispeech import list_audio
+from partitions.manifest import FORMAT_VERSION, Manifest
+from partitions.recut import cut_recordings
+from partitions.scan import contents_of, recordings_of, stamps_of
 
 
 def prepare(
@@ -33,20 +36,21 @@ def prepare(
         UsageError: an unknown subset.
     """
     listing = list_audio(root, subsets)
-    found = fingerprints(listing.root, listing.files, progress)
-    files = contents(found)
+    stamps = stamps_of(listing)
+    files, steady = contents_of(listing, stamps, progress)
     digest = hashlib.sha256()
     examples = listing.skipped_examples
-    for word in (FORMAT_VERSION, *listing.subsets, repr(float(length)), digest_of(files)):
+    for word in (FORMAT_VERSION, *listing.subsets, repr(float(length)), files.digest):
         digest.update(f"{word}\n".encode(errors="surrogateescape"))
     for reason, count in listing.skips.items():
         words = "\t".join([reason, str(count), *examples.get(reason, ())])
         digest.update(f"{words}\n".encode(errors="surrogateescape"))
-    cached = cache_folder() / "manifests" / f"{digest.hexdigest()[:32]}.tsv"
+    cached = cache_folder() / "manifests" / f"{digest.hexdigest()[:32]}.columns"
     with contextlib.suppress(DataError):
-        return dataclasses.replace(read_manifest(cached, listing.root), files=files)
-    manifest = recut(find_utterances(root, subsets, progress), length)
-    if all(is_unchanged(listing.root, path, each) for path, each in found.items() if each.content):
-        with contextlib.suppress(OSError, DataError):
-            write_manifest(cached, manifest)
+        manifest = Manifest.of(Columns.open(cached), listing.root)
+        return dataclasses.replace(manifest, files=files)
+    manifest = cut_recordings(recordings_of(listing, progress), length)
+    if steady and np.array_equal(stamps, stamps_of(listing)):
+        columns = kept(manifest.columns(), cached)
+        manifest = Manifest.of(columns, listing.root)
     return dataclasses.replace(manifest, files=files)

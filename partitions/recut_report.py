@@ -52,8 +52,8 @@ def table(manifests: list[Manifest]) -> str:
         f"| set | sequences | {' | '.join(columns)} |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    if manifests and manifests[0].utterance_lengths:
-        lengths = np.array(manifests[0].utterance_lengths) / SAMPLE_RATE
+    if manifests and len(manifests[0].utterance_lengths):
+        lengths = manifests[0].utterance_lengths.astype(np.float64) / SAMPLE_RATE
         lines.append(
             f"| utterances | {len(lengths)} | | {format_seconds(lengths.sum())} "
             f"| {lengths.mean():.2f} | {lengths.min():.2f} | {lengths.max():.2f} | | |"
@@ -70,8 +70,7 @@ def table(manifests: list[Manifest]) -> str:
 
 def sequence_seconds(manifest: Manifest) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Length of each sequence in seconds, `[sequence]`."""
-    samples = [sequence.samples for sequence in manifest.sequences]
-    return np.array(samples, dtype=np.float64) / SAMPLE_RATE
+    return manifest.sequences.samples.astype(np.float64) / SAMPLE_RATE
 
 
 @plots
@@ -85,8 +84,8 @@ def plot_lengths(manifests: list[Manifest], path: Path) -> None:
         OSError: the disk is full or the folder cannot be written.
     """
     sets = [(f"{format_length(each.length)} set", sequence_seconds(each)) for each in manifests]
-    if manifests and manifests[0].utterance_lengths:
-        source = np.array(manifests[0].utterance_lengths) / SAMPLE_RATE
+    if manifests and len(manifests[0].utterance_lengths):
+        source = manifests[0].utterance_lengths.astype(np.float64) / SAMPLE_RATE
         sets.insert(0, ("utterances", source))
     figure = new_figure(10, 4)
     counts, extremes = figure.subplots(1, 2, width_ratios=(3, 2))

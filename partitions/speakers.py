@@ -3,15 +3,21 @@
 import heapq
 import itertools
 import statistics
+from array import array
 from collections.abc import Collection, Iterable
 from random import Random
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from common.command import nearest
 from common.errors import UsageError
 from common.units import format_length
-from partitions.manifest import Manifest, Sequence
+from partitions.columns import chunks
+from partitions.manifest import Manifest
 from partitions.sampling import SAMPLE_RATE
+from partitions.sequences import Indices, Sequence
 
 How = Literal["speaker", "iid", "skewed"]
 """Whole speakers, shuffled sequences in even parts, or shuffled sequences in skewed amounts."""
@@ -83,7 +89,7 @@ def partition(
     how: How = "speaker",
     seed: int = 0,
     exclude: Collection[str] = (),
-) -> tuple[tuple[int, ...], ...]:
+) -> tuple[Indices, ...]:
     """Divide the sequences among clients.
 
     Every sequence whose speaker is not in `exclude` goes to exactly one client, and every client
@@ -100,7 +106,7 @@ def partition(
         exclude: the held-out speakers.
 
     Returns:
-        For each client, indices into `manifest.sequences`.
+        For each client, ascending indices into `manifest.sequences`, `[sequence]`.
 
     Raises:
         UsageError: unknown `how`, fewer than one client, or more clients than sequences.
@@ -121,48 +127,60 @@ def partition(
     if how == "speaker":
         parts = _by_speaker(manifest, indices, clients, random)
     else:
-        random.shuffle(indices)
+        shuffled = array("i", indices.tobytes())
+        random.shuffle(shuffled)
         weights = [1.0] * clients
         if how == "skewed":
             weights = [random.gammavariate(_CONCENTRATION, 1.0) for _ in range(clients)]
-        parts = _split(indices, weights)
-    return tuple(tuple(sorted(part)) for part in parts)
+        parts = _split(np.frombuffer(shuffled, np.int32), weights)
+    return tuple(np.sort(part) for part in parts)
 
 
-def select(manifest: Manifest, speakers: Iterable[str]) -> list[int]:
-    """Indices of the sequences of these speakers, in manifest order."""
-    wanted = set(speakers)
-    return [index for index, each in enumerate(manifest.sequences) if each.speaker in wanted]
+def select(manifest: Manifest, speakers: Iterable[str]) -> Indices:
+    """Indices `[sequence]` of the sequences of these speakers, in manifest order."""
+    wanted, sequences = set(speakers), manifest.sequences
+    chosen = np.array([each in wanted for each in sequences.speakers], bool)
+    parts = [
+        np.flatnonzero(chosen[sequences.speaker[part]]) + part.start
+        for part in chunks(len(sequences))
+    ]
+    return np.concatenate([part.astype(np.int32) for part in parts])
 
 
-def seconds_of(manifest: Manifest, indices: Iterable[int]) -> float:
-    """Seconds of audio in the sequences with these indices."""
-    return sum(manifest.sequences[index].samples for index in indices) / SAMPLE_RATE
+def seconds_of(manifest: Manifest, indices: npt.ArrayLike) -> float:
+    """Seconds of audio in the sequences with these indices, `[sequence]`."""
+    chosen = manifest.sequences.samples[np.asarray(indices, np.int32)]
+    return int(chosen.sum(dtype=np.int64)) / SAMPLE_RATE
+
+
+def speakers_of(manifest: Manifest, indices: Indices) -> list[str]:
+    """Speakers of the sequences with these indices `[sequence]`, each once, sorted as text."""
+    found = np.unique(manifest.sequences.speaker[indices])
+    return sorted(manifest.sequences.speakers[int(speaker)] for speaker in found)
 
 
 def sequences_of(manifest: Manifest, indices: Iterable[int]) -> tuple[Sequence, ...]:
     """The sequences with these indices."""
-    return tuple(manifest.sequences[index] for index in indices)
+    return tuple(manifest.sequences[int(index)] for index in indices)
 
 
 def _by_speaker(
-    manifest: Manifest, indices: list[int], clients: int, random: Random
-) -> list[list[int]]:
+    manifest: Manifest, indices: Indices, clients: int, random: Random
+) -> list[Indices]:
     """Whole speakers for each client, or part of one speaker if clients outnumber speakers."""
-    owned: dict[str, list[int]] = {}
-    for index in indices:
-        owned.setdefault(manifest.sequences[index].speaker, []).append(index)
+    owned = _by_owner(manifest, indices)
     samples = manifest.speaker_samples
     order = sorted(owned)
     random.shuffle(order)
     order.sort(key=lambda speaker: -samples[speaker])
     if clients <= len(order):
-        parts: list[list[int]] = [[] for _ in range(clients)]
+        several: list[list[Indices]] = [[] for _ in range(clients)]
         loads = [(0, client) for client in range(clients)]
         for speaker in order:
             load, client = heapq.heappop(loads)
-            parts[client] += owned[speaker]
+            several[client].append(owned[speaker])
             heapq.heappush(loads, (load + samples[speaker], client))
+        parts = [np.concatenate(each) for each in several]
     else:
         allotted = _allot(order, {each: len(owned[each]) for each in order}, samples, clients)
         parts = [
@@ -170,6 +188,19 @@ def _by_speaker(
         ]
     random.shuffle(parts)
     return parts
+
+
+def _by_owner(manifest: Manifest, indices: Indices) -> dict[str, Indices]:
+    """The sequences of each speaker, in manifest order."""
+    speakers = manifest.sequences.speaker[indices]
+    order = np.argsort(speakers, kind="stable").astype(np.int32)
+    bounds = np.flatnonzero(np.diff(speakers[order])) + 1
+    groups = np.split(indices[order], bounds)
+    return {
+        manifest.sequences.speakers[int(manifest.sequences.speaker[group[0]])]: group
+        for group in groups
+        if len(group)
+    }
 
 
 def _allot(
@@ -190,8 +221,8 @@ def _allot(
     return allotted
 
 
-def _split(indices: list[int], weights: list[float]) -> list[list[int]]:
-    """Split a list into consecutive non-empty parts in proportion to `weights`."""
+def _split(indices: Indices, weights: list[float]) -> list[Indices]:
+    """Split indices into consecutive non-empty parts in proportion to `weights`."""
     spare = len(indices) - len(weights)
     total = sum(weights)
     bounds = [round(spare * part / total) for part in itertools.accumulate(weights)]

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import atomic
 from common.figures import new_figure, plots, save_figure
 from common.units import format_bytes, format_number, format_seconds
 from fl_client.federation_settings import PretrainingFederation
 from partitions.manifest import Manifest
 from partitions.sampling import SAMPLE_RATE
-from partitions.speakers import seconds_of
+from partitions.sequences import Indices
+from partitions.speakers import seconds_of, speakers_of
 from simulation.fleet import Fleet
 from simulation.fleet import table as fleet_table
 from ssl_core.training.checkpoint import latest
@@ -23,7 +26,7 @@ def write_report(
     run: RunDirectory,
     settings: PretrainingFederation,
     manifest: Manifest,
-    parts: tuple[tuple[int, ...], ...],
+    parts: tuple[Indices, ...],
     held_out: tuple[str, ...],
     fleet: Fleet | None = None,
 ) -> Path:
@@ -151,15 +154,15 @@ def _plot_clients(owned: list[float], trained: list[float], path: Path) -> None:
 
 
 @plots
-def _plot_data(manifest: Manifest, parts: tuple[tuple[int, ...], ...], path: Path) -> None:
+def _plot_data(manifest: Manifest, parts: tuple[Indices, ...], path: Path) -> None:
     figure = new_figure(11, 3.2)
     left, right = figure.subplots(1, 2)
-    speakers = [len({manifest.sequences[i].speaker for i in part}) for part in parts]
+    speakers = [len(speakers_of(manifest, part)) for part in parts]
     left.hist(speakers, bins=[n + 0.5 for n in range(max(speakers) + 1)], rwidth=0.9)
     left.set_xlabel("speakers of a client")
     left.set_ylabel("clients")
-    lengths = [manifest.sequences[i].samples / SAMPLE_RATE for part in parts for i in part]
-    right.hist(lengths, bins=40)
+    lengths = manifest.sequences.samples[np.concatenate(parts)]
+    right.hist(lengths.astype(np.float64) / SAMPLE_RATE, bins=40)
     right.set_xlabel("seconds in a sequence")
     right.set_ylabel("sequences")
     save_figure(figure, path)

@@ -46,8 +46,10 @@ from fl_client.task_training import Resident  # noqa: E402
 from fl_server.server_app import open_federation  # noqa: E402
 from partitions.corpus_record import CORPUS, CorpusRecord, difference, record_of  # noqa: E402
 from partitions.demo_corpus import demo_corpus  # noqa: E402
-from partitions.manifest import Manifest, read_manifest, write_manifest  # noqa: E402
+from partitions.manifest import Manifest  # noqa: E402
+from partitions.manifest_text import read_manifest, write_manifest  # noqa: E402
 from partitions.prepared import prepare  # noqa: E402
+from partitions.sequences import Indices  # noqa: E402
 from partitions.speakers import partition  # noqa: E402
 from simulation.fleet import make_fleet  # noqa: E402
 from simulation.ray_run import Processes, run_on_ray  # noqa: E402
@@ -206,7 +208,7 @@ def _print_shared(settings: TaskFederation, labels: int) -> tuple[int, str]:
 
 def _print_data(
     manifest: Manifest,
-    parts: tuple[tuple[int, ...], ...],
+    parts: tuple[Indices, ...],
     excluded: tuple[str, ...],
     settings: PretrainingFederation,
 ) -> None:

@@ -1,7 +1,7 @@
 """Reads batches of fixed-length crops from a manifest, decoding only what they need."""
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from common.errors import DataError
 from partitions.audio import BadAudio, read_crop
 from partitions.manifest import Manifest
 from ssl_core.planning.work import Waveforms
-from ssl_core.training.randomness import generator
+from ssl_core.training.crop_order import CropOrder
 
 
 class CropBatch(NamedTuple):
@@ -70,7 +70,7 @@ class Crops:
     def __init__(
         self,
         manifest: Manifest,
-        indices: Sequence[int],
+        indices: npt.ArrayLike,
         samples: int,
         seed: int,
         partition: int = 0,
@@ -79,7 +79,7 @@ class Crops:
 
         Args:
             manifest: the recut corpus.
-            indices: of the sequences; those shorter than a crop are skipped.
+            indices: `[sequence]`, of the sequences; those shorter than a crop are skipped.
             samples: samples in a crop.
             seed: of the order and the start of crops.
             partition: distinguishes clients that have the same seed.
@@ -88,22 +88,22 @@ class Crops:
             DataError: no sequence is long enough.
         """
         self.manifest = manifest
-        self.indices = [i for i in indices if manifest.sequences[i].samples >= samples]
-        self.samples, self.seed, self.partition = samples, seed, partition
-        if not self.indices:
+        chosen = np.asarray(indices, np.int32)
+        enough = manifest.sequences.samples[chosen] >= samples
+        self.indices = chosen if enough.all() else chosen[enough]
+        self.samples, self.partition = samples, partition
+        if not len(self.indices):
             raise DataError(
-                f"no audio for partition {partition}: none of its {len(indices)} sequences in "
+                f"no audio for partition {partition}: none of its {len(chosen)} sequences in "
                 f"{manifest.root} holds {samples} samples"
             )
+        self.order = CropOrder(len(self.indices), seed, partition)
 
     def _entry(self, position: int) -> tuple[int, int]:
         """The sequence at a position of the endless order, and the first sample of its crop."""
-        epoch, place = divmod(position, len(self.indices))
-        order = generator(self.seed, "order", self.partition, epoch).permutation(len(self.indices))
-        sequence = self.indices[int(order[place])]
-        spare = self.manifest.sequences[sequence].samples - self.samples
-        start = generator(self.seed, "window", self.partition, position).integers(spare + 1)
-        return sequence, int(start)
+        sequence = int(self.indices[self.order.place(position)])
+        spare = int(self.manifest.sequences.samples[sequence]) - self.samples
+        return sequence, self.order.start(position, spare)
 
     def batch(self, position: int, size: int) -> CropBatch:
         """Read the next `size` usable crops from a position on.
@@ -151,8 +151,9 @@ class Crops:
         chosen = np.unique(np.linspace(0, len(self.indices) - 1, count).round().astype(int))
         reading = _Reading(self.manifest, self.samples)
         for place in chosen:
-            index = self.indices[int(place)]
-            reading.add(index, (self.manifest.sequences[index].samples - self.samples) // 2)
+            index = int(self.indices[int(place)])
+            length = int(self.manifest.sequences.samples[index])
+            reading.add(index, (length - self.samples) // 2)
         if not reading.waveforms:
             raise DataError(f"no usable audio to evaluate on, such as: {reading.examples[0]}")
         return reading.batch()

@@ -20,12 +20,17 @@ def generator(*keys: int | str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(_words(keys)))
 
 
+def words(count: int, *keys: int | str) -> tuple[int, ...]:
+    """`count` random words of 64 bits that follow from keys."""
+    return tuple(map(int, np.random.SeedSequence(_words(keys)).generate_state(count, np.uint64)))
+
+
 @contextmanager
 def torch_seed(device: "torch.device", *keys: int | str) -> Iterator[None]:
     """Seed torch's global generators by keys inside the block, and restore them after it."""
     import torch  # takes seconds, and a device divides its clips without it
 
-    seed = int(np.random.SeedSequence(_words(keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    seed = words(1, *keys)[0] >> 1
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

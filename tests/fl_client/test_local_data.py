@@ -38,7 +38,7 @@ def test_parts_share_nothing_and_have_no_held_out_speaker(
         audio = client_audio({"partition-id": number, "num-partitions": 4}, settings)
         assert audio.key == number
         assert not {manifest.sequences[i].speaker for i in audio.indices} & excluded
-        seen += audio.indices
+        seen += audio.indices.tolist()
     assert len(seen) == len(set(seen))
     everyone = [i for i, s in enumerate(manifest.sequences) if s.speaker not in excluded]
     assert sorted(seen) == everyone

@@ -1,5 +1,6 @@
 """Crops: exact samples, no needless decoding, and every kind of bad audio."""
 
+import itertools
 import pickle
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def test_bad_audio_crosses_processes() -> None:
 
 def test_every_real_recording_can_be_read(librispeech: Path) -> None:
     manifest = recut(find_utterances(librispeech), 15.0)
-    for sequence in manifest.sequences[::8]:
+    for sequence in itertools.islice(manifest.sequences, 0, None, 8):
         crop = read_crop(manifest.root, sequence)
         assert crop.shape == (sequence.samples,)
         assert 0.005 < crop.std() < 0.5

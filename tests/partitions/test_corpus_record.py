@@ -10,7 +10,7 @@ from conftest import Writer
 
 from common.errors import DataError
 from partitions.corpus_record import CORPUS, NOTHING, CorpusRecord, difference, record_of
-from partitions.manifest import Manifest, Piece, Sequence
+from partitions.manifest import Manifest, Piece, Sequence, Sequences
 from partitions.prepared import prepare
 from partitions.speakers import held_out_speakers, partition
 
@@ -117,7 +117,7 @@ def test_manifests_of_other_sequences_differ() -> None:
         sequences = tuple(
             Sequence(name[0], (Piece(f"{name}.flac", 0, count),)) for name, count in samples.items()
         )
-        return Manifest(Path("/a"), 1.0, sequences, sum(samples.values()))
+        return Manifest(Path("/a"), 1.0, Sequences.of(sequences), sum(samples.values()))
 
     first = manifest(a0=5, a1=7, b0=9)
     assert difference(first, dataclasses.replace(first, root=Path("/b"))) == ""

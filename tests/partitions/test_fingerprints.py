@@ -11,10 +11,10 @@ import soundfile
 
 from common.cache_folder import cache_folder
 from partitions import fingerprints as module
+from partitions.file_contents import digest_of
+from partitions.file_system import file_system
 from partitions.fingerprints import (
     contents,
-    digest_of,
-    file_system,
     fingerprints,
     is_unchanged,
     stamp_of,

@@ -3,7 +3,6 @@
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Writer
@@ -12,16 +11,18 @@ from hypothesis import strategies as st
 
 from common.errors import DataError
 from partitions import prepared
-from partitions.librispeech import Corpus, find_utterances
+from partitions.columns import compact
+from partitions.librispeech import Listing, Recordings
 from partitions.manifest import (
     Manifest,
     Piece,
     Sequence,
+    Sequences,
     natural_order,
-    read_manifest,
-    write_manifest,
 )
+from partitions.manifest_text import read_manifest, write_manifest
 from partitions.prepared import prepare
+from partitions.scan import recordings_of
 
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\\/"),
@@ -45,12 +46,12 @@ MANIFESTS = st.builds(
         ),
         min_size=1,
         max_size=5,
-    ).map(tuple),
+    ).map(Sequences.of),
     total_samples=st.integers(0, 10**12),
     remainder_samples=st.integers(0, 10**12),
     remainder_speakers=st.integers(0, 10**6),
     skips=st.dictionaries(st.sampled_from(["empty", "unreadable"]), st.integers(1, 99)),
-    utterance_lengths=st.lists(st.integers(1, 10**7), max_size=40).map(tuple),
+    utterance_lengths=st.lists(st.integers(1, 10**7), max_size=40).map(compact),
 )
 
 HEADER = (
@@ -74,13 +75,15 @@ def test_written_form(tmp_path: Path) -> None:
     manifest = Manifest(
         root=Path("/corpus"),
         length=5.0,
-        sequences=(Sequence("7", (Piece("a/7/1/7-1-0.flac", 3, 4), Piece("b.wav", 0, 6))),),
+        sequences=Sequences.of(
+            [Sequence("7", (Piece("a/7/1/7-1-0.flac", 3, 4), Piece("b.wav", 0, 6)))]
+        ),
         total_samples=12,
         remainder_samples=2,
         remainder_speakers=1,
         skips={"empty": 1},
         skipped_examples={"empty": ("a/7/1/7-1-1.flac",)},
-        utterance_lengths=(6, 6),
+        utterance_lengths=compact((6, 6)),
     )
     write_manifest(tmp_path / "m.tsv", manifest)
     assert (tmp_path / "m.tsv").read_text() == (
@@ -159,7 +162,7 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["../a.flac", "a\tb.flac", "/a.flac", "a\nb.flac"])
 def test_an_unsafe_path_is_not_written(tmp_path: Path, path: str) -> None:
-    sequences = (Sequence("7", (Piece(path, 0, 5),)),)
+    sequences = Sequences.of([Sequence("7", (Piece(path, 0, 5),))])
     with pytest.raises(DataError, match="cannot write"):
         write_manifest(tmp_path / "m.tsv", Manifest(Path("/corpus"), 5.0, sequences, 5))
     assert list(tmp_path.glob("*.tsv")) == []
@@ -169,7 +172,8 @@ def test_a_full_disk_leaves_the_old_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    manifest = Manifest(Path("/corpus"), 5.0, (Sequence("7", (Piece("a.flac", 0, 5),)),), 5)
+    sequences = Sequences.of([Sequence("7", (Piece("a.flac", 0, 5),))])
+    manifest = Manifest(Path("/corpus"), 5.0, sequences, 5)
     write_manifest(folder / "m.tsv", manifest)
     before = (folder / "m.tsv").read_bytes()
 
@@ -194,7 +198,7 @@ def test_prepare_takes_the_second_result_from_the_cache(
         raise AssertionError("the corpus was scanned again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "find_utterances", unexpected)
+        patch.setattr(prepared, "recordings_of", unexpected)
         assert prepare(root, (), 1.0) == first
     assert prepare(root, (), 2.0).length == 2.0
     write("train-a", 1, 1, 1, samples=20_000)
@@ -230,12 +234,12 @@ def test_a_corpus_that_changes_during_the_scan_is_not_kept(
 ) -> None:
     write("train-a", 1, 1, 0, samples=50_000)
 
-    def changing(*arguments: Any) -> Corpus:
+    def changing(listing: Listing, progress: bool) -> Recordings:
         write("train-a", 1, 1, 0, samples=60_000)
-        return find_utterances(*arguments)
+        return recordings_of(listing, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "find_utterances", changing)
+        patch.setattr(prepared, "recordings_of", changing)
         assert prepare(root, (), 1.0).total_samples == 60_000
     assert not (cache / "shortwave" / "manifests").exists()
 
@@ -246,6 +250,7 @@ def test_a_broken_cache_is_rebuilt(root: Path, write: Writer, cache: Path, conte
     first = prepare(root, (), 1.0)
     (cached,) = (cache / "shortwave" / "manifests").iterdir()
     whole = cached.read_bytes()
+    cached.unlink()  # it is mapped
     cached.write_bytes(content)
     assert prepare(root, (), 1.0) == first
     assert cached.read_bytes() == whole

@@ -10,7 +10,7 @@ import pytest
 from conftest import Writer
 
 from partitions.__main__ import main
-from partitions.manifest import read_manifest
+from partitions.manifest_text import read_manifest
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -12,7 +12,7 @@ from common import command
 from fl_client.local_data import load_manifest
 from fl_client.task_data import load_pool
 from partitions.corpus_record import CORPUS, CorpusRecord
-from partitions.manifest import read_manifest
+from partitions.manifest_text import read_manifest
 from simulation import simulate
 
 SMALL = [

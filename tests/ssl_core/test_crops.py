@@ -1,6 +1,7 @@
 """Crops: fixed lengths, seeded order, bad audio skipped and counted."""
 
 import collections
+import pickle
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 
 from common.errors import DataError
-from partitions.manifest import Manifest, Piece, Sequence
+from partitions.manifest import Manifest, Piece, Sequence, Sequences
 from ssl_core.training.crops import Crops
 from ssl_core.training.loader import ahead
 
@@ -22,7 +23,7 @@ def manifest(tmp_path: Path) -> Manifest:
         ramp = (number + np.arange(24_000) / 24_000) / 16
         soundfile.write(tmp_path / f"{number}.wav", ramp, 16_000, subtype="FLOAT")
         sequences.append(Sequence(str(number), (Piece(f"{number}.wav", 0, 24_000),)))
-    return Manifest(tmp_path, 1.5, tuple(sequences), 240_000)
+    return Manifest(tmp_path, 1.5, Sequences.of(sequences), 240_000)
 
 
 def test_every_sequence_comes_once_an_epoch_and_crops_lie_inside(manifest: Manifest) -> None:
@@ -47,6 +48,17 @@ def test_a_position_always_gives_the_same_crop(manifest: Manifest) -> None:
     assert np.array_equal(one.batch(7, 5).waveforms, two.batch(7, 5).waveforms)
     other = Crops(manifest, range(10), 16_000, seed=1, partition=5)
     assert not np.array_equal(two.batch(7, 5).waveforms, other.batch(7, 5).waveforms)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_are_the_same_whoever_reads_them(manifest: Manifest, workers: int) -> None:
+    alone = Crops(manifest, range(10), 16_000, seed=3)
+    expected = [alone.batch(4 * number, 4) for number in range(12)]
+    copies = [pickle.loads(pickle.dumps(alone)) for _ in range(workers)]
+    for number in reversed(range(12)):
+        batch = copies[number % workers].batch(4 * number, 4)
+        assert batch.sequences == expected[number].sequences
+        assert np.array_equal(batch.waveforms, expected[number].waveforms)
 
 
 def test_fewer_crops_than_a_batch_are_repeated(manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ from small_models import save_backbone
 from common.options import settings_parser
 from common.settings import parse, read_yaml
 from partitions.librispeech import find_utterances
-from partitions.manifest import read_manifest, write_manifest
+from partitions.manifest_text import read_manifest, write_manifest
 from partitions.recut import recut
 from ssl_core.downstream import decoding
 from ssl_core.downstream.clips import TaskData
