@@ -11,6 +11,8 @@ import soundfile
 
 # Triton decides at its import, by whichever test imports it first, whether kernels run on a CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Each test has a cache of its own, in which no choice between libraries is remembered.
+os.environ["SHORTWAVE_PRODUCTS"] = "blas"
 
 Writer = Callable[..., Path]
 

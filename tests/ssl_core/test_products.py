@@ -27,7 +27,8 @@ Force = Callable[[str], None]
 
 
 @pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
+def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(VARIABLE, raising=False)
     library.cache_clear()
     yield
     library.cache_clear()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from common import strict_json
 from common.atomic import write_text
 from common.cache_folder import cache_folder
 from common.errors import UsageError
@@ -98,7 +99,9 @@ def faster_library() -> tuple[str, float]:
 def _measured(path: Path) -> str:
     chosen, ratio = faster_library()
     with contextlib.suppress(OSError):  # a full or read-only disk costs time only
-        write_text(path, json.dumps({"library": chosen, "onednn_times_as_fast": round(ratio, 3)}))
+        write_text(
+            path, strict_json.dumps({"library": chosen, "onednn_times_as_fast": round(ratio, 3)})
+        )
     return chosen
 
 
@@ -122,4 +125,4 @@ def _machine_digest() -> str:
         pass  # not on Linux
     switches = [os.environ.get(name, "") for name in _SWITCHES]
     values = [processor, torch.__version__, torch.__config__.show(), switches]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+    return hashlib.sha256(strict_json.dumps(values).encode()).hexdigest()[:32]
