@@ -3,7 +3,7 @@
 They are a hash, not a sequence: any device, kernel or process can compute those of any place alone,
 and all compute the same. All arithmetic is on 32-bit integers without a sign; torch has none such
 with all operations, so there it is on int32, with the same bits. On a CPU NumPy is several times as
-fast. The kernels of `cuda` repeat `_hashed` and `_pair_hashed` inside.
+fast. The kernels of `cuda` compute the same inside (`cuda/hashing.py`).
 
 The hash is lowbias32 (nullprogram.com/blog/2018/07/31), with the second half of the key mixed in
 between. A hash serves four neighbouring elements of a mask, a byte each.

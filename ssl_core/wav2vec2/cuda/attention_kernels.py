@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from ssl_core.wav2vec2.cuda.hashing import (
-    FIRST,
-    SECOND,
     column_keys,
+    pair_hash,
     row_keys,
     site_keys,
     threshold,
@@ -65,22 +64,12 @@ def _row_order(SIZE: tl.constexpr):
 
 
 @triton.jit
-def _finished(x):
-    """Hashes of pairs from their keys, combined: see `hashing.keep_pair`."""
-    x *= FIRST
-    x ^= x >> 15
-    x *= SECOND
-    x ^= x >> 16
-    return x
-
-
-@triton.jit
 def _kept_in_columns(of_rows, of_words, order, limit, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Which weights are kept, `[row, column]`, columns in `_column_order`.
 
     `limit` is the threshold in the highest byte: bytes are compared there, with others below.
     """
-    x = _finished(of_rows[:, None] ^ of_words[None, :])
+    x = pair_hash(of_rows[:, None] ^ of_words[None, :])
     x = tl.reshape(x, [ROWS, SIZE // 16, 1, 4, 1])
     x = tl.reshape(tl.broadcast_to(x, [ROWS, SIZE // 16, 2, 4, 2]), [ROWS, SIZE])
     return (x << (24 - ((order & 3) << 3)).to(tl.uint32)[None, :]) >= limit
@@ -92,7 +81,7 @@ def _kept_in_rows(of_pairs, of_rows, order, limit, SIZE: tl.constexpr, ROWS: tl.
 
     `of_pairs` are the keys of each two columns.
     """
-    x = _finished(of_pairs[:, None] ^ of_rows[None, :])
+    x = pair_hash(of_pairs[:, None] ^ of_rows[None, :])
     x = tl.reshape(x, [SIZE // 16, 1, 8, ROWS])
     x = tl.reshape(tl.broadcast_to(x, [SIZE // 16, 2, 8, ROWS]), [SIZE, ROWS])
     return (x << (24 - ((order & 3) << 3)).to(tl.uint32)[:, None]) >= limit

@@ -74,10 +74,10 @@ def column_keys(second, head, columns):
 
 
 @triton.jit
-def keep_pair(of_row, of_column, columns, limit):
-    """Whether pairs are kept; `columns` are column numbers, which broadcast like `of_column`."""
-    x = (of_row ^ of_column) * FIRST
+def pair_hash(x):
+    """Hashes of pairs of frames, whose bytes are compared, from their keys combined by xor."""
+    x *= FIRST
     x ^= x >> 15
     x *= SECOND
     x ^= x >> 16
-    return ((x >> ((columns.to(tl.uint32) & 3) << 3)) & 255) >= limit
+    return x
